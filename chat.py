@@ -1,0 +1,75 @@
+"""Talk to a checkpoint in the terminal; with --compare, to several at once.
+
+    python chat.py --model runs/demo/ppo
+    python chat.py --compare runs/demo/sft runs/demo/ppo
+    echo "What is the capital of France?" | python chat.py --model runs/demo/ppo
+
+A line is your turn. /new forgets the conversation, /quit or Ctrl-D ends. Each model keeps its own conversation.
+"""
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from data import encode_prompt
+from model import GPT, generate, load_model
+from runtime import Count, Natural, NonNegative, UserError, autocast, pick_device, pick_dtype, require, run_script
+
+
+@dataclass
+class Config:
+    model: str = "runs/demo/ppo"  # checkpoint folder
+    compare: list[str] = field(default_factory=list)  # checkpoint folders that all answer, instead of --model
+    system: str = ""  # system message at the head of the conversation
+    temperature: NonNegative = 0.7  # of sampling; 0 takes the likeliest token
+    top_k: Natural = 0  # sample among this many likeliest tokens, 0 for all
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0  # sample among the fewest tokens that have this much probability
+    max_new_tokens: Count = 64  # longest reply, tokens
+    seed: Natural = 0  # seed of the sampling
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    debug: bool = False  # show the traceback of an error
+
+
+def main(config):
+    folders = config.compare or [config.model]
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    loaded = [load_model(folder, GPT) for folder in folders]
+    for model, _ in loaded:
+        model.to(device).eval()
+        require(config.max_new_tokens < model.config.block_size, f"--max-new-tokens {config.max_new_tokens} fills the context of {model.config.block_size}")
+    generator = torch.Generator(device).manual_seed(config.seed)
+    opening = [{"role": "system", "content": config.system}] if config.system else []
+    talks = [list(opening) for _ in folders]
+    typing = sys.stdin.isatty()
+    if typing:
+        print("your turn; /new forgets the conversation, /quit ends")
+    while True:
+        try:
+            line = input("> " if typing else "").strip()
+        except EOFError:
+            break
+        if line == "/quit":
+            break
+        if line == "/new":
+            talks = [list(opening) for _ in folders]
+        elif line:
+            for folder, (model, tokenizer), talk in zip(folders, loaded, talks):
+                talk.append({"role": "user", "content": line})
+                try:
+                    with autocast(device, dtype):
+                        reply = generate(model, [encode_prompt(tokenizer, talk)], config.max_new_tokens, tokenizer, config.temperature,
+                                         config.top_k, config.top_p, generator).texts(tokenizer)[0]
+                except UserError as error:
+                    talk.pop()
+                    print(f"({error}; /new begins afresh)")
+                    continue
+                talk.append({"role": "assistant", "content": reply})
+                print(f"{Path(folder).name}: {reply}" if config.compare else reply)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

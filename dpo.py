@@ -1,0 +1,148 @@
+"""Direct preference optimisation: fit preferences with the policy itself, no reward model, no sampling.
+
+    h = beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ]       (Rafailov et al. 2023, eq. 7)
+    dpo    -(1 - e) log sigma(h) - e log sigma(-h)      e: --label-smoothing (cDPO), 0 for plain DPO
+    ipo    (h / beta - 1 / (2 beta))^2                  (Azar et al. 2023, eq. 17), log-probabilities summed, not averaged
+    hinge  max(0, 1 - h)                                (SLiC, Zhao et al. 2023)
+
+w is the chosen reply, l the rejected one; log-probabilities are summed over the reply, its end token included.
+beta * (log pi - log ref) is the implicit reward. Rankings of K replies count as all their pairs, averaged over the
+prompt's pairs, each reply in one forward pass. The reference's log-probabilities are computed once, before training.
+Both log-probabilities usually fall while the margin grows: watch chosen_logprob.
+Left out: a term that holds the chosen log-probability up (DPOP, RPO), KTO and ORPO.
+
+    python dpo.py --model runs/sft --data runs/preferences/train.jsonl --out runs/dpo     about 2 minutes on 2 cores
+
+Legend: B replies (rows), T tokens, P pairs.
+"""
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+
+from data import by_length, collate, endless_batches, preference_groups, ranked_pairs
+from model import GPT, open_model, save_model, show_samples
+from runtime import Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, cosine_lr, run_script
+
+
+@dataclass
+class Config(RunConfig):
+    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file of preferences
+    val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data (toy holds out its own)
+    model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
+    out: str = "runs/dpo"  # folder for the checkpoint and metrics.jsonl
+    steps: Count = 400  # optimiser steps
+    batch_tokens: Count = 4096  # tokens per optimiser step over all ranks, padding included
+    micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
+    loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # see the formulas above
+    beta: Positive = 0.1  # strength of the tie to the reference, per nat
+    label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.0  # probability that a label is the wrong way round (loss dpo)
+    lr: Positive = 5e-4  # peak learning rate; falls to a tenth on a cosine
+    warmup: Count = 20  # steps of linear warm-up
+    weight_decay: NonNegative = 0.0  # of matrices; norms, biases and embeddings don't decay
+    max_grad_norm: Positive = 1.0  # gradients are scaled down to this norm
+    val_fraction: Fraction = 0.1  # share of a file's prompts held out
+    eval_every: Count = 100  # steps between held-out accuracies and printed samples
+    max_new_tokens: Count = 40  # longest sample printed, tokens
+
+
+def preference_loss(log_ratios, better, worse, weight, beta, kind="dpo", label_smoothing=0.0):
+    """Sum over pairs of weight * loss (the formulas at the top of the file).
+
+    log_ratios (B,): log pi(y|x) - log ref(y|x), summed over each reply, fp32; better, worse (P,): the pair's
+    positions in it; weight (P,). Returns (scalar, {accuracy, margin}): weighted sums; margin is that of the implicit
+    rewards, and a tie (as at the start, where policy and reference are the same) counts half as accurate.
+    """
+    gap = log_ratios[better] - log_ratios[worse]  # (P,)
+    h = beta * gap
+    if kind == "dpo":
+        losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    elif kind == "ipo":
+        losses = (gap - 1 / (2 * beta)).square()
+    else:
+        losses = (1 - h).clamp(min=0)
+    accuracy = (h > 0).float() + 0.5 * (h == 0).float()
+    return (weight * losses).sum(), {"accuracy": (weight * accuracy).sum(), "margin": (weight * h).sum()}
+
+
+@torch.no_grad()
+def reply_logprobs(run, model, examples, budget, pad):
+    """Summed log-probability of each example's reply (N,), on the CPU, the same on every rank."""
+    model.eval()
+    lengths = [len(ids) for ids, _ in examples]
+    sums = torch.zeros(len(examples), device=run.device)
+    for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, budget):
+        ids, mask, _ = collate([examples[i] for i in piece], pad, run.device)
+        with run.autocast():
+            sums[piece] = model(ids, mask)[0].sum(1)
+    return run.all_sum(sums).cpu()
+
+
+def main(config):
+    run = Run(config)
+    model, tokenizer = open_model(config, GPT)
+    reference = copy.deepcopy(model).to(run.device).requires_grad_(False)
+
+    # 1. rows to groups of encoded replies
+    train, val = preference_groups(config, tokenizer, model.config.block_size, run.say)
+    lengths = [len(group) * max(len(ids) for ids, _ in group) for _, group in train]  # padded tokens of a group
+
+    # 2. model, optimiser, reference log-probabilities of the prompts that the steps will visit
+    policy = run.parallel(model)
+    optimizer = adamw(model, config.lr, config.weight_decay)
+    run.begin()
+    first, _ = run.load({"policy": model}, {"optimizer": optimizer})
+    batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
+    plan = [next(batches) for _ in range(first, config.steps)]
+    visited = sorted({i for batch in plan for i in batch})
+    run.say(f"computing the reference's log-probabilities of {len(visited)} prompts' replies")
+    flat = reply_logprobs(run, reference, [example for i in visited for example in train[i][1]], config.micro_batch_tokens, tokenizer.pad)
+    ref_logprobs = dict(zip(visited, flat.split([len(train[i][1]) for i in visited])))
+    val_examples = [example for _, group in val for example in group]
+    val_pairs = ranked_pairs([row for row, _ in val])[:3] if val else None
+    ref_val = reply_logprobs(run, reference, val_examples, config.micro_batch_tokens, tokenizer.pad) if val else None
+    del reference
+    model.eval()  # no dropout: the policy must start equal to the reference
+
+    # 3. train
+    for step in run.steps(first, config.steps):
+        generator = run.seed_step(step)
+        batch = plan[step - first]
+        mine, share = run.share(batch)
+        totals = {}
+        for piece in run.micro_batches(by_length(mine, lengths, config.micro_batch_tokens), policy):
+            ids, mask, _ = collate([example for i in piece for example in train[i][1]], tokenizer.pad, run.device)  # (B, T)
+            better, worse, weight, _ = (t.to(run.device, non_blocking=True) for t in ranked_pairs([train[i][0] for i in piece]))
+            weight = weight * share / len(batch)
+            reference_sums = torch.cat([ref_logprobs[i] for i in piece]).to(run.device, non_blocking=True)  # (B,)
+            with run.autocast():
+                logprobs = policy(ids, mask)[0].sum(1)  # (B,)
+            loss, metrics = preference_loss(logprobs - reference_sums, better, worse, weight, config.beta, config.loss, config.label_smoothing)
+            run.backward(loss, optimizer)
+            metrics |= {"loss": loss, "chosen_logprob": (weight * logprobs[better]).sum(), "rejected_logprob": (weight * logprobs[worse]).sum()}
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        lr = cosine_lr(step, config.steps, config.warmup, config.lr)
+        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
+
+        # 4. log, evaluate, save
+        evaluate_now = val and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps)
+        if run.time_to_log(step) or evaluate_now:
+            row = {name: run.all_sum(value) for name, value in totals.items()} | {"lr": lr, "grad_norm": grad_norm}
+            if evaluate_now:
+                ratios = reply_logprobs(run, model, val_examples, config.micro_batch_tokens, tokenizer.pad) - ref_val
+                val_loss, result = preference_loss(ratios, *val_pairs[:2], val_pairs[2] / len(val), config.beta, config.loss, config.label_smoothing)
+                row |= {"val_loss": val_loss, "val_accuracy": result["accuracy"], "val_margin": result["margin"]}
+            run.log(step, row, show=("loss", "accuracy", "margin", "val_accuracy", "chosen_logprob", "rejected_logprob"))
+        if evaluate_now:
+            show_samples(run, model, tokenizer, [row for row, _ in val], config.max_new_tokens, generator)
+        if run.time_to_save(step):
+            run.save(step, {"policy": model}, {"optimizer": optimizer})
+            if run.main:
+                save_model(run.out, model, tokenizer)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

@@ -1,0 +1,122 @@
+"""Compare checkpoints on held-out prompts: sample one reply each, score it, and count wins against the first model.
+
+    python evaluate.py --models runs/sft runs/ppo runs/dpo --out runs/evaluation.json              toy task, gold judge
+    python evaluate.py --models runs/sft runs/dpo --data rows.json --reward runs/reward            any prompts
+
+win, tie and loss compare the gold score (toy) or else the reward model's score of two replies to the same prompt;
+the win rate counts ties half. kl is the mean over replies of the summed log pi - log ref, in nats, where ref is the
+first model. Replies are sampled at temperature 1 unless you say otherwise.
+"""
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import toy
+from data import by_length, drop_long, encode_prompt, read_rows
+from model import GPT, ScalarModel, generate, last_scores, load_model
+from runtime import Count, Natural, NonNegative, autocast, pick_device, pick_dtype, require, run_script, write_json
+
+
+@dataclass
+class Config:
+    models: list[str] = field(default_factory=list)  # checkpoint folders; the first is the reference
+    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file whose prompts are used
+    reward: str = ""  # checkpoint folder of a reward model to score with (toy has its gold judge)
+    out: str = ""  # JSON file for the results, samples included
+    prompts: Natural = 0  # prompts to use at most, 0 for all
+    max_new_tokens: Count = 40  # longest reply, tokens
+    temperature: NonNegative = 1.0  # of sampling; 0 takes the likeliest token (the KL is then taken at temperature 1)
+    batch: Count = 256  # replies sampled at once
+    micro_batch_tokens: Count = 16384  # tokens per scoring pass
+    seed: Natural = 0  # seed of the sampling, and of the toy task's split
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
+    debug: bool = False  # show the traceback of an error
+
+
+@torch.no_grad()
+def answer(model, reference, reward, tokenizer, prompts, config, device):
+    """One reply per prompt (lists of ids). Returns texts, and per reply (numpy): ended, length, kl, score (or None)."""
+    texts, rows = [], []
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for start in range(0, len(prompts), config.batch):
+        got = generate(model, prompts[start:start + config.batch], config.max_new_tokens, tokenizer, config.temperature, generator=generator)
+        texts += got.texts(tokenizer)
+        size, mask = got.lengths.tolist(), got.mask.cpu()
+        kl, score = (torch.zeros(len(size), device=device) for _ in range(2))
+        for piece in by_length(range(len(size)), size, config.micro_batch_tokens):
+            T = max(size[i] for i in piece)
+            ids, part_mask = got.ids[piece, :T], mask[piece, :T]
+            temperature = config.temperature or 1.0
+            kl[piece] = (model(ids, part_mask, temperature)[0] - reference(ids, part_mask, temperature)[0]).sum(1)
+            if reward is not None:
+                score[piece] = last_scores(reward(ids), got.lengths[piece])
+        rows.append(torch.stack([got.ended.float(), got.mask.sum(1).float(), kl, score], 1).cpu())
+    ended, length, kl, score = torch.cat(rows).numpy().T
+    return texts, ended, length, kl, score if reward is not None else None
+
+
+def compare(values, baseline):
+    """Shares of prompts on which values beat, equal and fall behind baseline (arrays of one score per prompt)."""
+    wins, losses = float(np.mean(values > baseline)), float(np.mean(values < baseline))
+    ties = 1.0 - wins - losses
+    return {"wins": wins, "ties": ties, "losses": losses, "win_rate": wins + ties / 2}
+
+
+def main(config):
+    require(config.models, "--models: name one checkpoint folder or more")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    loaded = [load_model(folder, GPT) for folder in config.models]
+    models, tokenizer = [model.to(device).eval() for model, _ in loaded], loaded[0][1]
+    reward = None
+    if config.reward:
+        reward, reward_tokenizer = load_model(config.reward, ScalarModel)
+        reward = reward.to(device).eval()
+        loaded.append((reward, reward_tokenizer))
+    for (_, other), folder in zip(loaded, config.models + [config.reward]):
+        require(other.ranks == tokenizer.ranks, f"{folder} has another tokenizer than {config.models[0]}")
+    world = toy.World(config.seed) if config.data == "toy" else None
+    require(world or reward is not None, "--data without gold scores needs --reward to score with")
+
+    rows = world.prompts("heldout") if world else read_rows(config.data, "prompts")
+    context = min(model.config.block_size for model, _ in loaded) - config.max_new_tokens
+    prompts = [(row.text, encode_prompt(tokenizer, row.prompt)) for row in rows]
+    prompts = drop_long(prompts, [len(ids) for _, ids in prompts], context)
+    prompts = prompts[:config.prompts or len(prompts)]
+
+    results, replies = {}, {}
+    for folder, model in zip(config.models, models):
+        with autocast(device, dtype):
+            texts, ended, length, kl, score = answer(model, models[0], reward, tokenizer, [ids for _, ids in prompts], config, device)
+        scores = {}
+        if world:
+            scores["gold"] = np.array([world.gold(p, text, bool(e)) for (p, _), text, e in zip(prompts, texts, ended)])
+        if reward is not None:
+            scores["score"] = score
+        judged = next(iter(scores.values()))
+        baseline = judged if not results else baseline
+        result = {"prompts": len(prompts), **{name: float(np.mean(v)) for name, v in scores.items()}}
+        result |= {"standard_error": float(np.std(judged) / len(judged) ** 0.5), **compare(judged, baseline),
+                   "kl": float(np.mean(kl)), "length": float(np.mean(length)), "eos_rate": float(np.mean(ended))}
+        results[folder] = result
+        replies[folder] = [{"prompt": p, "reply": text, "score": float(s)} for (p, _), text, s in zip(prompts, texts, judged)]
+
+    names = ["gold"] * bool(world) + ["score"] * (reward is not None) + ["wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate"]
+    print(f"{len(prompts)} prompts, temperature {config.temperature:g}; wins, ties and losses against {config.models[0]}")
+    print(f"{'':24}" + "".join(f"{name:>10}" for name in names))
+    for folder, result in results.items():
+        print(f"{Path(folder).name[:23]:24}" + "".join(f"{result[name]:10.3f}" for name in names))
+    if config.out:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.out, {"results": results, "replies": replies})
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

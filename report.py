@@ -1,0 +1,200 @@
+"""The demo's last step: summary.json, curves.png and report.html from what the stages left in a folder.
+
+    python report.py --demo runs/demo
+"""
+import base64
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import NonNegative, UserError, require, run_script, write_atomically, write_json
+
+STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
+TRY_NEXT = [
+    ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo"),
+    ("let the policy fool a reward model that saw too little",
+     "python reward.py --model runs/demo/sft --demonstrations toy --out runs/narrow/reward && "
+     "python ppo.py --model runs/demo/sft --reward runs/narrow/reward --out runs/narrow/ppo"),
+    ("see what the wrong KL estimator does", "python ppo.py --model runs/demo/sft --reward runs/demo/reward --kl k3 --out runs/k3"),
+    ("another seed: other demonstrations, another split", "bash run.sh --seed 1"),
+    ("your own data", "python sft.py --data rows.jsonl --out runs/mine  (README.md has the formats)"),
+]
+
+
+@dataclass
+class Config:
+    demo: str = "runs/demo"  # folder that holds sft, reward, ppo, dpo and evaluation.json
+    seconds: NonNegative = 0.0  # wall time of the whole demo, for the summary
+    debug: bool = False  # show the traceback of an error
+
+
+def read_json(path):
+    """A JSON file of a stage; UserError if the stage has not run."""
+    require(path.is_file(), f"{path} is missing: run the stage that writes it (bash run.sh runs all of them)")
+    return json.loads(path.read_text())
+
+
+def read_metrics(folder):
+    """{metric: ([step], [value])} from a run's metrics.jsonl."""
+    series = {}
+    require((folder / "metrics.jsonl").is_file(), f"{folder}/metrics.jsonl is missing: run that stage first")
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(value)
+    return series
+
+
+def summarise(evaluation, reward, seconds):
+    """The flat headline numbers of summary.json, `stage.metric`, and all numbers of each stage under its name."""
+    results = {Path(folder).name: result for folder, result in evaluation["results"].items()}
+    summary = {"sft.gold": results["sft"]["gold"], "reward.accuracy": reward["accuracy"], "reward.bayes_accuracy": reward["bayes_accuracy"]}
+    for stage in ("ppo", "dpo"):
+        summary |= {f"{stage}.{name}": results[stage][name] for name in ("gold", "wins", "ties", "losses", "win_rate", "kl", "eos_rate")}
+    return summary | {"seconds.total": seconds, "prompts": results["sft"]["prompts"], **results, "reward": reward}
+
+
+def draw(demo, evaluation, reward, path):
+    """Nine panels, from supervised loss to the gold score of each model, into a PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the pictures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sft, rm, ppo, dpo = (read_metrics(demo / name) for name in ("sft", "reward", "ppo", "dpo"))
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+    figure, grid = plt.subplots(3, 3, figsize=(12, 9), constrained_layout=True)
+
+    def panel(axes, title, ylabel, xlabel="step"):
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+
+    def plot(axes, series, name, label=None, **style):
+        axes.plot(*series[name], label=label, **style)
+
+    axes = grid[0, 0]
+    plot(axes, sft, "loss", "training", lw=0.8, alpha=0.7)
+    plot(axes, sft, "val_loss", "held out", marker="o", ms=3)
+    panel(axes, "SFT: loss", "nats per response token")
+
+    axes = grid[0, 1]
+    plot(axes, rm, "val_accuracy", "reward model", marker="o", ms=3)
+    axes.axhline(reward["bayes_accuracy"], color="k", ls="--", lw=1, label="best that noisy labels allow")
+    panel(axes, "Reward model: held-out accuracy", "share of pairs")
+
+    axes = grid[0, 2]
+    axes.plot([0.5, 1], [0.5, 1], "k--", lw=1, label="calibrated")
+    axes.plot([b["predicted"] for b in reward["calibration"]], [b["observed"] for b in reward["calibration"]], marker="o", ms=3, label="reward model")
+    panel(axes, "Reward model: calibration", "share that came true", "predicted probability")
+
+    axes = grid[1, 0]
+    plot(axes, ppo, "gold", "gold judge", color="tab:green")
+    axes.set_ylim(-1, 1.05)
+    twin = axes.twinx()
+    plot(twin, ppo, "score", "reward model", color="tab:orange", lw=1)
+    twin.set_ylabel("reward model's score")
+    twin.grid(False)
+    handles = axes.get_legend_handles_labels()[0] + twin.get_legend_handles_labels()[0]
+    panel(axes, "PPO: what it is paid for, and the truth", "gold score", "rollout")
+    axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")
+
+    axes = grid[1, 1]
+    plot(axes, ppo, "kl", "k1, summed over the reply")
+    plot(axes, ppo, "kl_k3", "k3", lw=1)
+    panel(axes, "PPO: KL to the reference", "nats per reply", "rollout")
+
+    axes = grid[1, 2]
+    plot(axes, ppo, "entropy", "entropy (nats per token)")
+    plot(axes, ppo, "explained_variance", "critic's explained variance")
+    plot(axes, ppo, "clip_fraction", "clip fraction")
+    axes.set_ylim(-0.25, 1.6)
+    panel(axes, "PPO: health", "", "rollout")
+
+    axes = grid[2, 0]
+    plot(axes, dpo, "accuracy", "training", lw=0.8, alpha=0.7)
+    plot(axes, dpo, "val_accuracy", "held out", marker="o", ms=3)
+    panel(axes, "DPO: implicit reward's accuracy", "share of pairs")
+
+    axes = grid[2, 1]
+    plot(axes, dpo, "chosen_logprob", "chosen")
+    plot(axes, dpo, "rejected_logprob", "rejected")
+    panel(axes, "DPO: log-probability of replies", "nats per reply")
+
+    axes = grid[2, 2]
+    results = list(evaluation["results"].items())
+    golds, errors = [r["gold"] for _, r in results], [r["standard_error"] for _, r in results]
+    bars = axes.bar([STAGES.get(Path(f).name, f) for f, _ in results], golds, yerr=errors, color=["tab:gray", "tab:green", "tab:blue"][:len(results)])
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.axhline(0, color="k", lw=0.8)
+    axes.set_ylim(-1, 1.15)
+    axes.grid(False)
+    panel(axes, f"Gold score on {results[0][1]['prompts']} held-out prompts", "mean, from -1 to 1", "sampled at temperature 1")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pick_questions(evaluation, number=3):
+    """Prompts whose replies differ between the models, from different parts of the list: (prompt, {stage: (reply, score)})."""
+    columns = {Path(folder).name: rows for folder, rows in evaluation["replies"].items()}
+    size = len(next(iter(columns.values())))
+    questions = []
+    for part in range(number):
+        places = range(part * size // number, (part + 1) * size // number)
+        best = max(places, key=lambda i: columns["ppo"][i]["score"] - columns["sft"][i]["score"])
+        questions.append((columns["sft"][best]["prompt"], {name: (rows[best]["reply"], rows[best]["score"]) for name, rows in columns.items()}))
+    return questions
+
+
+def main(config):
+    demo = Path(config.demo)
+    evaluation, reward = read_json(demo / "evaluation.json"), read_json(demo / "reward" / "evaluation.json")
+    summary = summarise(evaluation, reward, config.seconds)
+    draw(demo, evaluation, reward, demo / "curves.png")
+    questions = pick_questions(evaluation)
+
+    names = ("gold", "wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate")
+    cells = [[STAGES[stage], *(f"{summary[stage][name]:.3f}" for name in names)] for stage in STAGES]
+    print(f"\n{'':8}" + "".join(f"{name:>10}" for name in names) + f"   ({summary['prompts']} held-out prompts, wins against SFT)")
+    for row in cells:
+        print(f"{row[0]:8}" + "".join(f"{cell:>10}" for cell in row[1:]))
+    print(f"reward model: held-out accuracy {reward['accuracy']:.3f}; the labels' noise allows {reward['bayes_accuracy']:.3f}\n")
+    for prompt, replies in questions:
+        print(prompt)
+        for stage, (reply, score) in replies.items():
+            print(f"  {STAGES[stage]} ({score:+.1f}): {reply}")
+    print("\nWhat to try next:" + "".join(f"\n  {what}:\n    {command}" for what, command in TRY_NEXT))
+
+    def table(head, rows):
+        return "<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>" + "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows) + "</table>"
+
+    picture = base64.b64encode((demo / "curves.png").read_bytes()).decode()
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>bareRLHF demo</title>
+<style>body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }} img {{ width: 100% }}
+table {{ border-collapse: collapse; margin: 1em 0 }} th, td {{ border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left }}
+code {{ background: #f3f3f3; padding: .1em .3em; overflow-wrap: anywhere }}</style>
+<h1>From demonstrations to a policy people prefer</h1>
+<p>A small GPT was fine-tuned on mixed demonstrations (SFT), a reward model learned from noisy rankings, and PPO and DPO improved
+the policy. The gold judge knows the truth of this closed world and was used for measuring alone. Replies are sampled at temperature 1
+on {summary['prompts']} held-out prompts; wins, ties and losses are against SFT. Total wall time: {config.seconds:.0f} s.</p>
+{table(["", *names], cells)}
+<p>Reward model: held-out accuracy {reward['accuracy']:.3f}; the noise of the labels allows {reward['bayes_accuracy']:.3f}.</p>
+<img alt="training curves of all stages" src="data:image/png;base64,{picture}">
+<h2>Three questions (gold score in brackets)</h2>
+{table(["question", *STAGES.values()], [[q, *(f"{r} ({s:+.1f})" for r, s in replies.values())] for q, replies in questions])}
+<h2>What to try next</h2><ul>{"".join(f"<li>{html.escape(what)}<br><code>{html.escape(command)}</code></li>" for what, command in TRY_NEXT)}</ul></html>
+"""
+    write_atomically(demo / "report.html", page.encode())
+    write_json(demo / "summary.json", summary)
+    print(f"\nPicture: {demo}/curves.png   Report: {demo}/report.html   Numbers: {demo}/summary.json")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

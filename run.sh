@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# bash run.sh [--seed N]           set up, then SFT, reward model, PPO, DPO and evaluation of the toy task in runs/demo
+# bash run.sh test [pytest flags]  set up, then the tests
+set -euo pipefail
+cd "$(dirname "$0")"
+usage() { echo "error: $1; usage: bash run.sh [--seed N] | bash run.sh test [pytest flags]" >&2; exit 2; }
+
+command=demo
+seed=0
+if [ "${1:-}" = test ]; then
+    command=test
+    shift
+else
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --seed=*) seed="${1#--seed=}"; shift ;;
+            --seed) [ $# -ge 2 ] || usage "--seed needs a number"; seed="$2"; shift 2 ;;
+            -h | --help) sed -n '2,3s/^# //p' run.sh; exit 0 ;;
+            *) usage "unknown argument $1" ;;
+        esac
+    done
+    [[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed must be a whole number, got $seed"
+fi
+
+# -- set-up: a Python that already has what is needed, else a virtual environment in .venv
+if [ "$command" = test ]; then extras="pytest matplotlib transformers"; else extras="matplotlib"; fi
+has_all() {
+    "$1" - $extras <<'PY' 2>/dev/null
+import importlib.util, sys
+assert sys.version_info >= (3, 10)
+for name in ["torch", "numpy", "tiktoken", "tqdm", "safetensors", *sys.argv[1:]]:
+    assert importlib.util.find_spec(name)
+import torch
+assert tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 6)
+PY
+}
+python="${PYTHON:-python3}"
+if ! has_all "$python"; then
+    if ! has_all .venv/bin/python; then
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
+        echo "setting up .venv (about a minute)"
+        "$python" -m venv .venv || { echo "error: no virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 2; }
+        .venv/bin/python -m pip install --quiet -r requirements.txt
+        .venv/bin/python -m pip install --quiet $extras
+    fi
+    python=.venv/bin/python
+fi
+
+if [ "$command" = test ]; then
+    exec "$python" -m pytest tests "$@"
+fi
+
+# -- the demo: an interrupted one goes on where it stopped, a finished or different one is moved aside
+demo=runs/demo
+settings="seed $seed"
+if [ -e "$demo" ] && { [ -e "$demo/summary.json" ] || [ "$(cat "$demo/settings" 2>/dev/null)" != "$settings" ]; }; then
+    rm -rf "$demo.old"
+    mv "$demo" "$demo.old"
+    echo "the demo in $demo was moved to $demo.old"
+fi
+mkdir -p "$demo"
+echo "$settings" >"$demo/settings"
+before=$(cat "$demo/seconds" 2>/dev/null || echo 0)
+SECONDS=0
+trap 'echo $((before + SECONDS)) >"$demo/seconds"' EXIT
+
+stage() { printf '\n== %s\n' "$1"; }
+common="--seed $seed --resume"
+stage "1/6 supervised fine-tuning on mixed demonstrations"
+"$python" sft.py --out $demo/sft $common
+stage "2/6 asking the SFT model for replies, and an annotator for rankings"
+[ -e $demo/preferences/train.jsonl ] || "$python" toy.py --model $demo/sft --out $demo/preferences --seed "$seed"
+preferences="--data $demo/preferences/train.jsonl --val-data $demo/preferences/heldout.jsonl"
+stage "3/6 reward model"
+"$python" reward.py --model $demo/sft $preferences --demonstrations toy --out $demo/reward $common
+stage "4/6 PPO"
+"$python" ppo.py --model $demo/sft --reward $demo/reward --out $demo/ppo $common
+stage "5/6 DPO"
+"$python" dpo.py --model $demo/sft $preferences --out $demo/dpo $common
+stage "6/6 evaluation on held-out prompts"
+"$python" evaluate.py --models $demo/sft $demo/ppo $demo/dpo --out $demo/evaluation.json --seed "$seed"
+"$python" report.py --demo $demo --seconds $((before + SECONDS))

@@ -1,0 +1,454 @@
+"""Plumbing, and nothing that can change an objective: flags, device and precision, torchrun, optimiser
+steps, metrics, progress, checkpoints to resume from.
+
+Randomness: no generator state is ever stored. Every random draw of a run is seeded from (seed, step, rank)
+when the step begins, so a resumed run draws what the uninterrupted one would have drawn.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save as safetensors_bytes
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, exit code 2."""
+
+
+def require(condition, message):
+    """Raise UserError(message) unless condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Flags: a dataclass per script; type and range come from the annotation, the help from the field's comment.
+
+Count = Annotated[int, ">= 1"]
+Natural = Annotated[int, ">= 0"]
+Positive = Annotated[float, "> 0"]
+NonNegative = Annotated[float, ">= 0"]
+Fraction = Annotated[float, ">= 0", "<= 1"]
+Probability = Annotated[float, ">= 0", "< 1"]
+BOUNDS = {">=": lambda x, y: x >= y, "<=": lambda x, y: x <= y, ">": lambda x, y: x > y, "<": lambda x, y: x < y}
+
+
+@dataclass
+class RunConfig:
+    """Flags of every training script that have nothing to do with its algorithm."""
+    tokenizer: Literal["", "gpt2", "toy"] = ""  # of a model from scratch; gpt2 unless the data is the toy task
+    layers: Count = 3  # of a model from scratch
+    heads: Count = 4  # attention heads of a model from scratch
+    width: Count = 128  # of a model from scratch: size of its hidden states
+    block_size: Count = 256  # context of a model from scratch, tokens
+    seed: Natural = 0  # seed of every random draw
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products, weights stay float32; auto: float32 on cpu and mps, else bfloat16 (float16 on old GPUs)
+    threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch; a busy machine wants 1
+    resume: bool = False  # go on with the run in --out (or begin it, if there is none)
+    overwrite: bool = False  # delete the run that --out holds and begin anew
+    save_every: Natural = 0  # steps between checkpoints; 0 saves at the end only (and on Ctrl-C)
+    log_every: Count = 1  # steps between rows of metrics.jsonl
+    tensorboard: bool = False  # also write TensorBoard files to --out (needs the tensorboard package)
+    wandb: str = ""  # also log to this Weights & Biases project (needs the wandb package)
+    debug: bool = False  # show the traceback of an error
+
+
+PLUMBING = {f.name for f in dataclasses.fields(RunConfig)} - {"seed", "dtype"} | {"out"}  # may change on --resume
+
+
+def field_comments(config_class):
+    """{field: the comment on its line} for a dataclass and its bases, read from the source."""
+    comments = {}
+    for cls in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(cls):
+            for line in inspect.getsource(cls).splitlines():
+                if found := re.match(r"\s+(\w+): .*?  # (.+)$", line):
+                    comments[found[1]] = found[2]
+    return comments
+
+
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_flags(config_class, description, argv=None):
+    """A config_class instance from the command line; a bad flag or value ends in one line and exit code 2."""
+    parser = FlagParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments, hints = field_comments(config_class), typing.get_type_hints(config_class, include_extras=True)
+    bounds = {}
+    for field in dataclasses.fields(config_class):
+        flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+        if typing.get_origin(hint) is Annotated:
+            hint, *bounds[field.name] = typing.get_args(hint)
+        default = "" if field.default in ("", dataclasses.MISSING) else f" (default: {field.default})"
+        text = (comments.get(field.name, "") + default).replace("%", "%%")
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        elif typing.get_origin(hint) is Literal:
+            parser.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
+        elif hint == list[str]:
+            parser.add_argument(flag, nargs="+", default=[], metavar="TEXT", help=text)
+        else:
+            name = {int: "N", float: "X", str: "TEXT"}[hint]
+            parser.add_argument(flag, type=hint, default=field.default, metavar=name, help=text)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, 1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    for name, limits in bounds.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        for limit in limits:
+            sign, number = limit.split()
+            if not (math.isfinite(value) and BOUNDS[sign](value, float(number))):
+                parser.error(f"{flag} must be {' and '.join(limits)}, got {value}")
+    return config_class(**vars(args))
+
+
+def run_script(main, config_class, description, argv=None):
+    """Parse flags, call main(config); turn a UserError into one line and exit code 2."""
+    config = parse_flags(config_class, description, argv)
+    try:
+        main(config)
+    except (UserError, torch.OutOfMemoryError) as error:
+        if config.debug:
+            raise
+        if isinstance(error, UserError):
+            sys.exit(fail(error, 2))
+        sys.exit(fail("the device is out of memory; lower the token or batch flags (see --help)", 1))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 130))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fail(message, code):
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Device, precision, files
+
+def pick_device(name):
+    """torch.device for auto, cuda, mps or cpu; a UserError where it is not there. Under torchrun: this rank's GPU."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in have.items() if there)
+    require(have[name], f"--device {name}: PyTorch finds no such device here; use --device auto or cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def pick_dtype(name, device):
+    """torch.dtype of matrix products for a --dtype flag on a device."""
+    if name == "auto":
+        name = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    require(name != "float16" or device.type == "cuda", "--dtype float16 needs --device cuda; use bfloat16 or float32")
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """Context in which matrix products run in dtype; does nothing for float32."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+def write_atomically(path, data):
+    """Write bytes to path so that a crash leaves either the old file or the new one, never a part."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    """Write value as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def cosine_lr(step, steps, warmup, peak, floor=0.1):
+    """Learning rate of a step (from 0): linear warm-up, then cosine from peak to floor * peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW; matrices decay, but not norms, biases and embeddings (which are 1-D or named w?e)."""
+    decay, keep = [], []
+    for name, p in model.named_parameters():
+        (keep if p.ndim < 2 or name.endswith(("wte.weight", "wpe.weight")) else decay).append(p)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A run: one output folder, one or more processes
+
+class Run:
+    """Where and how a training script runs: device, ranks, output folder, metrics, stop signal.
+
+    Attributes: device, dtype, rank, world_size, main (bool: rank 0, which alone writes), out (Path).
+    """
+
+    def __init__(self, config):
+        self.config, self.out = config, Path(config.out)
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        self.resume_file = self.out / "resume.safetensors"
+        self._check_out()
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.scalers, self.stop_signal, self.bar, self.last_line = {}, None, None, 0.0
+        self.say(f"{Path(sys.argv[0]).name}: {self.device}, {str(self.dtype)[6:]} products, {self.world_size} process(es), "
+                 f"output in {self.out}")
+
+    def _check_out(self):
+        out, config = self.out, self.config
+        require(not (config.resume and config.overwrite), "--resume and --overwrite exclude each other")
+        require(not out.exists() or out.is_dir(), f"--out {out} is a file; name a folder")
+        holds_run = (out / "metrics.jsonl").exists() or (out / "config.json").exists()
+        require(not holds_run or config.resume or config.overwrite,
+                f"--out {out} already holds a run; add --resume to go on with it, --overwrite to replace it, or name another folder")
+        if holds_run and config.overwrite and self.main:
+            require((out / "metrics.jsonl").exists(), f"--overwrite: {out} was not written by a training script; delete it yourself")
+            shutil.rmtree(out)
+
+    def say(self, text):
+        """Print on rank 0, without breaking the progress bar."""
+        if self.main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def begin(self):
+        """Create the output folder and record what is run; called once every input has been checked."""
+        values = dataclasses.asdict(self.config)
+        defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
+        self.say("settings: " + ", ".join(f"{k}={v}{'*' if v != defaults[k] else ''}" for k, v in values.items()
+                                          if k not in PLUMBING) + "  (* not the default)")
+        if self.main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_json(self.out / "run.json", {
+                    "script": Path(sys.argv[0]).name, "config": values, "torch": torch.__version__, "world_size": self.world_size,
+                    "python": platform.python_version(), "machine": platform.machine(), "device": str(self.device)})
+            except OSError as error:
+                raise UserError(f"--out {self.out} can't be written: {error.strerror}") from None
+            self.metrics_file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+            self.board = self._open_board()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._on_signal)
+        self.began = time.time()
+
+    def _open_board(self):
+        boards = []
+        try:
+            if self.config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(self.out)
+                boards.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
+            if self.config.wandb:
+                import wandb
+                run = wandb.init(project=self.config.wandb, config=dataclasses.asdict(self.config), dir=self.out)
+                boards.append(lambda step, row: run.log(row, step=step))
+        except ImportError as error:
+            raise UserError(f"{error}; install it, or leave out --tensorboard and --wandb") from None
+        return boards
+
+    # -- randomness, ranks, precision
+
+    def seed_step(self, step):
+        """Seed PyTorch for one step and return a generator on the device for sampling in it."""
+        seed = (self.config.seed * 1_000_003 + step) * 1_009 + self.rank
+        torch.manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def autocast(self):
+        return autocast(self.device, self.dtype)
+
+    def parallel(self, module):
+        """The module, on the device, wrapped in DDP when there are several ranks."""
+        module = module.to(self.device)
+        if self.world_size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+
+    def all_sum(self, tensor):
+        """Sum of a tensor over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, batch):
+        """This rank's part of a step's examples, and 1.0; a rank that would get none takes the first one, with weight 0.0."""
+        mine = batch[self.rank::self.world_size]
+        return (mine, 1.0) if mine else (batch[:1], 0.0)
+
+    def micro_batches(self, pieces, *modules):
+        """Yield the pieces of one optimiser step; DDP exchanges gradients on the last one only."""
+        for i, piece in enumerate(pieces):
+            for module in modules:
+                module.require_backward_grad_sync = i == len(pieces) - 1
+            yield piece
+
+    def backward(self, loss, optimizer):
+        """Accumulate gradients of a loss that is divided by the GLOBAL count: DDP averages over ranks, so multiply back."""
+        scaler = self.scalers.setdefault(optimizer, torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16))
+        scaler.scale(loss * self.world_size).backward()
+
+    def optimizer_step(self, optimizer, lr, max_grad_norm):
+        """Clip the gradients' global norm, step at lr, clear gradients. Returns the norm before clipping (a tensor)."""
+        scaler = self.scalers[optimizer]
+        scaler.unscale_(optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # -- the loop
+
+    def _on_signal(self, number, frame):
+        if self.stop_signal:
+            sys.exit(128 + number)
+        self.stop_signal = number
+        self.say("\nstopping after this step, then saving; once more stops at once")
+
+    def steps(self, start, total):
+        """Yield step numbers from start to total - 1 under a progress bar; ends the process after a stop signal."""
+        if start >= total:
+            self.say(f"{self.out}: this run is complete ({total} steps)")
+        self.bar = tqdm(total=total, initial=start, disable=not (self.main and sys.stderr.isatty()), dynamic_ncols=True)
+        for step in range(start, total):
+            yield step
+            self.bar.update()
+            if self.stopping:
+                self.bar.close()
+                self.say(f"stopped after step {step + 1} of {total}; the same command with --resume goes on")
+                raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
+        self.bar.close()
+
+    def time_to_save(self, step):
+        """True after the last step, every --save-every steps, and when asked to stop (agreed by all ranks)."""
+        self.stopping = self.stop_signal is not None
+        if self.world_size > 1:
+            self.stopping = bool(self.all_sum(torch.tensor(float(self.stopping), device=self.device)))
+        every = self.config.save_every
+        return self.stopping or step + 1 == self.config.steps or (every > 0 and (step + 1) % every == 0)
+
+    def time_to_log(self, step):
+        return step % self.config.log_every == 0 or step + 1 == self.config.steps
+
+    def log(self, step, metrics, show):
+        """Append metrics (floats or one-element tensors, the same on all ranks) to metrics.jsonl; `show` goes on the bar."""
+        row = {"step": step + 1, **{k: float(v) for k, v in metrics.items()}}
+        for k, v in row.items():
+            if not math.isfinite(v) and k.endswith("loss"):
+                raise UserError(f"step {step + 1}: {k} is {v}; the last checkpoint is untouched. Lower the learning rate, or look at the data")
+        if not self.main:
+            return
+        self.metrics_file.write(json.dumps(row) + "\n")
+        self.metrics_file.flush()
+        for board in self.board:
+            board(step + 1, row)
+        text = "  ".join(f"{k} {row[k]:.4g}" for k in show if k in row)
+        self.bar.set_postfix_str(text, refresh=False)
+        due = time.time() - self.last_line > 10 or any(k.startswith("val_") for k in row) or step + 1 == self.config.steps
+        if self.bar.disable and due:
+            self.last_line = time.time()
+            self.say(f"step {step + 1}/{self.config.steps}  {text}  {time.time() - self.began:.0f} s")
+
+    # -- resuming
+
+    def save(self, step, modules, optimizers, extra=None):
+        """Write all that continuing needs to one file, atomically.
+
+        modules, optimizers: {name: object}; extra: JSON values. Rank 0 writes; every rank holds the same state.
+        """
+        if not self.main:
+            return
+        tensors = {}
+        for name, module in modules.items():
+            tensors |= {f"{name}/{k}": v for k, v in module.state_dict().items()}
+        for name, optimizer in optimizers.items():
+            for i, values in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}/{i}/{k}": torch.as_tensor(v) for k, v in values.items()}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        scalers = {name: self.scalers[o].state_dict() for name, o in optimizers.items() if o in self.scalers}
+        state = {"step": step + 1, "config": dataclasses.asdict(self.config), "scalers": scalers, "extra": extra or {}}
+        write_atomically(self.resume_file, safetensors_bytes(tensors, {"state": json.dumps(state)}))
+
+    def load(self, modules, optimizers):
+        """Restore what `save` wrote if --resume finds it. Returns (first step to do, extra)."""
+        if not (self.config.resume and self.resume_file.exists()):
+            self._trim_metrics(0)
+            return 0, {}
+        try:
+            with safe_open(self.resume_file, "pt") as f:
+                state = json.loads(f.metadata()["state"])
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
+        except Exception as error:
+            raise UserError(f"{self.resume_file} is damaged ({error}); --overwrite begins anew") from None
+        now = dataclasses.asdict(self.config)
+        changed = [f"{k} was {state['config'].get(k)}, now {v}" for k, v in now.items()
+                   if k not in PLUMBING and state["config"].get(k) != v]
+        require(not changed, f"--resume: the run in {self.out} had other settings ({'; '.join(changed)}); name another --out for them")
+        for name, module in modules.items():
+            module.load_state_dict({k.removeprefix(name + "/"): v for k, v in tensors.items() if k.startswith(name + "/")})
+        for name, optimizer in optimizers.items():
+            saved = {}
+            for key in tensors:
+                if key.startswith(name + "/"):
+                    _, i, field = key.rsplit("/", 2)
+                    saved.setdefault(int(i), {})[field] = tensors[key]
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+            self.scalers[optimizer] = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+            if self.dtype == torch.float16:
+                self.scalers[optimizer].load_state_dict(state["scalers"][name])
+        self._trim_metrics(state["step"])
+        self.say(f"resumed {self.out} after step {state['step']}")
+        return state["step"], state["extra"]
+
+    def _trim_metrics(self, step):
+        """Drop rows that a killed run logged after its last checkpoint."""
+        path = self.out / "metrics.jsonl"
+        if self.main and path.exists():
+            rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            write_atomically(path, "".join(r + "\n" for r in rows).encode())
+            self.metrics_file.close()
+            self.metrics_file = open(path, "a", encoding="utf-8")

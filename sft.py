@@ -1,0 +1,117 @@
+"""Supervised fine-tuning: make demonstrations likely.
+
+    L = -(1/N) sum over response tokens t of log pi(y_t | x, y_<t)          (InstructGPT, section 3.5, step 1)
+
+N counts the response tokens of the whole optimiser step (all micro-batches, all ranks), end tokens included:
+every token weighs the same, however the step is cut up. In a conversation every assistant turn is a response.
+Left out: packing several rows into one sequence (batches are bucketed by length instead, which wastes little).
+
+    python sft.py --out runs/sft                                 the toy task: about 1 minute on 2 cores
+    python sft.py --data rows.jsonl --model scratch --out runs/mine --layers 6 --heads 6 --width 384
+
+Legend: B rows, T tokens.
+"""
+from dataclasses import dataclass
+
+import torch
+
+import toy
+from data import by_length, collate, describe, drop_long, encode_dialogue, endless_batches, read_rows, split_by_prompt
+from model import GPT, open_model, save_model, show_samples
+from runtime import Count, Fraction, NonNegative, Positive, Probability, Run, RunConfig, adamw, cosine_lr, run_script
+
+
+@dataclass
+class Config(RunConfig):
+    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file of demonstrations
+    model: str = "scratch"  # checkpoint folder to start from, or scratch
+    out: str = "runs/sft"  # folder for the checkpoint and metrics.jsonl
+    steps: Count = 600  # optimiser steps
+    batch_tokens: Count = 2048  # tokens per optimiser step over all ranks, padding included
+    micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
+    lr: Positive = 5e-3  # peak learning rate; falls to a tenth on a cosine
+    warmup: Count = 50  # steps of linear warm-up
+    weight_decay: NonNegative = 0.1  # of matrices; norms, biases and embeddings don't decay
+    max_grad_norm: Positive = 1.0  # gradients are scaled down to this norm
+    dropout: Probability = 0.0  # share of activations dropped while training
+    val_fraction: Fraction = 0.05  # share of a file's prompts held out for the validation loss (toy holds out its own)
+    eval_every: Count = 100  # steps between validation losses and printed samples
+    max_new_tokens: Count = 40  # longest sample printed, tokens
+
+
+@torch.no_grad()
+def validation_loss(run, model, examples, lengths, config, pad):
+    """Mean of -log pi over the response tokens of held-out examples, in nats per token."""
+    model.eval()
+    total = torch.zeros(2, device=run.device)
+    for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, config.micro_batch_tokens):
+        ids, mask, _ = collate([examples[i] for i in piece], pad, run.device)
+        with run.autocast():
+            logprobs, _ = model(ids, mask)
+        total += torch.stack([-logprobs.sum(), mask.sum().to(run.device)])
+    model.train()
+    total = run.all_sum(total)
+    return total[0] / total[1]
+
+
+def main(config):
+    run = Run(config)
+    model, tokenizer = open_model(config, GPT, config.dropout)
+
+    # 1. rows to token ids and masks
+    if config.data == "toy":
+        world = toy.World(config.seed)
+        rows, heldout = world.demonstrations("train"), world.demonstrations("heldout", per_prompt=2)
+    else:
+        rows, heldout = split_by_prompt(read_rows(config.data, "demonstrations", run.say), config.val_fraction)
+
+    def encode(rows):
+        examples = [encode_dialogue(tokenizer, row.prompt + [{"role": "assistant", "content": row.replies[0]}]) for row in rows]
+        return drop_long(examples, [len(ids) for ids, _ in examples], model.config.block_size, run.say) if rows else []
+
+    train, val = encode(rows), encode(heldout)
+    lengths, val_lengths = ([len(ids) for ids, _ in examples] for examples in (train, val))
+    run.say(f"{len(train)} training and {len(val)} held-out examples, for instance\n{describe(tokenizer, *train[0])}\n([[ ]] is what is trained)")
+
+    # 2. model and optimiser
+    policy = run.parallel(model)
+    optimizer = adamw(model, config.lr, config.weight_decay)
+    run.begin()
+    first, _ = run.load({"policy": model}, {"optimizer": optimizer})
+    batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
+    model.train()
+
+    # 3. train
+    for step in run.steps(first, config.steps):
+        generator = run.seed_step(step)
+        batch = next(batches)
+        tokens = sum(sum(train[i][1]) for i in batch)  # response tokens of the whole step
+        mine, weight = run.share(batch)
+        loss = torch.zeros((), device=run.device)
+        for piece in run.micro_batches(by_length(mine, lengths, config.micro_batch_tokens), policy):
+            ids, mask, _ = collate([train[i] for i in piece], tokenizer.pad, run.device)  # (B, T)
+            with run.autocast():
+                logprobs, _ = policy(ids, mask)  # (B, T), zero outside the mask
+            piece_loss = -logprobs.sum() * weight / tokens
+            run.backward(piece_loss, optimizer)
+            loss += piece_loss.detach()
+        lr = cosine_lr(step, config.steps, config.warmup, config.lr)
+        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
+
+        # 4. log, evaluate, save
+        evaluate_now = val and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps)
+        if run.time_to_log(step) or evaluate_now:
+            metrics = {"loss": run.all_sum(loss), "lr": lr, "grad_norm": grad_norm}
+            if evaluate_now:
+                metrics["val_loss"] = validation_loss(run, model, val, val_lengths, config, tokenizer.pad)
+            run.log(step, metrics, show=("loss", "val_loss", "grad_norm"))
+        if evaluate_now:
+            show_samples(run, model, tokenizer, heldout, config.max_new_tokens, generator)
+        if run.time_to_save(step):
+            run.save(step, {"policy": model}, {"optimizer": optimizer})
+            if run.main:
+                save_model(run.out, model, tokenizer)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)
