@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class Tokenizer:
         """Read what `save` wrote."""
         try:
             saved = json.loads(Path(path).read_text())
-            return cls(saved["name"], saved["pattern"], {base64.b64decode(t): i for i, t in enumerate(saved["ranks"])})
+            return cls(saved["name"], saved["pattern"], {base64.b64decode(t, validate=True): i for i, t in enumerate(saved["ranks"])})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
@@ -185,10 +186,8 @@ def recognise(row):
     pair = {"chosen", "rejected"} <= keys
     if {"prompt", "completions", "ranks"} <= keys:
         return "ranking"
-    if "instruction" in keys:
-        return "instruction + pair" if pair else "instruction" if keys & {"output", "response"} else "prompt"
-    if "prompt" in keys:
-        return "pair" if pair else "prompt"
+    if keys & {"instruction", "prompt"}:
+        return "pair" if pair else "instruction" if keys & {"output", "response"} else "prompt"
     return "transcripts" if pair else None
 
 
@@ -201,7 +200,7 @@ def parse(row, form, want):
         prompt, chosen, rejected = parse_pair(row)
         replies, ranks = [chosen, rejected], [0, 1]
     else:
-        text = row.get("instruction") if "instruction" in row else row["prompt"]
+        text = row["prompt"] if row.get("instruction") is None else row["instruction"]
         extra = row.get("input") or row.get("context") or ""
         if not (isinstance(text, str) and isinstance(extra, str)):
             raise TypeError("the prompt is not a string")
@@ -209,11 +208,13 @@ def parse(row, form, want):
         answer = next((row[k] for k in ("output", "response") if row.get(k) is not None), None)
         if form == "ranking":
             replies, ranks = row["completions"], row["ranks"]
+            if not (isinstance(replies, list) and isinstance(ranks, list)):
+                raise TypeError("completions and ranks are not lists")
             if len(replies) != len(ranks) or len(replies) < 2:
                 raise BadRow("completions and ranks don't match, or fewer than two")
         elif want == "demonstrations" and answer is not None:
             replies, ranks = [answer], [0]
-        elif form.endswith("pair"):
+        elif form == "pair":
             replies, ranks = [row["chosen"], row["rejected"]], [0, 1]
         else:
             replies, ranks = [answer], [0]
@@ -239,7 +240,7 @@ def parse(row, form, want):
     if not isinstance(margin, (int, float)):
         raise TypeError("margin is not a number")
     truth = row.get("gold") or []
-    if want != "preferences" or len(truth) != len(replies):
+    if not (want == "preferences" and isinstance(truth, list) and len(truth) == len(replies)):
         truth = []
     return Row(prompt, replies, list(ranks), float(margin), truth)
 
@@ -252,7 +253,7 @@ def read_objects(path):
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             text = f.read().decode("utf-8-sig")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read: {error}") from None
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
@@ -281,13 +282,13 @@ def read_objects(path):
 def read_rows(path, want, say=print):
     """Rows of kind want ('demonstrations', 'preferences', 'prompts') from a file; says what it found and dropped."""
     rows, formats, dropped = [], Counter(), Counter()
+    needed = {"demonstrations": "a prompt and a reply (output, response, chosen)", "preferences": "a prompt, chosen and rejected", "prompts": "a prompt"}
     for where, row in read_objects(path):
         form = recognise(row)
         keys = ", ".join(list(row)[:8])
-        needed = {"demonstrations": "a reply (output, response, chosen)", "preferences": "chosen and rejected", "prompts": "a prompt"}
         require(form and not (want == "preferences" and form in ("instruction", "prompt"))
                 and not (want == "demonstrations" and form == "prompt"),
-                f"{where} doesn't hold a prompt and {needed[want]}; its fields are {keys or 'none'}")
+                f"{where} doesn't hold {needed[want]}; its fields are {keys or 'none'}")
         formats[form] += 1
         try:
             rows.append(parse(row, form, want))

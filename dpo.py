@@ -37,9 +37,9 @@ class Config(RunConfig):
     batch_tokens: Count = 4096  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # see the formulas above
-    beta: Positive = 0.1  # strength of the tie to the reference, per nat
+    beta: Positive = 0.5  # strength of the tie to the reference, per nat; 0.1 is usual for large models
     label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.0  # probability that a label is the wrong way round (loss dpo)
-    lr: Positive = 5e-4  # peak learning rate; falls to a tenth on a cosine
+    lr: Positive = 1e-3  # peak learning rate; falls to a tenth on a cosine
     warmup: Count = 20  # steps of linear warm-up
     weight_decay: NonNegative = 0.0  # of matrices; norms, biases and embeddings don't decay
     max_grad_norm: Positive = 1.0  # gradients are scaled down to this norm
@@ -94,8 +94,8 @@ def main(config):
     optimizer = adamw(model, config.lr, config.weight_decay)
     run.begin()
     first, _ = run.load({"policy": model}, {"optimizer": optimizer})
-    batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
-    plan = [next(batches) for _ in range(first, config.steps)]
+    batches = endless_batches(lengths, config.batch_tokens, config.seed)
+    plan = [next(batches) for _ in range(config.steps)]
     visited = sorted({i for batch in plan for i in batch})
     run.say(f"computing the reference's log-probabilities of {len(visited)} prompts' replies")
     flat = reply_logprobs(run, reference, [example for i in visited for example in train[i][1]], config.micro_batch_tokens, tokenizer.pad)
@@ -109,7 +109,7 @@ def main(config):
     # 3. train
     for step in run.steps(first, config.steps):
         generator = run.seed_step(step)
-        batch = plan[step - first]
+        batch = plan[step]
         mine, share = run.share(batch)
         totals = {}
         for piece in run.micro_batches(by_length(mine, lengths, config.micro_batch_tokens), policy):

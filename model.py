@@ -43,6 +43,7 @@ class GPTConfig:
             require(kind in choices, f"model config: {field} '{kind}' is not supported, only {', '.join(choices)}")
         sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd)
         require(all(isinstance(n, int) and 0 < n <= 1 << 20 for n in sizes), f"model config: a size is out of range in {self}")
+        require(self.n_layer <= 4096, f"model config: {self.n_layer} layers are too many")
         require(self.n_embd % self.n_head == 0, f"model config: width {self.n_embd} is not divisible by {self.n_head} heads")
         require(self.n_head % self.n_kv_head == 0, f"model config: {self.n_head} heads are not divisible by {self.n_kv_head} key/value heads")
 
@@ -245,7 +246,9 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids):
         """ids (B, T) -> one number per position (B, T), fp32."""
-        return F.linear(self.transformer(ids).float(), self.score.weight.float()).squeeze(-1)
+        states = self.transformer(ids).float()
+        with torch.autocast(ids.device.type, enabled=False):
+            return F.linear(states, self.score.weight.float()).squeeze(-1)
 
     @torch.no_grad()
     def shift(self, amount):
@@ -405,13 +408,15 @@ def load_model(folder, kind, dropout=0.0):
         tensors = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}/model.safetensors is damaged ({error})") from None
-    model = kind(config)
-    expected = model.state_dict()
-    for name, p in expected.items():
+    with torch.device("meta"):  # takes no memory: the sizes are believed only once the weights agree
+        model = kind(config)
+    weights = {}
+    for name, p in model.state_dict().items():
         require(name in tensors, f"{folder}/model.safetensors lacks {name}")
         found = tensors[name].T if name.endswith(TRANSPOSED) else tensors[name]
         require(found.shape == p.shape, f"{folder}/model.safetensors: {name} has shape {tuple(found.shape)}, config.json says {tuple(p.shape)}")
-        p.copy_(found)
+        weights[name] = found.contiguous()
+    model.to_empty(device="cpu").load_state_dict(weights)
     tokenizer = Tokenizer.load(folder / "bpe.json")
     require(tokenizer.n_vocab == config.vocab_size, f"{folder}: the tokenizer has {tokenizer.n_vocab} tokens, the model {config.vocab_size}")
     return model, tokenizer

@@ -52,14 +52,14 @@ class Config(RunConfig):
     model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
     reward: str = "runs/reward"  # checkpoint folder of the reward model
     out: str = "runs/ppo"  # folder for the checkpoint and metrics.jsonl
-    steps: Count = 60  # rollouts, each followed by an update
+    steps: Count = 70  # rollouts, each followed by an update
     rollout_batch: Count = 256  # prompts per rollout over all ranks
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: Positive = 1.0  # of sampling; all log-probabilities are taken at it
     epochs: Count = 2  # passes over each rollout
     minibatches: Count = 4  # optimiser steps per pass
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
-    lr: Positive = 5e-4  # peak learning rate of the policy; falls to a tenth on a cosine
+    lr: Positive = 1e-3  # peak learning rate of the policy; falls to a tenth on a cosine
     critic_lr: Positive = 1e-3  # peak learning rate of the critic, same schedule
     warmup: Count = 5  # rollouts of linear warm-up
     max_grad_norm: Positive = 1.0  # gradients of policy and of critic are scaled down to this norm
@@ -70,7 +70,7 @@ class Config(RunConfig):
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, per nat
     whiten: bool = True  # advantages to mean 0 and variance 1 over the whole rollout
     kl: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term in the reward
-    kl_coef: NonNegative = 0.05  # beta, score per nat
+    kl_coef: NonNegative = 0.1  # beta, score per nat
     kl_target: NonNegative = 0.0  # adapt beta so that the KL per reply (nats) stays near this; 0 keeps beta
     kl_horizon: Positive = 10000.0  # replies over which beta may grow by a fifth of e (Ziegler et al. 2019)
     missing_eos_score: float = -5.0  # score that replaces the reward model's for a reply cut off before its end token
@@ -149,7 +149,7 @@ def value_loss(values, old_values, returns, mask, clip, tokens):
     """
     held = old_values + (values - old_values).clamp(-clip, clip)
     plain, clipped = (values - returns).square(), (held - returns).square()
-    stats = {"value_clip_fraction": ((clipped > plain) * mask).sum() / tokens}
+    stats = {"value_clip_fraction": (((values - old_values).abs() > clip) & mask).sum() / tokens}
     return 0.5 * (torch.maximum(plain, clipped) * mask).sum() / tokens, stats
 
 

@@ -56,7 +56,7 @@ BOUNDS = {">=": lambda x, y: x >= y, "<=": lambda x, y: x <= y, ">": lambda x, y
 class RunConfig:
     """Flags of every training script that have nothing to do with its algorithm."""
     tokenizer: Literal["", "gpt2", "toy"] = ""  # of a model from scratch; gpt2 unless the data is the toy task
-    layers: Count = 3  # of a model from scratch
+    layers: Count = 2  # of a model from scratch
     heads: Count = 4  # attention heads of a model from scratch
     width: Count = 128  # of a model from scratch: size of its hidden states
     block_size: Count = 256  # context of a model from scratch, tokens

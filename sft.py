@@ -18,7 +18,7 @@ import torch
 import toy
 from data import by_length, collate, describe, drop_long, encode_dialogue, endless_batches, read_rows, split_by_prompt
 from model import GPT, open_model, save_model, show_samples
-from runtime import Count, Fraction, NonNegative, Positive, Probability, Run, RunConfig, adamw, cosine_lr, run_script
+from runtime import Count, Fraction, NonNegative, Positive, Probability, Run, RunConfig, adamw, cosine_lr, require, run_script
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Config(RunConfig):
     data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file of demonstrations
     model: str = "scratch"  # checkpoint folder to start from, or scratch
     out: str = "runs/sft"  # folder for the checkpoint and metrics.jsonl
-    steps: Count = 600  # optimiser steps
+    steps: Count = 900  # optimiser steps
     batch_tokens: Count = 2048  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     lr: Positive = 5e-3  # peak learning rate; falls to a tenth on a cosine
@@ -56,7 +56,6 @@ def validation_loss(run, model, examples, lengths, config, pad):
 
 def main(config):
     run = Run(config)
-    model, tokenizer = open_model(config, GPT, config.dropout)
 
     # 1. rows to token ids and masks
     if config.data == "toy":
@@ -64,6 +63,8 @@ def main(config):
         rows, heldout = world.demonstrations("train"), world.demonstrations("heldout", per_prompt=2)
     else:
         rows, heldout = split_by_prompt(read_rows(config.data, "demonstrations", run.say), config.val_fraction)
+        require(rows, f"--val-fraction {config.val_fraction} leaves nothing to train on")
+    model, tokenizer = open_model(config, GPT, config.dropout)
 
     def encode(rows):
         examples = [encode_dialogue(tokenizer, row.prompt + [{"role": "assistant", "content": row.replies[0]}]) for row in rows]
