@@ -52,7 +52,7 @@ class Config(RunConfig):
     model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
     reward: str = "runs/reward"  # checkpoint folder of the reward model
     out: str = "runs/ppo"  # folder for the checkpoint and metrics.jsonl
-    steps: Count = 70  # rollouts, each followed by an update
+    steps: Count = 80  # rollouts, each followed by an update
     rollout_batch: Count = 256  # prompts per rollout over all ranks
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: Positive = 1.0  # of sampling; all log-probabilities are taken at it

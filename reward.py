@@ -34,11 +34,11 @@ class Config(RunConfig):
     demonstrations: str = ""  # toy, or a file, whose mean score becomes 0; without it: the best reply of every training row
     model: str = "runs/sft"  # checkpoint folder of a language model whose trunk to start from, or scratch
     out: str = "runs/reward"  # folder for the checkpoint, metrics.jsonl and evaluation.json
-    steps: Count = 900  # optimiser steps; more than one pass over the data overfits
+    steps: Count = 1200  # optimiser steps; more than one pass over the data overfits
     batch_tokens: Count = 4096  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
-    lr: Positive = 1.5e-3  # peak learning rate; falls to a tenth on a cosine
-    warmup: Count = 50  # steps of linear warm-up
+    lr: Positive = 2e-3  # peak learning rate; falls to a tenth on a cosine
+    warmup: Count = 100  # steps of linear warm-up
     weight_decay: NonNegative = 0.01  # of matrices; norms, biases and embeddings don't decay
     max_grad_norm: Positive = 1.0  # gradients are scaled down to this norm
     val_fraction: Fraction = 0.1  # share of a file's prompts held out

@@ -260,7 +260,7 @@ def tokenizer():
 class Config:
     model: str = "runs/sft"  # checkpoint folder of the policy that is asked for replies
     out: str = "runs/preferences"  # folder for train.jsonl and heldout.jsonl
-    groups: Count = 40000  # ranked groups of 4 to write for training
+    groups: Count = 50000  # ranked groups of 4 to write for training
     heldout_groups: Count = 2000  # ranked groups of 4 over the held-out prompts
     samples: Count = 16  # replies sampled per prompt, at temperature 1
     noise: Annotated[float, ">= 0", "<= 0.5"] = 0.1  # share of pairs that are labelled the wrong way round
