@@ -50,7 +50,7 @@ def main(config):
     while True:
         try:
             line = input("> " if typing else "").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             break
         if line == "/quit":
             break

@@ -92,8 +92,7 @@ def main(config):
     # 2. model, optimiser, reference log-probabilities of the prompts that the steps will visit
     policy = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
-    run.begin()
-    first, _ = run.load({"policy": model}, {"optimizer": optimizer})
+    first, _ = run.begin({"policy": model}, {"optimizer": optimizer})
     batches = endless_batches(lengths, config.batch_tokens, config.seed)
     plan = [next(batches) for _ in range(config.steps)]
     visited = sorted({i for batch in plan for i in batch})

@@ -189,7 +189,7 @@ def token_logprobs(states, weight, targets, temperature=1.0, with_entropy=False)
     rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
     if len(targets) <= rows:
         return chunk_logprobs(states, weight, targets)
-    chunks = [checkpoint(chunk_logprobs, s, weight, t, use_reentrant=False)
+    chunks = [checkpoint(chunk_logprobs, s, weight, t, use_reentrant=False, preserve_rng_state=False)
               for s, t in zip(states.split(rows), targets.split(rows))]
     logprobs, entropies = zip(*chunks)
     return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
@@ -425,8 +425,11 @@ def load_model(folder, kind, dropout=0.0):
 def open_model(config, kind, dropout=0.0):
     """The model that a script's --model names: a checkpoint folder, or `scratch` for a new one. Returns (model, tokenizer)."""
     if config.model != "scratch":
+        for flag in ("tokenizer", "layers", "heads", "width", "block_size"):
+            require(getattr(config, flag) == getattr(type(config), flag), f"--{flag.replace('_', '-')} is for --model scratch; {config.model} has its own")
         return load_model(config.model, kind, dropout)
-    tokenizer = Tokenizer.named(config.tokenizer or ("toy" if config.data == "toy" else "gpt2"))
+    name = config.tokenizer if config.tokenizer != "auto" else "toy" if config.data == "toy" else "gpt2"
+    tokenizer = Tokenizer.named(name)
     torch.manual_seed(config.seed)
     return kind(GPTConfig(tokenizer.n_vocab, config.block_size, config.layers, config.heads, config.heads, config.width,
                           dropout=dropout)), tokenizer

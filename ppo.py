@@ -73,7 +73,7 @@ class Config(RunConfig):
     kl_coef: NonNegative = 0.1  # beta, score per nat
     kl_target: NonNegative = 0.0  # adapt beta so that the KL per reply (nats) stays near this; 0 keeps beta
     kl_horizon: Positive = 10000.0  # replies over which beta may grow by a fifth of e (Ziegler et al. 2019)
-    missing_eos_score: float = -5.0  # score that replaces the reward model's for a reply cut off before its end token
+    missing_eos_penalty: NonNegative = 1.0  # a reply cut off before its end token gets the rollout's lowest score less this
     sample_every: Count = 20  # rollouts between printed samples
 
 
@@ -186,9 +186,8 @@ def main(config):
     prompts = drop_long(prompts, [len(ids) for _, ids in prompts], context - config.max_new_tokens, run.say)
     run.say(f"{len(prompts)} prompts, for instance\n{describe(tokenizer, prompts[0][1], [False] * len(prompts[0][1]))}")
 
-    run.begin()
     modules, optimizers = {"policy": policy_model, "critic": critic_model}, {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
-    first, extra = run.load(modules, optimizers)
+    first, extra = run.begin(modules, optimizers)
     kl_coef = extra.get("kl_coef", config.kl_coef)
     order = endless_order(len(prompts), config.seed, first * config.rollout_batch)
     policy.eval(), critic.eval()  # no dropout: the ratio to the old policy must be 1 where nothing has changed
@@ -217,14 +216,15 @@ def main(config):
                 ref_logprobs[piece, :T], _ = reference(part, part_mask, config.temperature)
                 old_values[piece, :T] = values_before(critic_model(part), part_mask)
                 scores[piece] = last_scores(reward(part), lengths[piece])
-        judged = torch.where(ended, scores, config.missing_eos_score)
+        # a reward model has not seen replies without an end: whatever it says of one, ending must never be worse
+        judged = torch.where(ended, scores, run.all_min(scores.min()) - config.missing_eos_penalty)
 
         # 3. rewards
         rewards = shaped_rewards(judged, kl_estimate(old_logprobs, ref_logprobs, config.kl), mask, kl_coef)
 
         # 4. advantages
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        explained = 1 - (returns - old_values)[mask].var() / returns[mask].var()
+        explained = 1 - (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
         if config.whiten:
             advantages = whiten(advantages, mask, run.all_sum)
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()

@@ -119,8 +119,7 @@ def main(config):
     # 2. model and optimiser
     reward = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
-    run.begin()
-    first, _ = run.load({"reward": model}, {"optimizer": optimizer})
+    first, _ = run.begin({"reward": model}, {"optimizer": optimizer})
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 

@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
@@ -55,7 +54,7 @@ BOUNDS = {">=": lambda x, y: x >= y, "<=": lambda x, y: x <= y, ">": lambda x, y
 @dataclass
 class RunConfig:
     """Flags of every training script that have nothing to do with its algorithm."""
-    tokenizer: Literal["", "gpt2", "toy"] = ""  # of a model from scratch; gpt2 unless the data is the toy task
+    tokenizer: Literal["auto", "gpt2", "toy"] = "auto"  # of a model from scratch; auto: gpt2 unless the data is the toy task
     layers: Count = 2  # of a model from scratch
     heads: Count = 4  # attention heads of a model from scratch
     width: Count = 128  # of a model from scratch: size of its hidden states
@@ -73,6 +72,7 @@ class RunConfig:
     debug: bool = False  # show the traceback of an error
 
 
+RUN_FILES = ("config.json", "model.safetensors", "bpe.json", "resume.safetensors", "metrics.jsonl", "evaluation.json")  # what a run writes
 PLUMBING = {f.name for f in dataclasses.fields(RunConfig)} - {"seed", "dtype"} | {"out"}  # may change on --resume
 
 
@@ -145,7 +145,8 @@ def run_script(main, config_class, description, argv=None):
 
 
 def fail(message, code):
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 
@@ -242,9 +243,7 @@ class Run:
         holds_run = (out / "metrics.jsonl").exists() or (out / "config.json").exists()
         require(not holds_run or config.resume or config.overwrite,
                 f"--out {out} already holds a run; add --resume to go on with it, --overwrite to replace it, or name another folder")
-        if holds_run and config.overwrite and self.main:
-            require((out / "metrics.jsonl").exists(), f"--overwrite: {out} was not written by a training script; delete it yourself")
-            shutil.rmtree(out)
+        require(not config.overwrite or Path(config.model).resolve() != out.resolve(), f"--overwrite would delete the --model {config.model}")
 
     def say(self, text):
         """Print on rank 0, without breaking the progress bar."""
@@ -252,8 +251,12 @@ class Run:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def begin(self):
-        """Create the output folder and record what is run; called once every input has been checked."""
+    def begin(self, modules, optimizers):
+        """Restore the run if --resume finds one, then create the output folder; called once every input has been checked.
+
+        modules, optimizers: {name: object}, as for `save`. Returns (first step to do, the extra values saved).
+        """
+        first, extra = self._restore(modules, optimizers) if self.config.resume and self.resume_file.exists() else (0, {})
         values = dataclasses.asdict(self.config)
         defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
         self.say("settings: " + ", ".join(f"{k}={v}{'*' if v != defaults[k] else ''}" for k, v in values.items()
@@ -261,16 +264,26 @@ class Run:
         if self.main:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
+                if self.config.overwrite:
+                    for name in RUN_FILES:
+                        (self.out / name).unlink(missing_ok=True)
                 write_json(self.out / "run.json", {
                     "script": Path(sys.argv[0]).name, "config": values, "torch": torch.__version__, "world_size": self.world_size,
                     "python": platform.python_version(), "machine": platform.machine(), "device": str(self.device)})
+                self.metrics_file = self._open_metrics(first)
             except OSError as error:
                 raise UserError(f"--out {self.out} can't be written: {error.strerror}") from None
-            self.metrics_file = open(self.out / "metrics.jsonl", "a", encoding="utf-8")
             self.board = self._open_board()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._on_signal)
         self.began = time.time()
+        return first, extra
+
+    def _open_metrics(self, step):
+        """metrics.jsonl, opened to append, without the rows that a killed run logged after its last checkpoint."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        return open(path, "a", encoding="utf-8")
 
     def _open_board(self):
         boards = []
@@ -312,6 +325,12 @@ class Run:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_min(self, tensor):
+        """Minimum of a tensor over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor
+
     def share(self, batch):
         """This rank's part of a step's examples, and 1.0; a rank that would get none takes the first one, with weight 0.0."""
         mine = batch[self.rank::self.world_size]
@@ -324,10 +343,15 @@ class Run:
                 module.require_backward_grad_sync = i == len(pieces) - 1
             yield piece
 
+    def _scaler(self, optimizer):
+        """The optimiser's gradient scaler; it does nothing unless products are in float16."""
+        if optimizer not in self.scalers:
+            self.scalers[optimizer] = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        return self.scalers[optimizer]
+
     def backward(self, loss, optimizer):
         """Accumulate gradients of a loss that is divided by the GLOBAL count: DDP averages over ranks, so multiply back."""
-        scaler = self.scalers.setdefault(optimizer, torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16))
-        scaler.scale(loss * self.world_size).backward()
+        self._scaler(optimizer).scale(loss * self.world_size).backward()
 
     def optimizer_step(self, optimizer, lr, max_grad_norm):
         """Clip the gradients' global norm, step at lr, clear gradients. Returns the norm before clipping (a tensor)."""
@@ -353,6 +377,8 @@ class Run:
         """Yield step numbers from start to total - 1 under a progress bar; ends the process after a stop signal."""
         if start >= total:
             self.say(f"{self.out}: this run is complete ({total} steps)")
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._on_signal)
         self.bar = tqdm(total=total, initial=start, disable=not (self.main and sys.stderr.isatty()), dynamic_ncols=True)
         for step in range(start, total):
             yield step
@@ -409,23 +435,21 @@ class Run:
             for i, values in optimizer.state_dict()["state"].items():
                 tensors |= {f"{name}/{i}/{k}": torch.as_tensor(v) for k, v in values.items()}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        bad = [k for k, v in tensors.items() if not v.isfinite().all()]
+        require(not bad, f"step {step + 1}: {', '.join(bad[:3])} not finite; nothing was saved. Lower the learning rate, or look at the data")
         scalers = {name: self.scalers[o].state_dict() for name, o in optimizers.items() if o in self.scalers}
         state = {"step": step + 1, "config": dataclasses.asdict(self.config), "scalers": scalers, "extra": extra or {}}
         write_atomically(self.resume_file, safetensors_bytes(tensors, {"state": json.dumps(state)}))
 
-    def load(self, modules, optimizers):
-        """Restore what `save` wrote if --resume finds it. Returns (first step to do, extra)."""
-        if not (self.config.resume and self.resume_file.exists()):
-            self._trim_metrics(0)
-            return 0, {}
+    def _restore(self, modules, optimizers):
+        """Load what `save` wrote. Returns (first step to do, extra)."""
         try:
             with safe_open(self.resume_file, "pt") as f:
                 state = json.loads(f.metadata()["state"])
                 tensors = {k: f.get_tensor(k) for k in f.keys()}
         except Exception as error:
             raise UserError(f"{self.resume_file} is damaged ({error}); --overwrite begins anew") from None
-        now = dataclasses.asdict(self.config)
-        changed = [f"{k} was {state['config'].get(k)}, now {v}" for k, v in now.items()
+        changed = [f"{k} was {state['config'].get(k)}, now {v}" for k, v in dataclasses.asdict(self.config).items()
                    if k not in PLUMBING and state["config"].get(k) != v]
         require(not changed, f"--resume: the run in {self.out} had other settings ({'; '.join(changed)}); name another --out for them")
         for name, module in modules.items():
@@ -437,18 +461,7 @@ class Run:
                     _, i, field = key.rsplit("/", 2)
                     saved.setdefault(int(i), {})[field] = tensors[key]
             optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-            self.scalers[optimizer] = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
             if self.dtype == torch.float16:
-                self.scalers[optimizer].load_state_dict(state["scalers"][name])
-        self._trim_metrics(state["step"])
+                self._scaler(optimizer).load_state_dict(state["scalers"][name])
         self.say(f"resumed {self.out} after step {state['step']}")
         return state["step"], state["extra"]
-
-    def _trim_metrics(self, step):
-        """Drop rows that a killed run logged after its last checkpoint."""
-        path = self.out / "metrics.jsonl"
-        if self.main and path.exists():
-            rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_atomically(path, "".join(r + "\n" for r in rows).encode())
-            self.metrics_file.close()
-            self.metrics_file = open(path, "a", encoding="utf-8")

@@ -77,8 +77,7 @@ def main(config):
     # 2. model and optimiser
     policy = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
-    run.begin()
-    first, _ = run.load({"policy": model}, {"optimizer": optimizer})
+    first, _ = run.begin({"policy": model}, {"optimizer": optimizer})
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 

@@ -14,7 +14,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -260,13 +260,13 @@ def tokenizer():
 class Config:
     model: str = "runs/sft"  # checkpoint folder of the policy that is asked for replies
     out: str = "runs/preferences"  # folder for train.jsonl and heldout.jsonl
-    groups: Count = 50000  # ranked groups of 4 to write for training
-    heldout_groups: Count = 2000  # ranked groups of 4 over the held-out prompts
+    groups: Count = 50000  # ranked groups of 4 for training; those that tie throughout are left out
+    heldout_groups: Count = 2000  # the same over the held-out prompts
     samples: Count = 16  # replies sampled per prompt, at temperature 1
     noise: Annotated[float, ">= 0", "<= 0.5"] = 0.1  # share of pairs that are labelled the wrong way round
     max_new_tokens: Count = 40  # longest reply, tokens
     seed: Natural = 0  # seed of the split, the candidates and the sampling
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
     debug: bool = False  # show the traceback of an error
 
