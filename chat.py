@@ -1,7 +1,7 @@
 """Talk to a checkpoint in the terminal; with --compare, to several at once.
 
-    python chat.py --model runs/demo/ppo
-    python chat.py --compare runs/demo/sft runs/demo/ppo
+    python chat.py --model runs/demo/ppo --no-history
+    python chat.py --compare runs/demo/sft runs/demo/ppo --no-history
     echo "What is the capital of France?" | python chat.py --model runs/demo/ppo
 
 A line is your turn. /new forgets the conversation, /quit or Ctrl-D ends. Each model keeps its own conversation.
@@ -15,19 +15,20 @@ import torch
 
 from data import encode_prompt
 from model import GPT, generate, load_model
-from runtime import Count, Natural, NonNegative, UserError, autocast, pick_device, pick_dtype, require, run_script
+from runtime import Count, Natural, NonNegative, Seed, UserError, autocast, pick_device, pick_dtype, require, run_script
 
 
 @dataclass
 class Config:
     model: str = "runs/demo/ppo"  # checkpoint folder
     compare: list[str] = field(default_factory=list)  # checkpoint folders that all answer, instead of --model
+    history: bool = True  # keep the conversation; the demo's models know single questions only, so --no-history suits them
     system: str = ""  # system message at the head of the conversation
     temperature: NonNegative = 0.7  # of sampling; 0 takes the likeliest token
     top_k: Natural = 0  # sample among this many likeliest tokens, 0 for all
     top_p: Annotated[float, "> 0", "<= 1"] = 1.0  # sample among the fewest tokens that have this much probability
     max_new_tokens: Count = 64  # longest reply, tokens
-    seed: Natural = 0  # seed of the sampling
+    seed: Seed = 0  # seed of the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     debug: bool = False  # show the traceback of an error
@@ -58,6 +59,8 @@ def main(config):
             talks = [list(opening) for _ in folders]
         elif line:
             for folder, (model, tokenizer), talk in zip(folders, loaded, talks):
+                if not config.history:
+                    talk[:] = opening
                 talk.append({"role": "user", "content": line})
                 try:
                     with autocast(device, dtype):

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -162,6 +163,8 @@ class BadRow(Exception):
 
 def parse_transcript(text):
     """An HH-RLHF transcript, turns after blank-line 'Human:' / 'Assistant:' -> (prompt messages, last reply)."""
+    if not isinstance(text, str):
+        raise TypeError("chosen or rejected is not a string")
     pieces = re.split(r"\n\n(Human|Assistant):", text)
     roles = ["user" if role == "Human" else "assistant" for role in pieces[1::2]]
     if pieces[0].strip() or not roles or roles[-1] != "assistant":
@@ -224,8 +227,9 @@ def parse(row, form, want):
         replies, ranks = [replies[min(range(len(ranks)), key=ranks.__getitem__)]], [0]
     if not all(isinstance(reply, str) for reply in replies):
         raise TypeError("a reply is missing or not a string")
-    if not all(isinstance(rank, (int, float)) for rank in ranks):
-        raise TypeError("a rank is not a number")
+    margin, truth = row.get("margin", 0.0), row.get("gold") or []
+    if not isinstance(truth, list) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in [*ranks, *truth, margin]):
+        raise TypeError("a rank, a gold score or the margin is not a finite number")
     replies = [reply.strip() for reply in replies]
     if not prompt or not prompt[-1]["content"]:
         raise BadRow("empty prompt")
@@ -236,11 +240,7 @@ def parse(row, form, want):
             raise BadRow("chosen equals rejected")
         if len(set(ranks)) < 2:
             raise BadRow("all replies tied")
-    margin = row.get("margin", 0.0)
-    if not isinstance(margin, (int, float)):
-        raise TypeError("margin is not a number")
-    truth = row.get("gold") or []
-    if not (want == "preferences" and isinstance(truth, list) and len(truth) == len(replies)):
+    if want != "preferences" or len(truth) != len(replies):
         truth = []
     return Row(prompt, replies, list(ranks), float(margin), truth)
 
@@ -248,8 +248,8 @@ def parse(row, form, want):
 def read_objects(path):
     """Yield (where, JSON object) of a .json array, .jsonl or .jsonl.gz file; UserError names file and line."""
     path = Path(path)
-    require(path.is_file(), f"--data {path}: no such file (and not 'toy')")
-    require(path.name.endswith((".json", ".jsonl", ".jsonl.gz")), f"--data {path}: only .json, .jsonl and .jsonl.gz are read")
+    require(path.is_file(), f"{path}: no such file")
+    require(path.name.endswith((".json", ".jsonl", ".jsonl.gz")), f"{path}: only .json, .jsonl and .jsonl.gz are read")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             text = f.read().decode("utf-8-sig")
@@ -325,11 +325,14 @@ def ranked_pairs(rows):
 
 
 def drop_long(rows, lengths, limit, say=print):
-    """Rows whose length (tokens) is at most limit; says how many were dropped. UserError when none is left."""
+    """Rows whose length (tokens) is at most limit, what the context leaves for them; says how many were dropped.
+
+    UserError when none is left.
+    """
     kept = [row for row, length in zip(rows, lengths) if length <= limit]
     if len(kept) < len(rows):
-        say(f"dropped {len(rows) - len(kept)} of {len(rows)} rows: longer than the context of {limit} tokens (the longest has {max(lengths)})")
-    require(kept, f"every row is longer than the context of {limit} tokens; use a model with a larger one (--block-size for scratch)")
+        say(f"dropped {len(rows) - len(kept)} of {len(rows)} rows: longer than the {limit} tokens that the context leaves for them (the longest has {max(lengths)})")
+    require(kept, f"every row is longer than the {limit} tokens that the context leaves for it; use a model with a larger one (--block-size for scratch)")
     return kept
 
 

@@ -76,7 +76,7 @@ def reply_logprobs(run, model, examples, budget, pad):
     for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, budget):
         ids, mask, _ = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
-            sums[piece] = model(ids, mask)[0].sum(1)
+            sums[torch.tensor(piece).to(run.device, non_blocking=True)] = model(ids, mask)[0].sum(1)
     return run.all_sum(sums).cpu()
 
 
@@ -138,9 +138,9 @@ def main(config):
         if evaluate_now:
             show_samples(run, model, tokenizer, [row for row, _ in val], config.max_new_tokens, generator)
         if run.time_to_save(step):
-            run.save(step, {"policy": model}, {"optimizer": optimizer})
             if run.main:
                 save_model(run.out, model, tokenizer)
+            run.save(step, {"policy": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
 
 
 if __name__ == "__main__":

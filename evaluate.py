@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 import toy
-from data import by_length, drop_long, encode_prompt, read_rows
+from data import by_length, drop_long, encode_prompt, read_rows, split_by_prompt
 from model import GPT, ScalarModel, generate, last_scores, load_model
-from runtime import Count, Natural, NonNegative, autocast, pick_device, pick_dtype, require, run_script, write_json
+from runtime import (Count, Fraction, Natural, NonNegative, Seed, autocast, folder_of, pick_device, pick_dtype, require,
+                     run_script, write_json)
 
 
 @dataclass
@@ -26,12 +27,13 @@ class Config:
     data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file whose prompts are used
     reward: str = ""  # checkpoint folder of a reward model to score with (toy has its gold judge)
     out: str = ""  # JSON file for the results, samples included
-    prompts: Natural = 0  # prompts to use at most, 0 for all
+    val_fraction: Fraction = 0.0  # of a file: only the prompts that training with this --val-fraction held out, 0 for all
+    prompts: Natural = 0  # prompts to use at most, evenly spread, 0 for all
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: NonNegative = 1.0  # of sampling; 0 takes the likeliest token (the KL is then taken at temperature 1)
     batch: Count = 256  # replies sampled at once
     micro_batch_tokens: Count = 16384  # tokens per scoring pass
-    seed: Natural = 0  # seed of the sampling, and of the toy task's split
+    seed: Seed = 0  # seed of the sampling, and of the toy task's split: take the one of the training
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
@@ -49,26 +51,32 @@ def answer(model, reference, reward, tokenizer, prompts, config, device):
         size, mask = got.lengths.tolist(), got.mask.cpu()
         kl, score = (torch.zeros(len(size), device=device) for _ in range(2))
         for piece in by_length(range(len(size)), size, config.micro_batch_tokens):
-            T = max(size[i] for i in piece)
-            ids, part_mask = got.ids[piece, :T], mask[piece, :T]
+            rows_here, T = torch.tensor(piece).to(device, non_blocking=True), max(size[i] for i in piece)
+            ids, part_mask = got.ids[rows_here, :T], mask[piece, :T]
             temperature = config.temperature or 1.0
-            kl[piece] = (model(ids, part_mask, temperature)[0] - reference(ids, part_mask, temperature)[0]).sum(1)
+            kl[rows_here] = (model(ids, part_mask, temperature)[0] - reference(ids, part_mask, temperature)[0]).sum(1)
             if reward is not None:
-                score[piece] = last_scores(reward(ids), got.lengths[piece])
+                score[rows_here] = last_scores(reward(ids), got.lengths[rows_here])
         rows.append(torch.stack([got.ended.float(), got.mask.sum(1).float(), kl, score], 1).cpu())
     ended, length, kl, score = torch.cat(rows).numpy().T
     return texts, ended, length, kl, score if reward is not None else None
 
 
 def compare(values, baseline):
-    """Shares of prompts on which values beat, equal and fall behind baseline (arrays of one score per prompt)."""
-    wins, losses = float(np.mean(values > baseline)), float(np.mean(values < baseline))
+    """Shares of prompts on which values beat, equal and fall behind baseline (arrays of one score per prompt).
+
+    Scores within 1e-4 tie: a reply's score depends that much on the batch it was padded with.
+    """
+    wins, losses = float(np.mean(values > baseline + 1e-4)), float(np.mean(values < baseline - 1e-4))
     ties = 1.0 - wins - losses
     return {"wins": wins, "ties": ties, "losses": losses, "win_rate": wins + ties / 2}
 
 
 def main(config):
     require(config.models, "--models: name one checkpoint folder or more")
+    if config.out:
+        require(not Path(config.out).is_dir(), f"--out {config.out} is a folder; name a .json file")
+        folder_of(config.out)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
@@ -86,10 +94,15 @@ def main(config):
     require(world or reward is not None, "--data without gold scores needs --reward to score with")
 
     rows = world.prompts("heldout") if world else read_rows(config.data, "prompts")
+    if config.val_fraction and not world:
+        rows = split_by_prompt(rows, config.val_fraction)[1]
     context = min(model.config.block_size for model, _ in loaded) - config.max_new_tokens
     prompts = [(row.text, encode_prompt(tokenizer, row.prompt)) for row in rows]
+    require(context > 0, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the models' context")
+    require(prompts, f"--val-fraction {config.val_fraction} holds out no prompt of {config.data}")
     prompts = drop_long(prompts, [len(ids) for _, ids in prompts], context)
-    prompts = prompts[:config.prompts or len(prompts)]
+    if 0 < config.prompts < len(prompts):
+        prompts = [prompts[i * len(prompts) // config.prompts] for i in range(config.prompts)]
 
     results, replies = {}, {}
     for folder, model in zip(config.models, models):
@@ -114,7 +127,6 @@ def main(config):
     for folder, result in results.items():
         print(f"{Path(folder).name[:23]:24}" + "".join(f"{result[name]:10.3f}" for name in names))
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(config.out, {"results": results, "replies": replies})
 
 

@@ -373,6 +373,7 @@ def save_model(folder, model, tokenizer):
     tensors = {}
     for name, p in model.state_dict().items():
         p = p.float().cpu()
+        require(p.isfinite().all(), f"{name} is not finite, so {folder} was not written; lower the learning rate, or look at the data")
         tensors[name] = p.T.contiguous() if name.endswith(TRANSPOSED) else p
         bias_name = name.replace("weight", "bias")
         if ("c_" in name or "ln_" in name) and name.endswith("weight") and bias_name not in model.state_dict():

@@ -72,7 +72,7 @@ class Config(RunConfig):
     kl: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term in the reward
     kl_coef: NonNegative = 0.1  # beta, score per nat
     kl_target: NonNegative = 0.0  # adapt beta so that the KL per reply (nats) stays near this; 0 keeps beta
-    kl_horizon: Positive = 10000.0  # replies over which beta may grow by a fifth of e (Ziegler et al. 2019)
+    kl_horizon: Positive = 10000.0  # replies over which beta may change by a fifth (Ziegler et al. 2019)
     missing_eos_penalty: NonNegative = 1.0  # a reply cut off before its end token gets the rollout's lowest score less this
     sample_every: Count = 20  # rollouts between printed samples
 
@@ -164,6 +164,8 @@ def main(config):
     require(config.rollout_batch % run.world_size == 0, f"--rollout-batch {config.rollout_batch} is not divisible by {run.world_size} ranks")
     share = config.rollout_batch // run.world_size  # prompts per rollout on this rank
     require(share % config.minibatches == 0, f"a rank's {share} prompts are not divisible into --minibatches {config.minibatches}")
+    require(config.kl_target == 0 or config.kl_coef > 0, "--kl-target needs a --kl-coef above 0 to start from")
+    require(config.kl_target == 0 or config.rollout_batch <= config.kl_horizon, "--kl-horizon must be at least --rollout-batch")
     if config.kl != "k1" and config.kl_coef > 0:
         run.say(f"warning: --kl {config.kl} in the reward has the wrong gradient (see the top of ppo.py); k1 has the right one")
 
@@ -210,12 +212,12 @@ def main(config):
         scores = torch.zeros(share, device=run.device)  # (B,)
         with torch.no_grad(), run.autocast():
             for piece in by_length(range(share), size, config.micro_batch_tokens):
-                T = max(size[i] for i in piece)
-                part, part_mask = ids[piece, :T], host_mask[piece, :T]
-                old_logprobs[piece, :T], entropy[piece, :T] = policy_model(part, part_mask, config.temperature, with_entropy=True)
-                ref_logprobs[piece, :T], _ = reference(part, part_mask, config.temperature)
-                old_values[piece, :T] = values_before(critic_model(part), part_mask)
-                scores[piece] = last_scores(reward(part), lengths[piece])
+                rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
+                part, part_mask = ids[rows, :T], host_mask[piece, :T]
+                old_logprobs[rows, :T], entropy[rows, :T] = policy_model(part, part_mask, config.temperature, with_entropy=True)
+                ref_logprobs[rows, :T], _ = reference(part, part_mask, config.temperature)
+                old_values[rows, :T] = values_before(critic_model(part), part_mask)
+                scores[rows] = last_scores(reward(part), lengths[rows])
         # a reward model has not seen replies without an end: whatever it says of one, ending must never be worse
         judged = torch.where(ended, scores, run.all_min(scores.min()) - config.missing_eos_penalty)
 
@@ -236,15 +238,15 @@ def main(config):
             shuffled = torch.randperm(share).tolist()
             for minibatch in range(config.minibatches):
                 picked = shuffled[minibatch::config.minibatches]
-                tokens = run.all_sum(mask[picked].sum())  # of the whole minibatch: short replies weigh by their tokens
+                tokens = run.all_sum(host_mask[picked].sum().to(run.device))  # of the whole minibatch: short replies weigh by their tokens
                 for piece in run.micro_batches(by_length(picked, size, config.micro_batch_tokens), policy, critic):
-                    T = max(size[i] for i in piece)
-                    part, part_mask, old = ids[piece, :T], mask[piece, :T], old_logprobs[piece, :T]
+                    rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
+                    part, part_mask, old = ids[rows, :T], mask[rows, :T], old_logprobs[rows, :T]
                     with run.autocast():
                         logprobs, H = policy(part, host_mask[piece, :T], config.temperature, with_entropy=config.entropy_coef > 0)
                         values = values_before(critic(part), host_mask[piece, :T])
-                    pg_loss, stats = policy_loss(logprobs, old, advantages[piece, :T], part_mask, config.clip, tokens)
-                    vf_loss, value_stats = value_loss(values, old_values[piece, :T], returns[piece, :T], part_mask, config.value_clip, tokens)
+                    pg_loss, stats = policy_loss(logprobs, old, advantages[rows, :T], part_mask, config.clip, tokens)
+                    vf_loss, value_stats = value_loss(values, old_values[rows, :T], returns[rows, :T], part_mask, config.value_clip, tokens)
                     bonus = config.entropy_coef * H.sum() / tokens if config.entropy_coef > 0 else 0.0
                     if epoch == minibatch == 0:  # nothing has been updated yet, so the ratio to the old policy must be 1
                         off_by = torch.maximum(off_by, (logprobs.detach() - old).abs().max())
@@ -257,10 +259,11 @@ def main(config):
 
         # 6. KL control, log, save
         log_ratio = old_logprobs - ref_logprobs  # (B, T)
-        replies = {  # means over this rank's replies
+        all_tokens = run.all_sum(mask.sum())
+        replies = {  # means over the replies; entropy and value are means over their tokens
             "score": scores.mean(), "kl": log_ratio.sum(1).mean(), "length": mask.sum(1).float().mean(), "eos_rate": ended.float().mean(),
-            "entropy": entropy.sum() / mask.sum(), "kl_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(1).mean(),
-            "reward": rewards.sum(1).mean(), "value": old_values.sum() / mask.sum(), "explained_variance": explained}
+            "kl_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(1).mean(), "reward": rewards.sum(1).mean(), "explained_variance": explained,
+            "entropy": entropy.sum() / all_tokens * run.world_size, "value": old_values.sum() / all_tokens * run.world_size}
         texts = rollout.texts(tokenizer)
         if world:
             gold = [world.gold(prompts[i][0].text, text, end) for i, text, end in zip(chosen, texts, ended.tolist())]
@@ -270,7 +273,7 @@ def main(config):
         names, values = zip(*totals.items())
         means |= dict(zip(names, run.all_sum(torch.stack(values)).tolist()))
         update_seconds = time.perf_counter() - began
-        tokens = run.all_sum(mask.sum()).item()
+        tokens, off_by = all_tokens.item(), -run.all_min(-off_by)  # the largest of all ranks
         if off_by > RATIO_TOLERANCE[run.dtype]:
             run.say(f"warning: step {step + 1}: log-probabilities of an unchanged policy moved by {off_by:.2g}; the ratio should be 1")
         if run.time_to_log(step):
@@ -284,9 +287,9 @@ def main(config):
         if config.kl_target > 0:
             kl_coef = adapt_kl_coef(kl_coef, means["kl"], config.kl_target, config.rollout_batch, config.kl_horizon)
         if run.time_to_save(step):
-            run.save(step, modules, optimizers, {"kl_coef": kl_coef})
             if run.main:
                 save_model(run.out, policy_model, tokenizer)
+            run.save(step, modules, optimizers, {"kl_coef": kl_coef})  # last: where it is, the checkpoint is
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from runtime import NonNegative, UserError, require, run_script, write_atomicall
 
 STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 TRY_NEXT = [
-    ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo"),
+    ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo --no-history"),
     ("let the policy fool a reward model that saw too little",
      "python reward.py --model runs/demo/sft --demonstrations toy --out runs/narrow/reward && "
      "python ppo.py --model runs/demo/sft --reward runs/narrow/reward --out runs/narrow/ppo"),
@@ -141,15 +141,11 @@ def draw(demo, evaluation, reward, path):
 
 
 def pick_questions(evaluation, number=3):
-    """Prompts whose replies differ between the models, from different parts of the list: (prompt, {stage: (reply, score)})."""
+    """Evenly spread prompts, whatever the models made of them: [(prompt, {stage: (reply, score)})]."""
     columns = {Path(folder).name: rows for folder, rows in evaluation["replies"].items()}
-    size = len(next(iter(columns.values())))
-    questions = []
-    for part in range(number):
-        places = range(part * size // number, (part + 1) * size // number)
-        best = max(places, key=lambda i: columns["ppo"][i]["score"] - columns["sft"][i]["score"])
-        questions.append((columns["sft"][best]["prompt"], {name: (rows[best]["reply"], rows[best]["score"]) for name, rows in columns.items()}))
-    return questions
+    size = len(columns["sft"])
+    places = [(2 * part + 1) * size // (2 * number) for part in range(number)]
+    return [(columns["sft"][i]["prompt"], {name: (rows[i]["reply"], rows[i]["score"]) for name, rows in columns.items()}) for i in places]
 
 
 def main(config):

@@ -66,7 +66,7 @@ def score_replies(run, model, groups, budget, pad):
     for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, budget):
         ids, _, ends = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
-            scores[piece] = last_scores(model(ids), ends)
+            scores[torch.tensor(piece).to(run.device, non_blocking=True)] = last_scores(model(ids), ends)
     model.train()
     return run.all_sum(scores).cpu().numpy()
 
@@ -151,7 +151,6 @@ def main(config):
                 row |= {f"val_{name}": result[name] for name in ("accuracy", "bayes_accuracy") if name in result}
             run.log(step, row, show=("loss", "accuracy", "val_accuracy", "gap"))
         if run.time_to_save(step):
-            run.save(step, {"reward": model}, {"optimizer": optimizer})
             scores = score_replies(run, model, demonstrations, config.micro_batch_tokens, tokenizer.pad)
             if run.main:
                 shifted = copy.deepcopy(model)  # training goes on unshifted, so saving can't change it
@@ -160,6 +159,7 @@ def main(config):
                 if last and val:
                     write_json(run.out / "evaluation.json", result | {"demonstrations_mean_before": float(scores.mean()),
                                                                       "demonstrations_std": float(scores.std())})
+            run.save(step, {"reward": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
     if first < config.steps and val:
         run.say(f"held-out accuracy {result['accuracy']:.3f}" + (f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""))
         run.say("calibration (predicted -> came true): " + "  ".join(f"{b['predicted']:.2f} -> {b['observed']:.2f}" for b in result["calibration"]))

@@ -38,7 +38,7 @@ python="${PYTHON:-python3}"
 if ! has_all "$python"; then
     if ! has_all .venv/bin/python; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
-        echo "setting up .venv (about a minute)"
+        echo "setting up .venv (some minutes: PyTorch is large)"
         "$python" -m venv .venv || { echo "error: no virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 2; }
         .venv/bin/python -m pip install --quiet -r requirements.txt
         .venv/bin/python -m pip install --quiet $extras
@@ -54,11 +54,11 @@ fi
 
 # -- the demo: an interrupted one goes on where it stopped, a finished or different one is moved aside
 demo=runs/demo
-settings="seed $seed"
+settings="seed $seed, code $(cat ./*.py | cksum)"
 if [ -e "$demo" ] && { [ -e "$demo/summary.json" ] || [ "$(cat "$demo/settings" 2>/dev/null)" != "$settings" ]; }; then
-    rm -rf "$demo.old"
-    mv "$demo" "$demo.old"
-    echo "the demo in $demo was moved to $demo.old"
+    old="$demo.$(date +%Y%m%d-%H%M%S)"
+    mv "$demo" "$old"
+    echo "the demo in $demo was moved to $old"
 fi
 mkdir -p "$demo"
 echo "$settings" >"$demo/settings"

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -44,6 +45,7 @@ def require(condition, message):
 
 Count = Annotated[int, ">= 1"]
 Natural = Annotated[int, ">= 0"]
+Seed = Annotated[int, ">= 0", "<= 1000000"]
 Positive = Annotated[float, "> 0"]
 NonNegative = Annotated[float, ">= 0"]
 Fraction = Annotated[float, ">= 0", "<= 1"]
@@ -59,7 +61,7 @@ class RunConfig:
     heads: Count = 4  # attention heads of a model from scratch
     width: Count = 128  # of a model from scratch: size of its hidden states
     block_size: Count = 256  # context of a model from scratch, tokens
-    seed: Natural = 0  # seed of every random draw
+    seed: Seed = 0  # seed of every random draw
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products, weights stay float32; auto: float32 on cpu and mps, else bfloat16 (float16 on old GPUs)
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch; a busy machine wants 1
@@ -73,7 +75,7 @@ class RunConfig:
 
 
 RUN_FILES = ("config.json", "model.safetensors", "bpe.json", "resume.safetensors", "metrics.jsonl", "evaluation.json")  # what a run writes
-PLUMBING = {f.name for f in dataclasses.fields(RunConfig)} - {"seed", "dtype"} | {"out"}  # may change on --resume
+PLUMBING = {"out", "device", "threads", "resume", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug"}  # may change on --resume
 
 
 def field_comments(config_class):
@@ -145,7 +147,7 @@ def run_script(main, config_class, description, argv=None):
 
 
 def fail(message, code):
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     return code
 
@@ -159,13 +161,17 @@ def pick_device(name):
     if name == "auto":
         name = next(kind for kind, there in have.items() if there)
     require(have[name], f"--device {name}: PyTorch finds no such device here; use --device auto or cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    index, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    require(index < there, f"local rank {index} has no GPU, this machine has {there}; lower --nproc_per_node")
+    return torch.device("cuda", index)
 
 
 def pick_dtype(name, device):
     """torch.dtype of matrix products for a --dtype flag on a device."""
     if name == "auto":
-        name = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        name = "float32" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     require(name != "float16" or device.type == "cuda", "--dtype float16 needs --device cuda; use bfloat16 or float32")
     return getattr(torch, name)
 
@@ -187,7 +193,25 @@ def write_atomically(path, data):
 
 def write_json(path, value):
     """Write value as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+
+
+def folder_of(path):
+    """The folder that a file is to be written to, made if need be; UserError if it can't be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} can't be written: {error.strerror}") from None
+    return Path(path).parent
+
+
+def digest(path):
+    """SHA-256 of a file, or of a checkpoint folder's weights; "" for anything else (toy, scratch)."""
+    path = Path(path, "model.safetensors") if path and Path(path).is_dir() else Path(path or ".")
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
 
 def cosine_lr(step, steps, warmup, peak, floor=0.1):
@@ -227,7 +251,6 @@ class Run:
             torch.set_num_threads(config.threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
         self.resume_file = self.out / "resume.safetensors"
         self._check_out()
         if self.world_size > 1:
@@ -243,7 +266,11 @@ class Run:
         holds_run = (out / "metrics.jsonl").exists() or (out / "config.json").exists()
         require(not holds_run or config.resume or config.overwrite,
                 f"--out {out} already holds a run; add --resume to go on with it, --overwrite to replace it, or name another folder")
-        require(not config.overwrite or Path(config.model).resolve() != out.resolve(), f"--overwrite would delete the --model {config.model}")
+        for flag in ("model", "reward"):
+            folder = getattr(config, flag, "")
+            require(not (config.overwrite and folder) or Path(folder).resolve() != out.resolve(), f"--overwrite would delete the --{flag} {folder}")
+        require(not config.resume or not (out / "config.json").exists() or (out / "run.json").exists(),
+                f"--resume: {out} holds a checkpoint, but no run to go on with; name another --out")
 
     def say(self, text):
         """Print on rank 0, without breaking the progress bar."""
@@ -256,7 +283,10 @@ class Run:
 
         modules, optimizers: {name: object}, as for `save`. Returns (first step to do, the extra values saved).
         """
+        self.inputs = {flag: digest(getattr(self.config, flag, "")) for flag in ("data", "val_data", "demonstrations", "model", "reward")}
         first, extra = self._restore(modules, optimizers) if self.config.resume and self.resume_file.exists() else (0, {})
+        agreed = self.all_min(torch.tensor([first, -first], device=self.device))
+        require(agreed[0] == -agreed[1], f"--resume: not every rank finds {self.resume_file}; --out must lie on a disk that all nodes share")
         values = dataclasses.asdict(self.config)
         defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
         self.say("settings: " + ", ".join(f"{k}={v}{'*' if v != defaults[k] else ''}" for k, v in values.items()
@@ -268,7 +298,7 @@ class Run:
                     for name in RUN_FILES:
                         (self.out / name).unlink(missing_ok=True)
                 write_json(self.out / "run.json", {
-                    "script": Path(sys.argv[0]).name, "config": values, "torch": torch.__version__, "world_size": self.world_size,
+                    "script": Path(sys.argv[0]).name, "config": values, "inputs_sha256": self.inputs, "torch": torch.__version__, "world_size": self.world_size,
                     "python": platform.python_version(), "machine": platform.machine(), "device": str(self.device)})
                 self.metrics_file = self._open_metrics(first)
             except OSError as error:
@@ -316,8 +346,7 @@ class Run:
         module = module.to(self.device)
         if self.world_size == 1:
             return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        return torch.nn.parallel.DistributedDataParallel(module)  # without device_ids: inputs are where they should be already
 
     def all_sum(self, tensor):
         """Sum of a tensor over all ranks."""
@@ -371,7 +400,8 @@ class Run:
         if self.stop_signal:
             sys.exit(128 + number)
         self.stop_signal = number
-        self.say("\nstopping after this step, then saving; once more stops at once")
+        if self.main:  # print would not be safe here: the signal may have come in the middle of one
+            os.write(2, b"\nstopping after this step, then saving; once more stops at once\n")
 
     def steps(self, start, total):
         """Yield step numbers from start to total - 1 under a progress bar; ends the process after a stop signal."""
@@ -438,7 +468,7 @@ class Run:
         bad = [k for k, v in tensors.items() if not v.isfinite().all()]
         require(not bad, f"step {step + 1}: {', '.join(bad[:3])} not finite; nothing was saved. Lower the learning rate, or look at the data")
         scalers = {name: self.scalers[o].state_dict() for name, o in optimizers.items() if o in self.scalers}
-        state = {"step": step + 1, "config": dataclasses.asdict(self.config), "scalers": scalers, "extra": extra or {}}
+        state = {"step": step + 1, "config": dataclasses.asdict(self.config), "inputs": self.inputs, "scalers": scalers, "extra": extra or {}}
         write_atomically(self.resume_file, safetensors_bytes(tensors, {"state": json.dumps(state)}))
 
     def _restore(self, modules, optimizers):
@@ -452,6 +482,8 @@ class Run:
         changed = [f"{k} was {state['config'].get(k)}, now {v}" for k, v in dataclasses.asdict(self.config).items()
                    if k not in PLUMBING and state["config"].get(k) != v]
         require(not changed, f"--resume: the run in {self.out} had other settings ({'; '.join(changed)}); name another --out for them")
+        changed = [flag for flag, value in self.inputs.items() if state["inputs"][flag] != value]
+        require(not changed, f"--resume: what --{' and --'.join(changed)} named when {self.out} began has changed since; name another --out")
         for name, module in modules.items():
             module.load_state_dict({k.removeprefix(name + "/"): v for k, v in tensors.items() if k.startswith(name + "/")})
         for name, optimizer in optimizers.items():

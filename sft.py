@@ -108,9 +108,9 @@ def main(config):
         if evaluate_now:
             show_samples(run, model, tokenizer, heldout, config.max_new_tokens, generator)
         if run.time_to_save(step):
-            run.save(step, {"policy": model}, {"optimizer": optimizer})
             if run.main:
                 save_model(run.out, model, tokenizer)
+            run.save(step, {"policy": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
 
 
 if __name__ == "__main__":

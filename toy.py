@@ -1,6 +1,6 @@
 """The embedded task: a small closed world of questions, replies of every quality, and a judge that knows the truth.
 
-Some 260 questions in six phrasings each: facts, sums, opposites, short instructions, questions that nobody can
+Some 250 questions in six phrasings each: facts, sums, opposites, short instructions, questions that nobody can
 answer (the honest reply says so) and requests that ought to be declined. Two phrasings of every question are held
 out, so a model must carry what it learned of a question over to a wording in which it never saw it.
 
@@ -20,7 +20,7 @@ import numpy as np
 
 import runtime
 from data import Row, Tokenizer, encode_prompt, train_bpe
-from runtime import Count, Natural, UserError
+from runtime import Count, Natural, Seed, UserError
 
 # ---------------------------------------------------------------------------------------------------------
 # The world
@@ -265,7 +265,7 @@ class Config:
     samples: Count = 16  # replies sampled per prompt, at temperature 1
     noise: Annotated[float, ">= 0", "<= 0.5"] = 0.1  # share of pairs that are labelled the wrong way round
     max_new_tokens: Count = 40  # longest reply, tokens
-    seed: Natural = 0  # seed of the split, the candidates and the sampling
+    seed: Seed = 0  # seed of the split, the candidates and the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
     debug: bool = False  # show the traceback of an error
@@ -286,6 +286,8 @@ def main(config):
     runtime.require(tok.name == "toy", f"--model {config.model} was not trained on the toy task")
     if (out / "train.jsonl").exists():
         raise UserError(f"--out {out} already holds preferences; name another folder or delete it")
+    runtime.require(not out.is_file(), f"--out {out} is a file; name a folder")
+    runtime.folder_of(out / "train.jsonl")
     files = {}
     for split, groups in (("train", config.groups), ("heldout", config.heldout_groups)):
         texts, samples = world.texts[split], {}
@@ -299,7 +301,6 @@ def main(config):
         files[split] = "".join(json.dumps({"prompt": row.text, "completions": row.replies, "ranks": row.ranks, "gold": row.gold}) + "\n"
                                for row in rows)
         print(f"{split}: {len(rows)} groups over {len(texts)} prompts")
-    out.mkdir(parents=True, exist_ok=True)
     for split in ("heldout", "train"):  # train.jsonl comes last: where it is, all is
         runtime.write_atomically(out / f"{split}.jsonl", files[split].encode())
 

@@ -261,9 +261,9 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
     ("a.jsonl", GOOD + b'\n{"prompt": 5, "chosen": "a", "rejected": "b"}', "preferences", r":2: the prompt is not a string"),
     ("a.jsonl", b'{"prompt": "x", "chosen": ["a"], "rejected": "b"}', "preferences", r":1: a reply .* not a string"),
     ("a.jsonl", b'{"chosen": 5, "rejected": "b"}', "preferences", r":1: "),
-    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]}', "preferences", r":1: a rank is not"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]}', "preferences", r":1: a rank, a gold score or the margin is not"),
     ("a.jsonl", b'{"prompt": "x", "completions": "ab", "ranks": [0, 1]}', "preferences", r":1: "),
-    ("a.jsonl", GOOD.replace(b"2}", b'"2"}'), "preferences", r":1: margin is not a number"),
+    ("a.jsonl", GOOD.replace(b"2}", b'"2"}'), "preferences", r":1: a rank, a gold score or the margin is not a finite number"),
     ("a.txt", GOOD, "preferences", r": only \.json, \.jsonl and \.jsonl\.gz"),
     ("a.jsonl.gz", GOOD, "preferences", r" can't be read"),
     ("a.jsonl.gz", ZIPPED[:-9], "preferences", r" can't be read"),
@@ -311,7 +311,7 @@ def test_drop_long_keeps_up_to_the_limit_and_says_how_many_went():
     assert data.drop_long("abcd", [3, 4, 5, 1], 4, said.append) == ["a", "b", "d"]
     assert len(said) == 1 and "dropped 1 of 4" in said[0] and "5" in said[0]
     assert data.drop_long("ab", [4, 4], 4, said.append) == ["a", "b"] and len(said) == 1
-    with pytest.raises(UserError, match="context of 4 tokens"):
+    with pytest.raises(UserError, match="the 4 tokens that the context leaves"):
         data.drop_long("a", [5], 4, said.append)
 
 

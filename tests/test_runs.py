@@ -237,8 +237,11 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     assert process.returncode == 130 and "--resume goes on" in said and "Traceback" not in said
     step = metrics(tmp_path / "run")[-1]["step"]
     model.load_model(tmp_path / "run", model.GPT)
-    run = command("sft", TINY, f"--batch-tokens 512 --steps 100000 --out {tmp_path}/run --lr 0.1 --resume")
-    assert run.returncode == 2 and "lr was 0.005, now 0.1" in run.stderr and metrics(tmp_path / "run")[-1]["step"] == step
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    for change, said in (("--lr 0.1", "lr was 0.005, now 0.1"), ("--heads 1", "heads was 2, now 1"), ("--layers 2", "layers was 1, now 2")):
+        run = command("sft", TINY, f"--batch-tokens 512 --steps 100000 --out {tmp_path}/run --resume", change)
+        assert run.returncode == 2 and said in run.stderr and metrics(tmp_path / "run")[-1]["step"] == step
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
 # -- mistakes: one line, exit code 2, nothing written
@@ -258,7 +261,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     ("sft", "--model {tmp}", "is not a checkpoint folder of this project: config.json is missing"),
     ("sft", "--model {root}/reward", "holds a reward model, but a language model is needed"),
     ("sft", "--width 30 --heads 4", "width 30 is not divisible by 4 heads"),
-    ("sft", "--block-size 5", "every row is longer than the context of 5 tokens"),
+    ("sft", "--block-size 5", "every row is longer than the 5 tokens that the context leaves"),
     ("sft", "--out {root}/sft", "already holds a run; add --resume to go on with it"),
     ("sft", "--out {tmp}/rows.txt", "is a file; name a folder"),
     ("reward", "--model {root}/sft --data {tmp}/instructions.json", "doesn't hold a prompt, chosen and rejected"),
@@ -266,6 +269,13 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     ("ppo", "--model {root}/sft --reward {root}/reward --max-new-tokens 64", "leaves no room for a prompt"),
     ("ppo", "--model {root}/sft --reward {root}/reward --rollout-batch 10 --minibatches 3", "10 prompts are not divisible into --minibatches 3"),
     ("ppo", "--kl k4", "invalid choice: 'k4'"),
+    ("ppo", "--model {root}/sft --reward {root}/reward --kl-target 6 --kl-coef 0", "--kl-target needs a --kl-coef above 0"),
+    ("ppo", "--model {root}/sft --reward {root}/reward --width 64", "--width is for --model scratch"),
+    ("ppo", "--model {root}/sft --reward {root}/reward --out {root}/reward --overwrite", "--overwrite would delete the --reward"),
+    ("reward", "--model {root}/sft --data {tmp}/ranks.jsonl", "ranks.jsonl:1: a rank, a gold score or the margin is not a finite number"),
+    ("evaluate", "--models {root}/sft --max-new-tokens 100", "leaves no room for a prompt"),
+    ("evaluate", "--models {root}/sft --out {tmp}", "is a folder; name a .json file"),
+    ("toy", "--model {root}/sft --out {tmp}/rows.txt", "is a file; name a folder"),
     ("dpo", "--model {root}/nowhere", "no such checkpoint folder"),
     ("dpo", "--label-smoothing 0.7", "--label-smoothing must be >= 0 and < 0.5, got 0.7"),
     ("evaluate", "", "--models: name one checkpoint folder or more"),
@@ -279,6 +289,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, 
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     (tmp_path / "keys.jsonl").write_text('{"question": "a", "reply": "b"}\n')
     (tmp_path / "instructions.json").write_text('[{"instruction": "a", "output": "b"}]')
+    (tmp_path / "ranks.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"], "ranks": [NaN, 1]}\n')
     words = shlex.split(flags.format(tmp=tmp_path, root=chain[0]))
     if script in TRAINERS and "--out" not in words:
         words += ["--out", str(tmp_path / "out")]
@@ -301,6 +312,43 @@ def test_a_damaged_resume_file_is_refused(flags, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(runtime.UserError, match="is damaged"):
         run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 1 --resume")
+
+
+def test_resume_refuses_inputs_that_have_changed_since(flags, tmp_path):
+    rows = [{"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}] * 4
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = f"{TINY} --tokenizer toy --data {tmp_path}/rows.json --val-fraction 0 --steps 2 --out {tmp_path}/run"
+    run_here("sft", words)
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:3]))
+    with pytest.raises(runtime.UserError, match="what --data named .* has changed since"):
+        run_here("sft", words, "--resume")
+
+
+def test_overwrite_replaces_a_run_and_deletes_neither_its_inputs_nor_other_files(flags, tmp_path):
+    run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 2")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(runtime.UserError, match="no such file"):
+        run_here("sft", TINY, f"--out {tmp_path}/run --overwrite --data nowhere.json")
+    with pytest.raises(runtime.UserError, match="would delete the --model"):
+        run_here("sft", f"--out {tmp_path}/run --overwrite --model {tmp_path}/run")
+    assert len(metrics(tmp_path / "run")) == 2
+    run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 1 --overwrite")
+    assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run" / "notes.txt").exists()
+
+
+def test_replies_cut_off_before_their_end_never_earn_more_than_any_that_ended(chain, tmp_path, monkeypatch):
+    seen = []
+    original = ppo.shaped_rewards
+    monkeypatch.setattr(ppo, "shaped_rewards", lambda scores, *rest: seen.append(scores.clone()) or original(scores, *rest))
+    root = chain[0]
+    run_here("ppo", f"--model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 32 --max-new-tokens 8 --out {tmp_path}/run")
+    share_ended = metrics(tmp_path / "run")[0]["eos_rate"]
+    assert share_ended < 1  # a three-step policy rarely ends
+    ordered = seen[0].sort().values
+    cut_off = round(32 * (1 - share_ended))
+    assert (ordered[:cut_off] == ordered[0]).all()
+    if cut_off < 32:
+        assert ordered[cut_off] >= ordered[0] + 1 - 1e-5
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(flags, tmp_path):
@@ -330,6 +378,13 @@ def test_importing_any_module_does_nothing(tmp_path):
            "assert torch.equal(state[0], torch.get_rng_state()) and state[1] == torch.get_num_threads()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_the_readme_has_no_gaps_and_no_dead_links():
+    text = (ROOT / "README.md").read_text()
+    assert not re.search(r"@[A-Z]+@", text)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert len(links) > 10 and all((ROOT / link).exists() for link in links)
 
 
 def readme_commands():
