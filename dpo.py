@@ -33,11 +33,11 @@ class Config(RunConfig):
     val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data (toy holds out its own)
     model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
     out: str = "runs/dpo"  # folder for the checkpoint and metrics.jsonl
-    steps: Count = 400  # optimiser steps
+    steps: Count = 500  # optimiser steps
     batch_tokens: Count = 4096  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # see the formulas above
-    beta: Positive = 0.5  # strength of the tie to the reference, per nat; 0.1 is usual for large models
+    beta: Positive = 0.3  # strength of the tie to the reference, per nat; 0.1 is usual for large models
     label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.0  # probability that a label is the wrong way round (loss dpo)
     lr: Positive = 1e-3  # peak learning rate; falls to a tenth on a cosine
     warmup: Count = 20  # steps of linear warm-up
