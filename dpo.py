@@ -11,7 +11,7 @@ prompt's pairs, each reply in one forward pass. The reference's log-probabilitie
 Both log-probabilities usually fall while the margin grows: watch chosen_logprob.
 Left out: a term that holds the chosen log-probability up (DPOP, RPO), KTO and ORPO.
 
-    python dpo.py --model runs/sft --data runs/preferences/train.jsonl --out runs/dpo     about 2 minutes on 2 cores
+    python dpo.py --model runs/sft --data runs/preferences/train.jsonl --out runs/dpo      gold score 0.1 to 0.8 in 1.5 minutes on 2 cores
 
 Legend: B replies (rows), T tokens, P pairs.
 """

@@ -13,7 +13,7 @@ from runtime import NonNegative, UserError, require, run_script, write_atomicall
 STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 TRY_NEXT = [
     ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo --no-history"),
-    ("let the policy fool a reward model that saw too little",
+    ("a reward model that never saw a policy's own replies: compare gold and score as PPO leaves what it knows",
      "python reward.py --model runs/demo/sft --demonstrations toy --out runs/narrow/reward && "
      "python ppo.py --model runs/demo/sft --reward runs/narrow/reward --out runs/narrow/ppo"),
     ("see what the wrong KL estimator does", "python ppo.py --model runs/demo/sft --reward runs/demo/reward --kl k3 --out runs/k3"),
