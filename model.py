@@ -19,7 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch.utils.checkpoint import checkpoint
 
 from data import Tokenizer, encode_prompt, pad_rows
-from runtime import UserError, require, write_atomically, write_json
+from runtime import SCRATCH_FLAGS, UserError, require, write_atomically, write_json
 
 
 @dataclass
@@ -426,7 +426,7 @@ def load_model(folder, kind, dropout=0.0):
 def open_model(config, kind, dropout=0.0):
     """The model that a script's --model names: a checkpoint folder, or `scratch` for a new one. Returns (model, tokenizer)."""
     if config.model != "scratch":
-        for flag in ("tokenizer", "layers", "heads", "width", "block_size"):
+        for flag in SCRATCH_FLAGS:
             require(getattr(config, flag) == getattr(type(config), flag), f"--{flag.replace('_', '-')} is for --model scratch; {config.model} has its own")
         return load_model(config.model, kind, dropout)
     name = config.tokenizer if config.tokenizer != "auto" else "toy" if config.data == "toy" else "gpt2"

@@ -74,6 +74,7 @@ class RunConfig:
     debug: bool = False  # show the traceback of an error
 
 
+SCRATCH_FLAGS = ("tokenizer", "layers", "heads", "width", "block_size")  # a checkpoint folder has its own
 RUN_FILES = ("config.json", "model.safetensors", "bpe.json", "resume.safetensors", "metrics.jsonl", "evaluation.json")  # what a run writes
 PLUMBING = {"out", "device", "threads", "resume", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug"}  # may change on --resume
 
@@ -289,8 +290,9 @@ class Run:
         require(agreed[0] == -agreed[1], f"--resume: not every rank finds {self.resume_file}; --out must lie on a disk that all nodes share")
         values = dataclasses.asdict(self.config)
         defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
+        unsaid = PLUMBING | (set(SCRATCH_FLAGS) if self.config.model != "scratch" else set())
         self.say("settings: " + ", ".join(f"{k}={v}{'*' if v != defaults[k] else ''}" for k, v in values.items()
-                                          if k not in PLUMBING) + "  (* not the default)")
+                                          if k not in unsaid) + "  (* not the default)")
         if self.main:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
