@@ -107,7 +107,8 @@ def draw(demo, evaluation, reward, path):
 
     axes = grid[1, 1]
     plot(axes, ppo, "kl", "k1, summed over the reply")
-    plot(axes, ppo, "kl_k3", "k3", lw=1)
+    plot(axes, ppo, "kl_k3", "k3 (spikes cut)", lw=1)
+    axes.set_ylim(min(0, *ppo["kl"][1]), 3 * max(0.1, *ppo["kl"][1]))  # one very unlikely token makes k3 huge
     panel(axes, "PPO: KL to the reference", "nats per reply", "rollout")
 
     axes = grid[1, 2]
