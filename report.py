@@ -18,7 +18,7 @@ TRY_NEXT = [
      "python ppo.py --model runs/demo/sft --reward runs/narrow/reward --out runs/narrow/ppo"),
     ("see what the wrong KL estimator does", "python ppo.py --model runs/demo/sft --reward runs/demo/reward --kl k3 --out runs/k3"),
     ("another seed: other demonstrations, another split", "bash run.sh --seed 1"),
-    ("your own data", "python sft.py --data rows.jsonl --out runs/mine  (README.md has the formats)"),
+    ("your own data, README.md has the formats", "python sft.py --data rows.jsonl --out runs/mine"),
 ]
 
 
@@ -179,8 +179,8 @@ table {{ border-collapse: collapse; margin: 1em 0 }} th, td {{ border-bottom: 1p
 code {{ background: #f3f3f3; padding: .1em .3em; overflow-wrap: anywhere }}</style>
 <h1>From demonstrations to a policy people prefer</h1>
 <p>A small GPT was fine-tuned on mixed demonstrations (SFT), a reward model learned from noisy rankings, and PPO and DPO improved
-the policy. The gold judge knows the truth of this closed world and was used for measuring alone. Replies are sampled at temperature 1
-on {summary['prompts']} held-out prompts; wins, ties and losses are against SFT. Total wall time: {config.seconds:.0f} s.</p>
+the policy. The gold judge knows the truth of this closed world: it stood behind the rankings, one pair in ten of which is the wrong way
+round, and measured the result. Replies are sampled at temperature 1 on {summary['prompts']} held-out prompts; wins, ties and losses are against SFT. Total wall time: {config.seconds:.0f} s.</p>
 {table(["", *names], cells)}
 <p>Reward model: held-out accuracy {reward['accuracy']:.3f}; the noise of the labels allows {reward['bayes_accuracy']:.3f}.</p>
 <img alt="training curves of all stages" src="data:image/png;base64,{picture}">
