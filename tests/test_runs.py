@@ -351,6 +351,46 @@ def test_replies_cut_off_before_their_end_never_earn_more_than_any_that_ended(ch
         assert ordered[cut_off] >= ordered[0] + 1 - 1e-5
 
 
+def test_ppo_feeds_its_losses_what_one_row_at_a_time_gives(chain, tmp_path, monkeypatch):
+    """Log-probabilities at the sampling temperature, values before each token, the score on the last one: no padding, by hand."""
+    seen = {}
+
+    def record(name):
+        original = getattr(ppo, name)
+
+        def recorded(*args, **options):
+            out = original(*args, **options)
+            seen.setdefault(name, (args, out))
+            return out
+        monkeypatch.setattr(ppo, name, recorded)
+
+    for name in ("generate", "shaped_rewards", "gae", "policy_loss"):
+        record(name)
+    root = chain[0]
+    run_here("ppo", f"--model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 10 "
+             f"--temperature 0.7 --kl-coef 0.5 --no-whiten --missing-eos-penalty 0 --micro-batch-tokens 10000 --out {tmp_path}/run")
+    policy, _ = model.load_model(root / "sft", model.GPT)
+    scorer, _ = model.load_model(root / "reward", model.ScalarModel)
+    rollout = seen["generate"][1]
+    values, rewards = seen["gae"][0][1], seen["gae"][0][0]
+    old_logprobs = seen["policy_loss"][0][1]  # of the minibatch's rows, sorted by length
+    expected_logprobs, per_row = [], []
+    for ids, mask, length in zip(rollout.ids, rollout.mask, rollout.lengths):
+        row = ids[:length][None]
+        with torch.no_grad():
+            logits = policy.eval().logits(policy.transformer(row))[0] / 0.7  # (T, V)
+            heads = scorer.eval()(row)[0]  # (T,)
+        per_row.append((mask.nonzero().flatten().tolist(), row[0], logits.log_softmax(-1), heads))
+    floor = min(heads[-1].item() for _, _, _, heads in per_row)
+    for b, (inside, row, logprobs, heads) in enumerate(per_row):
+        score = heads[-1].item() if rollout.ended[b] else floor
+        for t in inside:
+            assert values[b, t].item() == pytest.approx(heads[t - 1].item(), abs=1e-4)
+            assert rewards[b, t].item() == pytest.approx(score if t == inside[-1] else 0.0, abs=1e-4)  # policy = reference: no KL yet
+        expected_logprobs.append(sum(logprobs[t - 1, row[t]].item() for t in inside))
+    assert sorted(old_logprobs.sum(1).tolist()) == pytest.approx(sorted(expected_logprobs), abs=1e-3)
+
+
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(flags, tmp_path):
     with pytest.raises(runtime.UserError, match="loss is (nan|inf)"):
         run_here("sft", flags["sft"], f"--out {tmp_path}/run --lr 1e30 --warmup 1 --max-grad-norm 1e30")
