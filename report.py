@@ -13,9 +13,9 @@ from runtime import NonNegative, UserError, require, run_script, write_atomicall
 STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 TRY_NEXT = [
     ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo --no-history"),
-    ("a reward model that never saw a policy's own replies: compare gold and score as PPO leaves what it knows",
+    ("over-optimisation: a reward model that saw few kinds of reply and no KL term, so the score rises and gold falls",
      "python reward.py --model runs/demo/sft --demonstrations toy --out runs/narrow/reward && "
-     "python ppo.py --model runs/demo/sft --reward runs/narrow/reward --out runs/narrow/ppo"),
+     "python ppo.py --model runs/demo/sft --reward runs/narrow/reward --kl-coef 0 --lr 3e-3 --out runs/narrow/ppo"),
     ("see what the wrong KL estimator does", "python ppo.py --model runs/demo/sft --reward runs/demo/reward --kl k3 --out runs/k3"),
     ("another seed: other demonstrations, another split", "bash run.sh --seed 1"),
     ("your own data, README.md has the formats", "python sft.py --data rows.jsonl --out runs/mine"),
