@@ -114,7 +114,8 @@ def main(config):
         if reward is not None:
             scores["score"] = score
         judged = next(iter(scores.values()))
-        baseline = judged if not results else baseline
+        if not results:  # the first model is the one to beat
+            baseline = judged
         result = {"prompts": len(prompts), **{name: float(np.mean(v)) for name, v in scores.items()}}
         result |= {"standard_error": float(np.std(judged) / len(judged) ** 0.5), **compare(judged, baseline),
                    "kl": float(np.mean(kl)), "length": float(np.mean(length)), "eos_rate": float(np.mean(ended))}
