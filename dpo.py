@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from data import by_length, collate, endless_batches, preference_groups, ranked_pairs
 from model import GPT, open_model, save_model, show_samples
-from runtime import Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, cosine_lr, run_script
+from runtime import Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, run_script
 
 
 @dataclass
@@ -123,7 +123,7 @@ def main(config):
             metrics |= {"loss": loss, "chosen_logprob": (weight * logprobs[better]).sum(), "rejected_logprob": (weight * logprobs[worse]).sum()}
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-        lr = cosine_lr(step, config.steps, config.warmup, config.lr)
+        lr = scheduled_lr(step, config.steps, config.warmup, config.lr)
         grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
 
         # 4. log, evaluate, save

@@ -1,56 +1,84 @@
-"""PPO on a reward model: raise the score of sampled replies without leaving the reference policy too far behind.
+"""PPO on a reward: raise the score of sampled replies without leaving the reference policy too far behind.
 
-    maximise  E_{x, y ~ pi}[ s(x, y) - beta * log(pi(y|x) / ref(y|x)) ]          (InstructGPT, eq. 2 without the ptx term)
+    maximise  E_{x, y ~ pi}[ s(x, y) - beta * log(pi(y|x) / ref(y|x)) ] + c * E_{x, y ~ D}[ log pi(y|x) ]   (InstructGPT, eq. 2)
 
-Four models: policy (trained, from SFT), reference (the same weights, frozen), reward model (frozen), critic (trained,
-from the reward model). One step of the script:
+whose optimum without the second term (--ptx-coef, off by default) is pi*(y|x) = ref(y|x) exp(s(x, y) / beta) / Z(x);
+bench/optimum.py shows that this file reaches it. Four models: policy (trained, from SFT), reference (the same weights,
+frozen), reward model (frozen), critic (trained, from the reward model). One step of the script:
 
     1. rollout     sample a reply to each prompt, at the temperature that all log-probabilities are taken at
-    2. score       reward model; log-probabilities of policy and reference; values of the critic
+    2. score       reward models and functions; log-probabilities of policy and reference; values of the critic
     3. rewards     r_t = -beta * kl_t, plus the score at the last token
     4. advantages  generalised advantage estimation, whitened over the batch
-    5. update      some epochs of clipped policy and value losses on minibatches
-    6. KL control, log, save
+    5. update      some epochs of policy and value losses on minibatches
+    6. control, log, save
 
 Token t of the response is action t; everything below is aligned with tokens, (B, T), zero outside the response:
 
     prompt | a    b    c  <eos>         logprobs[t] = log pi(token t | tokens before t)
            | r    r    r  r + score     values[t]   = V(tokens before t)
 
-The estimators of the KL divergence, with lr = log pi(a) - log ref(a) for a drawn from pi (Schulman 2020):
-    k1 = lr            unbiased; in the reward its policy gradient is the gradient of KL(pi || ref). The default.
-    k2 = lr^2 / 2      biased as a value, and in the reward its gradient is biased too.
-    k3 = e^-lr - 1 + lr  unbiased with less variance, hence the number to log; but in the reward its policy gradient is
-                       grad KL(pi || ref) - grad KL(ref || pi), which vanishes near ref and pushes rare tokens further
-                       down: nothing holds the policy. Both are there to be compared, with a warning.
-Left out: PPO-ptx, reward and advantage clipping, a KL term in the loss, a trunk shared by policy and critic.
-What differs from others: TRL puts the score one token later when a reply is shorter than the longest, averages
-micro-batches of unequal length, and shares one optimiser between policy and critic.
+The KL divergence to the reference, with lr = log pi(a) - log ref(a) for a drawn from pi (Schulman 2020):
+    k1 = lr              unbiased. In the reward its policy gradient is grad KL(pi || ref): the default. In the loss its
+                         gradient is zero on average: nothing holds the policy.
+    k2 = lr^2 / 2        biased as a value, and wrong in the reward. In the loss its gradient is grad KL(pi || ref).
+    k3 = e^-lr - 1 + lr  unbiased with less variance: the number to log. In the reward its policy gradient is grad KL(pi ||
+                         ref) - grad KL(ref || pi), which vanishes near ref and pushes rare tokens further down. In the
+                         loss, times the probability ratio to the sampling policy, its gradient is right.
+A term in the loss makes each token pay for its own KL alone, not for the KL that it leads to (the reward does both, through
+the advantages), and whitened advantages change its weight; its optimum is pi* for replies of one token and --whiten none.
+
+What differs between implementations, and the switch that restores it. Where no switch is named, we know of no reason for one.
+    here                                                TRL 1.12 (and its descendants)               switch
+    score at the end token                              one later, where the row has room            --reward-at next
+    cut-off reply: the rollout's lowest score - 1       its own score - penalty (LMHP, SFD: = -1)    --missing-eos subtract | replace
+    advantages whitened by the population variance      by the sample variance (MOSS: per minibatch) --whiten sample
+    values clipped within 2                             within 0.2                                   --value-clip 0.2
+    token means over the whole minibatch                means of micro-batches, averaged             one micro-batch a minibatch
+    policy and critic: an optimiser each                one, value loss times 0.1 (vf_coef)          none
+    old log-probabilities from the training pass        from the sampler                             none
+    prompts padded on the right                         on the left                                  none
+    KL k1 in the reward                                 the same (OpenRLHF: k1 to k3, both places)   --kl, --kl-in
+    beta adapts to the KL summed over a reply           gone (OpenRLHF: to the mean per token)       --kl-target
+    PPO-ptx: gradients summed, one step                 none (DeepSpeed-Chat: a step of its own)     --ptx-coef
+    scores as they are                                  the same (MOSS: / running deviation)         --reward-norm scale
+Left out: a trunk shared by policy and critic, bootstrapping the value of cut-off replies, rewards per step.
 
     python ppo.py --model runs/sft --reward runs/reward --out runs/ppo      the toy task: gold score 0.1 to 0.9 in 1.5 minutes on 2 cores
+    python ppo.py --model runs/sft --reward runs/reward --reward-fn mine:brevity --reward-weights 1 0.1
     torchrun --nproc_per_node 8 ppo.py --data prompts.jsonl --model sft --reward rm --rollout-batch 512
 
 Legend: B replies on this rank, T tokens, V vocabulary.
 """
 import copy
+import importlib
+import json
+import math
+import os
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 import toy
-from data import by_length, describe, drop_long, encode_prompt, endless_order, read_rows
+from data import by_length, collate, describe, drop_long, encode_group, encode_prompt, endless_batches, endless_order, read_rows
 from model import GPT, ScalarModel, generate, last_scores, load_model, open_model, save_model, values_before
-from runtime import (Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, cosine_lr, require,
-                     run_script)
+from runtime import (Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, UserError, adamw, require,
+                     run_script, scheduled_lr)
+
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 @dataclass
 class Config(RunConfig):
     data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file whose prompts are used
     model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
-    reward: str = "runs/reward"  # checkpoint folder of the reward model
+    reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
+    reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, called with lists of prompts and replies (text) for one number per reply
+    reward_weights: list[float] = field(default_factory=list)  # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
     out: str = "runs/ppo"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 80  # rollouts, each followed by an update
     rollout_batch: Count = 256  # prompts per rollout over all ranks
@@ -59,25 +87,80 @@ class Config(RunConfig):
     epochs: Count = 2  # passes over each rollout
     minibatches: Count = 4  # optimiser steps per pass
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
-    lr: Positive = 1e-3  # peak learning rate of the policy; falls to a tenth on a cosine
-    critic_lr: Positive = 1e-3  # peak learning rate of the critic, same schedule
-    warmup: Count = 5  # rollouts of linear warm-up
+    lr: Positive = 1e-3  # peak learning rate of the policy
+    critic_lr: Positive = 1e-3  # peak learning rate of the critic
+    lr_schedule: Schedule = "cosine"  # the policy's: to a tenth on a cosine, to zero on a line, or constant
+    critic_lr_schedule: Schedule = "cosine"  # the critic's
+    warmup: Count = 5  # rollouts of linear warm-up, both networks
     max_grad_norm: Positive = 1.0  # gradients of policy and of critic are scaled down to this norm
-    gamma: Fraction = 1.0  # discount per token
-    lam: Fraction = 0.95  # GAE's lambda: 0 trusts the critic, 1 the sampled return
-    clip: Positive = 0.2  # the probability ratio counts within 1 - clip and 1 + clip
-    value_clip: Positive = 2.0  # values count within this distance of the old ones, in units of the score
-    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, per nat
-    whiten: bool = True  # advantages to mean 0 and variance 1 over the whole rollout
-    kl: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term in the reward
+    critic_init: Literal["auto", "reward", "sft", "zero"] = "auto"  # trunk and head of the reward model; --model's trunk with a random head, or with a head of zeros; auto: reward, or zero if there is none
+    critic_warmup: Natural = 0  # rollouts at the start that train the critic alone
+    missing_eos: Literal["floor", "replace", "subtract"] = "floor"  # score of a reply cut off before its end token: the rollout's lowest less the penalty; minus the penalty; its own less the penalty
+    missing_eos_penalty: NonNegative = 1.0  # for --missing-eos, in units of the score
+    reward_norm: Literal["none", "scale", "standard"] = "none"  # divide scores by their running deviation; or subtract the running mean first
+    reward_clip: NonNegative = 0.0  # scores (after --reward-norm) are held within this distance of 0; 0 is off
+    reward_at: Literal["eos", "next"] = "eos"  # the score counts at the last token, or one position later (as TRL has it)
+    kl: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term
+    kl_in: Literal["reward", "loss"] = "reward"  # where the KL term stands
     kl_coef: NonNegative = 0.1  # beta, score per nat
     kl_target: NonNegative = 0.0  # adapt beta so that the KL per reply (nats) stays near this; 0 keeps beta
     kl_horizon: Positive = 10000.0  # replies over which beta may change by a fifth (Ziegler et al. 2019)
-    missing_eos_penalty: NonNegative = 1.0  # a reply cut off before its end token gets the rollout's lowest score less this
+    gamma: Fraction = 1.0  # discount per token
+    lam: Fraction = 0.95  # GAE's lambda: 0 trusts the critic, 1 the sampled return
+    whiten: Literal["population", "sample", "none"] = "population"  # advantages to mean 0 and variance 1 over the whole rollout: which variance
+    advantage_clip: NonNegative = 0.0  # advantages (after --whiten) are held within this distance of 0; 0 is off
+    policy_loss: Literal["clip", "penalty"] = "clip"  # PPO's clipped ratio, or its penalty on KL(old || new)
+    clip: Positive = 0.2  # the probability ratio counts within 1 - clip and 1 + clip
+    dual_clip: NonNegative = 0.0  # tokens with a negative advantage lose at most this (above 1) times it; 0 is off
+    penalty_coef: NonNegative = 1.0  # weight of KL(old || new) in --policy-loss penalty, to begin with
+    penalty_target: NonNegative = 0.0  # double or halve that weight to hold KL(old || new) near this, nats per token; 0 keeps it
+    value_clip: NonNegative = 2.0  # values count within this distance of the old ones, in units of the score; 0 is off
+    entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, per nat
+    kl_stop: NonNegative = 0.0  # end a rollout's update once KL(old || new) of a minibatch is above this, nats per token; 0 is off
+    ptx_coef: NonNegative = 0.0  # weight of the log-likelihood of --ptx-data, per nat and token (PPO-ptx)
+    ptx_data: str = ""  # toy, or a file of demonstrations, for --ptx-coef
+    ptx_tokens: Count = 2048  # tokens of --ptx-data per optimiser step over all ranks, padding included
+    ema: Probability = 0.0  # keep an average of the policy in OUT/ema, with this decay per optimiser step (0.992 is usual); 0 is off
+    kl_limit: Positive = 20.0  # warn when the KL per reply is above this, nats
     sample_every: Count = 20  # rollouts between printed samples
 
 
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}  # largest |log ratio| that rounding explains
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scores and rewards
+
+def judge_missing_eos(scores, ended, rule, penalty, lowest):
+    """Scores (B,) with those of replies that were cut off before their end token (ended False) set by a rule.
+
+    floor: the lowest score of the rollout less penalty, as a reward model has not seen such replies and ending must
+    never be worse; replace: -penalty; subtract: the reply's score less penalty.
+    """
+    cut_off = {"floor": lowest - penalty, "replace": torch.full_like(scores, -penalty), "subtract": scores - penalty}[rule]
+    return torch.where(ended, scores, cut_off)
+
+
+def update_moments(moments, x, all_sum=lambda t: t):
+    """Count, mean and sum of squared deviations of all numbers seen, with x (B,) of all ranks added (Chan et al. 1979)."""
+    count, total = all_sum(torch.stack([x.new_tensor(len(x)), x.sum()])).tolist()
+    mean = total / count
+    squares = all_sum((x - mean).square().sum()).item()
+    seen, old_mean, old_squares = moments
+    n, shift = seen + count, mean - old_mean
+    return [n, old_mean + shift * count / n, old_squares + squares + shift**2 * seen * count / n]
+
+
+def normalise_scores(scores, moments, kind, clip):
+    """Scores (B,) over their running deviation (scale), or less their running mean first (standard); held within +-clip.
+
+    moments as from `update_moments`; clip 0 is off. Zheng et al. 2023 (Secrets of RLHF I), eq. 17 and section 5.3.1.
+    """
+    if kind != "none":
+        count, mean, squares = moments
+        deviation = math.sqrt(squares / max(1, count - 1))
+        scores = (scores - (mean if kind == "standard" else 0.0)) / (deviation + 1e-8)
+    return scores.clamp(-clip, clip) if clip > 0 else scores
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
@@ -90,73 +173,167 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     return torch.expm1(-log_ratio) + log_ratio
 
 
-def shaped_rewards(scores, kl, mask, kl_coef):
-    """r_t = -kl_coef * kl_t on the response, plus the score at its last token (the end token, if there is one).
+def steps_mask(mask, reward_at):
+    """Which positions get a reward and a value: the response, mask (B, T), and for `next` one more where the row has room."""
+    return mask if reward_at == "eos" else mask | F.pad(mask, (1, 0))[:, :-1]
 
-    scores (B,), kl (B, T), mask (B, T) -> (B, T), zero outside the mask. A row with an empty mask gets nothing.
+
+def shaped_rewards(scores, kl, steps, kl_coef):
+    """r_t = -kl_coef * kl_t, plus the score at the last of a reply's steps (the end token, if there is one).
+
+    scores (B,), kl (B, T), steps (B, T) bool -> (B, T), zero outside steps. A row without steps gets nothing.
     """
-    T = mask.shape[1]
-    last = (mask * torch.arange(1, T + 1, device=mask.device)).argmax(1)  # (B,)
-    rewards = torch.where(mask, -kl_coef * kl, 0.0)
-    return rewards.scatter_add(1, last[:, None], torch.where(mask.any(1), scores, 0.0)[:, None])
+    T = steps.shape[1]
+    last = (steps * torch.arange(1, T + 1, device=steps.device)).argmax(1)  # (B,)
+    rewards = torch.where(steps, -kl_coef * kl, 0.0)
+    return rewards.scatter_add(1, last[:, None], torch.where(steps.any(1), scores, 0.0)[:, None])
 
 
-def gae(rewards, values, mask, gamma, lam):
+# ---------------------------------------------------------------------------------------------------------
+# Advantages
+
+def gae(rewards, values, steps, gamma, lam):
     """Advantages and returns by generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, values, mask (B, T); the response is one run of True. The value after the last token is 0, for replies
+    rewards, values, steps (B, T); a reply's steps are one run of True. The value after the last token is 0, for replies
     that were cut off too. delta_t = r_t + gamma V_t+1 - V_t;  A_t = delta_t + gamma lam A_t+1;  return = A + V.
     """
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
-        next_value = torch.where(mask[:, t], values[:, t], 0.0)
+        next_advantage = torch.where(steps[:, t], delta + gamma * lam * next_advantage, 0.0)
+        next_value = torch.where(steps[:, t], values[:, t], 0.0)
         advantages[:, t] = next_advantage
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    return advantages, torch.where(steps, advantages + values, 0.0)
 
 
-def whiten(x, mask, all_sum=lambda t: t):
-    """Shift and scale x (B, T) to mean 0 and population variance 1 over the mask of all ranks; zero elsewhere."""
+def whiten(x, mask, all_sum=lambda t: t, variance="population"):
+    """Shift and scale x (B, T) to mean 0 and variance 1 (population, or sample: over n - 1) over the mask of all ranks; zero elsewhere."""
     x = torch.where(mask, x, 0.0)
     total, count = all_sum(torch.stack([x.sum(), mask.sum().to(x.dtype)]))
     mean = total / count.clamp(min=1)
     centred = torch.where(mask, x - mean, 0.0)
-    variance = all_sum(centred.square().sum()) / count.clamp(min=1)
-    return centred * torch.rsqrt(variance + 1e-8)
+    squares = all_sum(centred.square().sum())
+    return centred * torch.rsqrt(squares / (count if variance == "population" else count - 1).clamp(min=1) + 1e-8)
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens):
-    """Clipped surrogate (Schulman et al. 2017, eq. 7) as a sum over the mask divided by tokens.
+# ---------------------------------------------------------------------------------------------------------
+# Losses: sums over the mask divided by tokens, the count of the whole minibatch over all micro-batches and ranks
 
-    logprobs, old_logprobs, advantages, mask (B, T); tokens: response tokens of the whole minibatch. Returns (scalar,
-    {clip_fraction, approx_kl}), each divided likewise; approx_kl is k3 of KL(old || new).
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="clip", dual_clip=0.0, penalty_coef=0.0):
+    """clip: the clipped surrogate (Schulman et al. 2017, eq. 7); penalty: -ratio * A + penalty_coef * KL(old || new) (eq. 8).
+
+    logprobs, old_logprobs, advantages, mask (B, T). dual_clip > 1 bounds the loss of a token with A < 0 by -dual_clip * A
+    (Ye et al. 2020, eq. 5). Returns (scalar, {clip_fraction, approx_kl}); approx_kl is k3 of KL(old || new), per token.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    with torch.no_grad():
-        clipped = (ratio - 1).abs() > clip
-        stats = {"clip_fraction": clipped, "approx_kl": torch.expm1(log_ratio) - log_ratio}
+    kl = torch.expm1(log_ratio) - log_ratio  # unbiased, in its gradient too: the tokens were drawn from old
+    if kind == "penalty":
+        loss = -advantages * ratio + penalty_coef * kl
+    else:
+        loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+        if dual_clip > 0:
+            loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    clipped = (ratio.detach() - 1).abs() > clip
+    stats = {"clip_fraction": clipped, "approx_kl": kl.detach()}
     return (loss * mask).sum() / tokens, {k: (v * mask).sum() / tokens for k, v in stats.items()}
 
 
-def value_loss(values, old_values, returns, mask, clip, tokens):
-    """Half the squared error, the worse of the value and of the value held within clip of the old one.
+def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, kind, tokens):
+    """A KL(pi || ref) term for the loss; for k2 and k3 its gradient is that of each token's KL, also once pi has left old.
 
-    values, old_values, returns, mask (B, T) -> (sum over the mask / tokens, {value_clip_fraction}).
+    All (B, T) -> scalar. E_old[ratio * k3] is the KL itself. grad k2 = lr * grad log pi, which has the right mean under pi,
+    hence the constant ratio before it. k1's gradient has mean zero under pi, and is here to be looked at.
     """
-    held = old_values + (values - old_values).clamp(-clip, clip)
-    plain, clipped = (values - returns).square(), (held - returns).square()
-    stats = {"value_clip_fraction": (((values - old_values).abs() > clip) & mask).sum() / tokens}
-    return 0.5 * (torch.maximum(plain, clipped) * mask).sum() / tokens, stats
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20).exp()
+    weight = {"k1": 1.0, "k2": ratio.detach(), "k3": ratio}[kind]
+    return (weight * kl_estimate(logprobs, ref_logprobs, kind) * mask).sum() / tokens
 
+
+def value_loss(values, old_values, returns, steps, clip, tokens):
+    """Half the squared error, the worse of the value and of the value held within clip of the old one (clip 0: of the value).
+
+    values, old_values, returns, steps (B, T) -> (sum over the steps / tokens, {value_clip_fraction}).
+    """
+    losses = (values - returns).square()
+    stats = {}
+    if clip > 0:
+        held = old_values + (values - old_values).clamp(-clip, clip)
+        losses = torch.maximum(losses, (held - returns).square())
+        stats = {"value_clip_fraction": (((values - old_values).abs() > clip) & steps).sum() / tokens}
+    return 0.5 * (losses * steps).sum() / tokens, stats
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Control
 
 def adapt_kl_coef(kl_coef, kl, target, replies, horizon):
     """Proportional control of beta (Ziegler et al. 2019, section 2.2); kl: mean over replies of the sum over tokens."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * replies / horizon)
+
+
+def adapt_penalty(penalty_coef, kl, target):
+    """Double or halve the weight of KL(old || new) when it leaves [target / 1.5, target * 1.5] (Schulman et al. 2017, section 4)."""
+    return penalty_coef * (2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0)
+
+
+def diagnose(history, kl_limit):
+    """What is unhealthy in a run's rows of metrics so far, oldest first: {symptom: one line with the switch to try}."""
+    found, last, window = {}, history[-1], 5
+
+    def mean(name, rows):
+        return sum(row[name] for row in rows) / len(rows)
+
+    if last["kl"] > kl_limit:
+        found["kl"] = f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit {kl_limit:g}: raise --kl-coef (or set --kl-target), or lower --lr"
+    if len(history) >= 2 * window:
+        early, late = history[:window], history[-window:]
+        if all(row["explained_variance"] < 0 for row in history[-2 * window:]):
+            found["critic"] = f"the critic has explained nothing of the returns for {2 * window} rollouts: try --critic-warmup {2 * window}, another --critic-lr or --critic-init"
+        if mean("eos_rate", late) < mean("eos_rate", early) - 0.1:
+            found["eos"] = (f"replies that end by themselves fell from {mean('eos_rate', early):.2f} to {mean('eos_rate', late):.2f}: "
+                            "raise --missing-eos-penalty or --max-new-tokens; is there an end token in the data?")
+        if mean("entropy", late) < 0.05 * mean("entropy", early):
+            found["entropy"] = f"entropy fell to {mean('entropy', late):.2g} nats per token, a twentieth of what it was: raise --kl-coef or --entropy-coef, or lower --lr"
+    if "gold" in last and len(history) >= 3 * window:
+        ends = range(window, len(history) + 1)
+        best = max(ends, key=lambda end: mean("gold", history[end - window:end]))
+        before, late = history[best - window:best], history[-window:]
+        if mean("gold", late) < mean("gold", before) - 0.1 and mean("score", late) > mean("score", before):
+            found["gold"] = (f"the score rises while the gold score fell from {mean('gold', before):.2f} to {mean('gold', late):.2f} (over-optimisation): "
+                             "raise --kl-coef, stop earlier, or train the reward model on replies of this policy")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+def load_reward_fn(spec):
+    """The function that module:function names, found from the working directory; a UserError says why not."""
+    module, _, name = spec.partition(":")
+    require(module and name, f"--reward-fn {spec}: write module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a module of the user's may fail in any way
+        raise UserError(f"--reward-fn {spec} can't be imported ({type(error).__name__}: {error})") from None
+    require(callable(function), f"--reward-fn {spec} is not a function")
+    return function
+
+
+def call_reward_fn(spec, function, prompts, replies, device):
+    """One finite number per reply (B,), or a UserError."""
+    try:
+        scores = torch.as_tensor(function(prompts, replies), dtype=torch.float32, device=device)
+    except Exception as error:
+        raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given two lists of text, prompts and replies") from None
+    require(scores.shape == (len(replies),) and scores.isfinite().all(),
+            f"--reward-fn {spec} must return one finite number for each of {len(replies)} replies, got shape {tuple(scores.shape)}")
+    return scores
 
 
 def main(config):
@@ -166,33 +343,68 @@ def main(config):
     require(share % config.minibatches == 0, f"a rank's {share} prompts are not divisible into --minibatches {config.minibatches}")
     require(config.kl_target == 0 or config.kl_coef > 0, "--kl-target needs a --kl-coef above 0 to start from")
     require(config.kl_target == 0 or config.rollout_batch <= config.kl_horizon, "--kl-horizon must be at least --rollout-batch")
-    if config.kl != "k1" and config.kl_coef > 0:
-        run.say(f"warning: --kl {config.kl} in the reward has the wrong gradient (see the top of ppo.py); k1 has the right one")
+    require(config.dual_clip == 0 or (config.dual_clip > 1 and config.policy_loss == "clip"), "--dual-clip must be above 1, and is for --policy-loss clip")
+    require(config.penalty_target == 0 or (config.policy_loss == "penalty" and config.penalty_coef > 0),
+            "--penalty-target is for --policy-loss penalty, with a --penalty-coef above 0 to start from")
+    require((config.ptx_coef > 0) == bool(config.ptx_data), "--ptx-coef and --ptx-data go together")
+    require(config.critic_warmup < config.steps, f"--critic-warmup {config.critic_warmup} leaves none of {config.steps} rollouts to train the policy on")
+    if config.kl_coef > 0 and (config.kl == "k1") == (config.kl_in == "loss"):
+        run.say(f"warning: --kl {config.kl} --kl-in {config.kl_in} has the wrong gradient (see the top of ppo.py); "
+                f"{'k2 and k3 have' if config.kl_in == 'loss' else 'k1 has'} the right one there")
 
-    # the four models
+    # the models: policy, reference, what scores, critic
     policy_model, tokenizer = open_model(config, GPT)
     reference = copy.deepcopy(policy_model).to(run.device).requires_grad_(False).eval()
-    reward, reward_tokenizer = load_model(config.reward, ScalarModel)
-    require(reward_tokenizer.ranks == tokenizer.ranks, f"--reward {config.reward} has another tokenizer than --model {config.model}")
-    critic_model = copy.deepcopy(reward)
-    reward = reward.to(run.device).requires_grad_(False).eval()
+    folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
+    sources = folders + config.reward_fn
+    require(len(config.reward_weights) in (0, len(sources)), f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
+    weights = torch.tensor(config.reward_weights or [1.0] * len(sources), device=run.device)  # (sources,)
+    reward_models, reward_fns = [], [load_reward_fn(spec) for spec in config.reward_fn]
+    for folder in folders:
+        reward_model, reward_tokenizer = load_model(folder, ScalarModel)
+        require(reward_tokenizer.ranks == tokenizer.ranks, f"--reward {folder} has another tokenizer than --model {config.model}")
+        reward_models.append(reward_model)
+    critic_init = config.critic_init if config.critic_init != "auto" else "reward" if folders else "zero"
+    require(critic_init != "reward" or folders, "--critic-init reward needs a --reward folder; use sft or zero")
+    if critic_init == "reward":
+        critic_model = copy.deepcopy(reward_models[0])
+    else:
+        torch.manual_seed(config.seed)
+        critic_model = ScalarModel.from_trunk(policy_model)
+        if critic_init == "zero":
+            torch.nn.init.zeros_(critic_model.score.weight)
+    reward_models = [model.to(run.device).requires_grad_(False).eval() for model in reward_models]
     policy, critic = run.parallel(policy_model), run.parallel(critic_model)
     policy_optimizer, critic_optimizer = (adamw(m, lr, eps=1e-5) for m, lr in ((policy_model, config.lr), (critic_model, config.critic_lr)))
+    modules, optimizers = {"policy": policy_model, "critic": critic_model}, {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    if config.ema > 0:
+        modules["ema"] = copy.deepcopy(policy_model).requires_grad_(False)
 
-    # prompts
+    # prompts, and demonstrations for PPO-ptx
     world = toy.World(config.seed) if config.data == "toy" else None
     rows = world.prompts("train") if world else read_rows(config.data, "prompts", run.say)
     prompts = [(row, encode_prompt(tokenizer, row.prompt)) for row in rows]
-    context = min(policy_model.config.block_size, reward.config.block_size)
+    context = min(model.config.block_size for model in [policy_model, critic_model, *reward_models])
     require(config.max_new_tokens < context, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context}")
     prompts = drop_long(prompts, [len(ids) for _, ids in prompts], context - config.max_new_tokens, run.say)
     run.say(f"{len(prompts)} prompts, for instance\n{describe(tokenizer, prompts[0][1], [False] * len(prompts[0][1]))}")
+    if config.ptx_coef > 0:
+        rows = toy.World(config.seed).demonstrations("train") if config.ptx_data == "toy" else read_rows(config.ptx_data, "demonstrations", run.say)
+        ptx = [encode_group(tokenizer, row)[0] for row in rows]
+        ptx = drop_long(ptx, [len(ids) for ids, _ in ptx], policy_model.config.block_size, run.say)
+        ptx_lengths = [len(ids) for ids, _ in ptx]
 
-    modules, optimizers = {"policy": policy_model, "critic": critic_model}, {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    for spec, function in zip(config.reward_fn, reward_fns):
+        call_reward_fn(spec, function, [prompts[0][0].text], ["a trial"], run.device)  # a mistake in it should show before anything is written
     first, extra = run.begin(modules, optimizers)
-    kl_coef = extra.get("kl_coef", config.kl_coef)
+    kl_coef, penalty_coef, moments = (extra.get(name, start) for name, start in
+                                      (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
     order = endless_order(len(prompts), config.seed, first * config.rollout_batch)
+    updates = config.epochs * config.minibatches  # optimiser steps per rollout
+    if config.ptx_coef > 0:
+        ptx_batches = endless_batches(ptx_lengths, config.ptx_tokens, config.seed, first * updates)
     policy.eval(), critic.eval()  # no dropout: the ratio to the old policy must be 1 where nothing has changed
+    history, warned = [json.loads(line) for line in open(run.out / "metrics.jsonl")] if first and run.main else [], {}
 
     for step in run.steps(first, config.steps):
         generator = run.seed_step(step)
@@ -204,92 +416,163 @@ def main(config):
             rollout = generate(policy_model, [prompts[i][1] for i in chosen], config.max_new_tokens, tokenizer,
                                config.temperature, generator=generator)
         ids, mask, lengths, ended = rollout  # (B, T), (B, T), (B,), (B,)
+        texts, questions = rollout.texts(tokenizer), [prompts[i][0].text for i in chosen]
         size = lengths.tolist()
-        host_mask = mask.cpu()  # see token_index
+        if config.reward_at == "next":
+            size = [min(n + 1, ids.shape[1]) for n in size]
+        steps = steps_mask(mask, config.reward_at)  # (B, T)
+        host_mask, host_steps = mask.cpu(), steps.cpu()  # see token_index
 
         # 2. score: what the losses call old is computed here, by the forward pass that trains, not by the sampler
         old_logprobs, ref_logprobs, old_values, entropy = (torch.zeros(ids.shape, device=run.device) for _ in range(4))  # (B, T)
-        scores = torch.zeros(share, device=run.device)  # (B,)
+        parts = torch.zeros(len(sources), share, device=run.device)
         with torch.no_grad(), run.autocast():
             for piece in by_length(range(share), size, config.micro_batch_tokens):
                 rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
                 part, part_mask = ids[rows, :T], host_mask[piece, :T]
                 old_logprobs[rows, :T], entropy[rows, :T] = policy_model(part, part_mask, config.temperature, with_entropy=True)
                 ref_logprobs[rows, :T], _ = reference(part, part_mask, config.temperature)
-                old_values[rows, :T] = values_before(critic_model(part), part_mask)
-                scores[rows] = last_scores(reward(part), lengths[rows])
-        # a reward model has not seen replies without an end: whatever it says of one, ending must never be worse
-        judged = torch.where(ended, scores, run.all_min(scores.min()) - config.missing_eos_penalty)
+                old_values[rows, :T] = values_before(critic_model(part), host_steps[piece, :T])
+                for source, reward_model in enumerate(reward_models):
+                    parts[source, rows] = last_scores(reward_model(part), lengths[rows])
+        for source, function in enumerate(reward_fns, len(reward_models)):
+            parts[source] = call_reward_fn(sources[source], function, questions, texts, run.device)
+        scores = weights @ parts  # (B,)
 
         # 3. rewards
-        rewards = shaped_rewards(judged, kl_estimate(old_logprobs, ref_logprobs, config.kl), mask, kl_coef)
+        judged = judge_missing_eos(scores, ended, config.missing_eos, config.missing_eos_penalty, run.all_min(scores.min()))
+        if config.reward_norm != "none":
+            moments = update_moments(moments, judged, run.all_sum)
+        judged = normalise_scores(judged, moments, config.reward_norm, config.reward_clip)
+        kl = kl_estimate(old_logprobs, ref_logprobs, config.kl)  # (B, T)
+        rewards = shaped_rewards(judged, kl, steps, kl_coef if config.kl_in == "reward" else 0.0)
 
         # 4. advantages
-        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        explained = 1 - (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
-        if config.whiten:
-            advantages = whiten(advantages, mask, run.all_sum)
+        advantages, returns = gae(rewards, old_values, steps, config.gamma, config.lam)
+        explained = 1 - (returns - old_values)[steps].var(correction=0) / returns[steps].var(correction=0).clamp(min=1e-8)
+        if config.whiten != "none":
+            advantages = whiten(advantages, mask, run.all_sum, config.whiten)
+        if config.advantage_clip > 0:
+            advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
         # 5. update
-        totals, off_by = {}, torch.zeros((), device=run.device)
-        lr, critic_lr = (cosine_lr(step, config.steps, config.warmup, peak) for peak in (config.lr, config.critic_lr))
-        for epoch in range(config.epochs):
-            shuffled = torch.randperm(share).tolist()
-            for minibatch in range(config.minibatches):
-                picked = shuffled[minibatch::config.minibatches]
-                tokens = run.all_sum(host_mask[picked].sum().to(run.device))  # of the whole minibatch: short replies weigh by their tokens
-                for piece in run.micro_batches(by_length(picked, size, config.micro_batch_tokens), policy, critic):
-                    rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
-                    part, part_mask, old = ids[rows, :T], mask[rows, :T], old_logprobs[rows, :T]
+        totals, off_by, done = {}, torch.zeros((), device=run.device), 0
+        lr = scheduled_lr(step, config.steps, config.warmup, config.lr, config.lr_schedule)
+        critic_lr = scheduled_lr(step, config.steps, config.warmup, config.critic_lr, config.critic_lr_schedule)
+        train_policy = step >= config.critic_warmup
+        orders = [torch.randperm(share).tolist() for _ in range(config.epochs)]
+        batches = [shuffled[i::config.minibatches] for shuffled in orders for i in range(config.minibatches)]
+        grad_norm = critic_grad_norm = torch.zeros(())
+
+        def add(name, value):  # to the mean over the update
+            totals[name] = totals.get(name, 0) + value.detach() / updates
+
+        for number, picked in enumerate(batches):
+            # of the whole minibatch: short replies weigh by their tokens
+            tokens, value_tokens = run.all_sum(torch.stack([host_mask[picked].sum(), host_steps[picked].sum()]).to(run.device))
+            old_new_kl = torch.zeros((), device=run.device)  # of this minibatch, per token
+            pieces = [("ppo", piece) for piece in by_length(picked, size, config.micro_batch_tokens)]
+            if config.ptx_coef > 0:
+                ptx_batch = next(ptx_batches)
+                mine, weight = run.share(ptx_batch)
+                ptx_weight = config.ptx_coef * weight / sum(sum(ptx[i][1]) for i in ptx_batch)
+                if train_policy:
+                    pieces = [("ptx", piece) for piece in by_length(mine, ptx_lengths, config.micro_batch_tokens)] + pieces
+            for kind, piece in run.micro_batches(pieces, policy, critic):
+                if kind == "ptx":  # its gradients are summed with those of PPO: one step for both
+                    part, part_mask, _ = collate([ptx[i] for i in piece], tokenizer.pad, run.device)
+                    with run.autocast():
+                        ptx_loss = -policy(part, part_mask)[0].sum() * ptx_weight
+                    run.backward(ptx_loss, policy_optimizer)
+                    add("ptx_loss", ptx_loss / config.ptx_coef)
+                    continue
+                rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
+                part, part_mask, old = ids[rows, :T], mask[rows, :T], old_logprobs[rows, :T]
+                losses, stats = {}, {}
+                if train_policy:
                     with run.autocast():
                         logprobs, H = policy(part, host_mask[piece, :T], config.temperature, with_entropy=config.entropy_coef > 0)
-                        values = values_before(critic(part), host_mask[piece, :T])
-                    pg_loss, stats = policy_loss(logprobs, old, advantages[rows, :T], part_mask, config.clip, tokens)
-                    vf_loss, value_stats = value_loss(values, old_values[rows, :T], returns[rows, :T], part_mask, config.value_clip, tokens)
-                    bonus = config.entropy_coef * H.sum() / tokens if config.entropy_coef > 0 else 0.0
-                    if epoch == minibatch == 0:  # nothing has been updated yet, so the ratio to the old policy must be 1
+                    losses["policy_loss"], stats = policy_loss(logprobs, old, advantages[rows, :T], part_mask, config.clip, tokens,
+                                                               config.policy_loss, config.dual_clip, penalty_coef)
+                    objective = losses["policy_loss"]
+                    if config.entropy_coef > 0:
+                        objective = objective - config.entropy_coef * H.sum() / tokens
+                    if config.kl_in == "loss":
+                        losses["kl_loss"] = kl_loss(logprobs, old, ref_logprobs[rows, :T], part_mask, config.kl, tokens)
+                        objective = objective + kl_coef * losses["kl_loss"]
+                    if number == 0:  # nothing has been updated yet, so the ratio to the old policy must be 1
                         off_by = torch.maximum(off_by, (logprobs.detach() - old).abs().max())
-                    run.backward(pg_loss - bonus, policy_optimizer)
-                    run.backward(vf_loss, critic_optimizer)
-                    for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **stats, **value_stats}.items():
-                        totals[name] = totals.get(name, 0) + value.detach() / (config.epochs * config.minibatches)
+                    run.backward(objective, policy_optimizer)
+                with run.autocast():
+                    values = values_before(critic(part), host_steps[piece, :T])
+                losses["value_loss"], value_stats = value_loss(values, old_values[rows, :T], returns[rows, :T], steps[rows, :T], config.value_clip, value_tokens)
+                run.backward(losses["value_loss"], critic_optimizer)
+                for name, value in {**losses, **stats, **value_stats}.items():
+                    add(name, value)
+                old_new_kl += stats.get("approx_kl", 0)
+            done += 1
+            if config.kl_stop > 0 or config.penalty_target > 0:
+                old_new_kl = run.all_sum(old_new_kl).item()
+            if config.kl_stop > 0 and old_new_kl > config.kl_stop:
+                policy_optimizer.zero_grad(), critic_optimizer.zero_grad()
+                break
+            if train_policy:
                 grad_norm = run.optimizer_step(policy_optimizer, lr, config.max_grad_norm)
-                critic_grad_norm = run.optimizer_step(critic_optimizer, critic_lr, config.max_grad_norm)
+                if config.ema > 0:
+                    with torch.no_grad():
+                        torch._foreach_lerp_(list(modules["ema"].parameters()), list(policy_model.parameters()), 1 - config.ema)
+            critic_grad_norm = run.optimizer_step(critic_optimizer, critic_lr, config.max_grad_norm)
 
-        # 6. KL control, log, save
+        # 6. control, log, save
         log_ratio = old_logprobs - ref_logprobs  # (B, T)
         all_tokens = run.all_sum(mask.sum())
-        replies = {  # means over the replies; entropy and value are means over their tokens
+        replies = {  # means over the replies; entropy, value and ref_nll are means over their tokens
             "score": scores.mean(), "kl": log_ratio.sum(1).mean(), "length": mask.sum(1).float().mean(), "eos_rate": ended.float().mean(),
             "kl_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(1).mean(), "reward": rewards.sum(1).mean(), "explained_variance": explained,
-            "entropy": entropy.sum() / all_tokens * run.world_size, "value": old_values.sum() / all_tokens * run.world_size}
-        texts = rollout.texts(tokenizer)
+            "entropy": entropy.sum() / all_tokens * run.world_size, "value": old_values.sum() / all_tokens * run.world_size,
+            "ref_nll": -ref_logprobs.sum() / all_tokens * run.world_size}
+        if len(sources) > 1:
+            replies |= {f"score_{i + 1}": part.mean() for i, part in enumerate(parts)}
         if world:
-            gold = [world.gold(prompts[i][0].text, text, end) for i, text, end in zip(chosen, texts, ended.tolist())]
+            gold = [world.gold(*reply) for reply in zip(questions, texts, ended.tolist())]
             replies["gold"] = torch.tensor(gold, device=run.device).mean()
         names, values = zip(*replies.items())
         means = dict(zip(names, (run.all_sum(torch.stack(values)) / run.world_size).tolist()))
         names, values = zip(*totals.items())
-        means |= dict(zip(names, run.all_sum(torch.stack(values)).tolist()))
+        means |= {name: value * updates / done for name, value in zip(names, run.all_sum(torch.stack(values)).tolist())}
+        means |= {"ref_perplexity": math.exp(means.pop("ref_nll")), "updates": done}
         update_seconds = time.perf_counter() - began
         tokens, off_by = all_tokens.item(), -run.all_min(-off_by)  # the largest of all ranks
         if off_by > RATIO_TOLERANCE[run.dtype]:
-            run.say(f"warning: step {step + 1}: log-probabilities of an unchanged policy moved by {off_by:.2g}; the ratio should be 1")
+            run.say(f"warning: step {step + 1}: log-probabilities of an unchanged policy moved by {off_by:.2g}; the ratio should be 1, so something "
+                    "differs between the two passes (dropout? --dtype float32 tells whether it is rounding)")
+        history.append(means)
+        if len(history) > 300:
+            del history[5]  # the first five stay, to compare with
+        for symptom, advice in diagnose(history, config.kl_limit).items():
+            if step - warned.get(symptom, -20) >= 20:
+                warned[symptom] = step
+                run.say(f"warning: step {step + 1}: {advice}")
         if run.time_to_log(step):
-            run.log(step, means | {"kl_coef": kl_coef, "lr": lr, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
+            run.log(step, means | {"kl_coef": kl_coef, "lr": lr * train_policy, "critic_lr": critic_lr, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
                                    "ratio_error": off_by, "rollout_tokens_per_second": tokens / rollout_seconds,
-                                   "update_tokens_per_second": tokens * config.epochs / update_seconds},
+                                   "update_tokens_per_second": tokens * config.epochs * done / updates / update_seconds}
+                    | ({"penalty_coef": penalty_coef} if config.policy_loss == "penalty" else {}),
                     show=("score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance"))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
             for i in range(min(3, share)):
-                run.say(f"  sample: {prompts[chosen[i]][0].text!r} -> {texts[i]!r} (score {scores[i]:.2f})")
+                run.say(f"  sample: {questions[i]!r} -> {texts[i]!r} (score {scores[i]:.2f})")
         if config.kl_target > 0:
             kl_coef = adapt_kl_coef(kl_coef, means["kl"], config.kl_target, config.rollout_batch, config.kl_horizon)
+        if config.penalty_target > 0 and train_policy:
+            penalty_coef = adapt_penalty(penalty_coef, old_new_kl, config.penalty_target)
         if run.time_to_save(step):
             if run.main:
                 save_model(run.out, policy_model, tokenizer)
-            run.save(step, modules, optimizers, {"kl_coef": kl_coef})  # last: where it is, the checkpoint is
+                if config.ema > 0:
+                    save_model(run.out / "ema", modules["ema"], tokenizer)
+            run.save(step, modules, optimizers, {"kl_coef": kl_coef, "penalty_coef": penalty_coef, "moments": moments})  # last: where it is, the checkpoint is
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import toy
 from data import Row, by_length, collate, encode_group, endless_batches, preference_groups, ranked_pairs, read_rows
 from model import GPT, ScalarModel, last_scores, open_model, save_model
-from runtime import Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, cosine_lr, require, run_script, write_json
+from runtime import Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, require, run_script, write_json
 
 
 @dataclass
@@ -139,7 +139,7 @@ def main(config):
             run.backward(loss, optimizer)
             for name, value in {"loss": loss, **metrics}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
-        lr = cosine_lr(step, config.steps, config.warmup, config.lr)
+        lr = scheduled_lr(step, config.steps, config.warmup, config.lr)
         grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
 
         # 4. log, evaluate, save

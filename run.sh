@@ -1,25 +1,53 @@
 #!/usr/bin/env bash
 # bash run.sh [--seed N]           set up, then SFT, reward model, PPO, DPO and evaluation of the toy task in runs/demo
 # bash run.sh test [pytest flags]  set up, then the tests
+# bash run.sh parity               set up .venv-parity, then our numbers against those of transformers and TRL (bench/parity.py)
 set -euo pipefail
 cd "$(dirname "$0")"
-usage() { echo "error: $1; usage: bash run.sh [--seed N] | bash run.sh test [pytest flags]" >&2; exit 2; }
+usage() { echo "error: $1; usage: bash run.sh [--seed N] | bash run.sh test [pytest flags] | bash run.sh parity" >&2; exit 2; }
 
 command=demo
 seed=0
 if [ "${1:-}" = test ]; then
     command=test
     shift
+elif [ "${1:-}" = parity ]; then
+    command=parity
+    [ $# -eq 1 ] || usage "parity takes no arguments"
 else
     while [ $# -gt 0 ]; do
         case "$1" in
             --seed=*) seed="${1#--seed=}"; shift ;;
             --seed) [ $# -ge 2 ] || usage "--seed needs a number"; seed="$2"; shift 2 ;;
-            -h | --help) sed -n '2,3s/^# //p' run.sh; exit 0 ;;
+            -h | --help) sed -n '2,4s/^# //p' run.sh; exit 0 ;;
             *) usage "unknown argument $1" ;;
         esac
     done
     [[ "$seed" =~ ^[0-9]+$ ]] || usage "--seed must be a whole number, got $seed"
+fi
+
+# OpenMP threads that spin while they wait make a small model 20 times slower on a busy machine; sleeping costs nothing
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+python="${PYTHON:-python3}"
+make_venv() {  # folder, oldest Python as "3, 10"
+    "$python" -c "import sys; sys.exit(sys.version_info < ($2))" || { echo "error: Python ${2/, /.} or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
+    echo "setting up $1 (some minutes: PyTorch is large)"
+    "$python" -m venv "$1" || { echo "error: no virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 2; }
+}
+
+# -- parity: an environment of its own; `installed`, written last, says that it is complete, and of what
+if [ "$command" = parity ]; then
+    venv=.venv-parity
+    ppo_trl=1.12.0  # the last TRL with PPO; the current one, without it, is in bench/requirements-parity.txt
+    wanted="$(cat requirements.txt bench/requirements-parity.txt) trl==$ppo_trl"
+    if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ] || ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+        rm -rf "$venv"
+        make_venv "$venv" "3, 11"
+        "$venv/bin/python" -m pip install --quiet -r bench/requirements-parity.txt
+        "$venv/bin/python" -m pip install --quiet --no-deps --target "$venv/trl-$ppo_trl" "trl==$ppo_trl"
+        echo "$wanted" >"$venv/installed"
+    fi
+    OMP_NUM_THREADS=1 exec "$venv/bin/python" bench/parity.py
 fi
 
 # -- set-up: a Python that already has what is needed, else a virtual environment in .venv
@@ -34,20 +62,15 @@ import torch
 assert tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 6)
 PY
 }
-python="${PYTHON:-python3}"
 if ! has_all "$python"; then
     if ! has_all .venv/bin/python; then
-        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
-        echo "setting up .venv (some minutes: PyTorch is large)"
-        "$python" -m venv .venv || { echo "error: no virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 2; }
+        make_venv .venv "3, 10"
         .venv/bin/python -m pip install --quiet -r requirements.txt
         .venv/bin/python -m pip install --quiet $extras
     fi
     python=.venv/bin/python
 fi
 
-# OpenMP threads that spin while they wait make a small model 20 times slower on a busy machine; sleeping costs nothing
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 if [ "$command" = test ]; then
     exec "$python" -m pytest tests "$@"
 fi

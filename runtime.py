@@ -5,6 +5,7 @@ Randomness: no generator state is ever stored. Every random draw of a run is see
 when the step begins, so a resumed run draws what the uninterrupted one would have drawn.
 """
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -50,6 +51,7 @@ Positive = Annotated[float, "> 0"]
 NonNegative = Annotated[float, ">= 0"]
 Fraction = Annotated[float, ">= 0", "<= 1"]
 Probability = Annotated[float, ">= 0", "< 1"]
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 BOUNDS = {">=": lambda x, y: x >= y, "<=": lambda x, y: x <= y, ">": lambda x, y: x > y, "<": lambda x, y: x < y}
 
 
@@ -75,7 +77,9 @@ class RunConfig:
 
 
 SCRATCH_FLAGS = ("tokenizer", "layers", "heads", "width", "block_size")  # a checkpoint folder has its own
-RUN_FILES = ("config.json", "model.safetensors", "bpe.json", "resume.safetensors", "metrics.jsonl", "evaluation.json")  # what a run writes
+INPUT_FLAGS = ("data", "val_data", "demonstrations", "model", "reward", "ptx_data")  # files and folders that a run is built on
+RUN_FILES = ("config.json", "model.safetensors", "bpe.json", "resume.safetensors", "metrics.jsonl", "evaluation.json",
+             "ema/config.json", "ema/model.safetensors", "ema/bpe.json")  # what a run writes
 PLUMBING = {"out", "device", "threads", "resume", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug"}  # may change on --resume
 
 
@@ -110,11 +114,11 @@ def parse_flags(config_class, description, argv=None):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         elif typing.get_origin(hint) is Literal:
             parser.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
-        elif hint == list[str]:
-            parser.add_argument(flag, nargs="+", default=[], metavar="TEXT", help=text)
+        elif typing.get_origin(hint) is list:
+            kind, = typing.get_args(hint)
+            parser.add_argument(flag, type=kind, nargs="+", default=[], metavar=METAVARS[kind], help=text)
         else:
-            name = {int: "N", float: "X", str: "TEXT"}[hint]
-            parser.add_argument(flag, type=hint, default=field.default, metavar=name, help=text)
+            parser.add_argument(flag, type=hint, default=field.default, metavar=METAVARS[hint], help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
@@ -131,20 +135,28 @@ def parse_flags(config_class, description, argv=None):
 
 def run_script(main, config_class, description, argv=None):
     """Parse flags, call main(config); turn a UserError into one line and exit code 2."""
-    config = parse_flags(config_class, description, argv)
+    config, code = parse_flags(config_class, description, argv), 0
     try:
         main(config)
     except (UserError, torch.OutOfMemoryError) as error:
         if config.debug:
             raise
-        if isinstance(error, UserError):
-            sys.exit(fail(error, 2))
-        sys.exit(fail("the device is out of memory; lower the token or batch flags (see --help)", 1))
+        code = fail(error, 2) if isinstance(error, UserError) else \
+            fail("the device is out of memory; lower the token or batch flags (see --help)", 1)
     except KeyboardInterrupt:
-        sys.exit(fail("interrupted", 130))
+        code = fail("interrupted", 130)
+    except SystemExit as stopped:
+        code = stopped.code or 0
     finally:
-        if dist.is_initialized():
+        parallel = dist.is_initialized()
+        if parallel:
             dist.destroy_process_group()
+    if parallel:  # DDP keeps the group's threads alive, and one that runs while Python shuts down aborts the process
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def fail(message, code):
@@ -206,21 +218,28 @@ def folder_of(path):
     return Path(path).parent
 
 
+def as_list(value):
+    """A flag's values: itself if it takes several, else the one, unless that is empty."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
 def digest(path):
     """SHA-256 of a file, or of a checkpoint folder's weights; "" for anything else (toy, scratch)."""
-    path = Path(path, "model.safetensors") if path and Path(path).is_dir() else Path(path or ".")
+    path = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         return ""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
 
 
-def cosine_lr(step, steps, warmup, peak, floor=0.1):
-    """Learning rate of a step (from 0): linear warm-up, then cosine from peak to floor * peak."""
+def scheduled_lr(step, steps, warmup, peak, schedule="cosine"):
+    """Learning rate of a step (from 0): linear warm-up, then cosine to a tenth of peak, linear to 0, or constant."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if schedule == "cosine":
+        return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (1 - progress) if schedule == "linear" else peak
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
@@ -268,8 +287,8 @@ class Run:
         require(not holds_run or config.resume or config.overwrite,
                 f"--out {out} already holds a run; add --resume to go on with it, --overwrite to replace it, or name another folder")
         for flag in ("model", "reward"):
-            folder = getattr(config, flag, "")
-            require(not (config.overwrite and folder) or Path(folder).resolve() != out.resolve(), f"--overwrite would delete the --{flag} {folder}")
+            for folder in as_list(getattr(config, flag, "")):
+                require(not config.overwrite or Path(folder).resolve() != out.resolve(), f"--overwrite would delete the --{flag} {folder}")
         require(not config.resume or not (out / "config.json").exists() or (out / "run.json").exists(),
                 f"--resume: {out} holds a checkpoint, but no run to go on with; name another --out")
 
@@ -284,12 +303,12 @@ class Run:
 
         modules, optimizers: {name: object}, as for `save`. Returns (first step to do, the extra values saved).
         """
-        self.inputs = {flag: digest(getattr(self.config, flag, "")) for flag in ("data", "val_data", "demonstrations", "model", "reward")}
+        self.inputs = {flag: [digest(path) for path in as_list(getattr(self.config, flag, ""))] for flag in INPUT_FLAGS}
         first, extra = self._restore(modules, optimizers) if self.config.resume and self.resume_file.exists() else (0, {})
         agreed = self.all_min(torch.tensor([first, -first], device=self.device))
         require(agreed[0] == -agreed[1], f"--resume: not every rank finds {self.resume_file}; --out must lie on a disk that all nodes share")
         values = dataclasses.asdict(self.config)
-        defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
+        defaults = dataclasses.asdict(type(self.config)())
         unsaid = PLUMBING | (set(SCRATCH_FLAGS) if self.config.model != "scratch" else set())
         self.say("settings: " + ", ".join(f"{k}={v}{'*' if v != defaults[k] else ''}" for k, v in values.items()
                                           if k not in unsaid) + "  (* not the default)")

@@ -18,7 +18,7 @@ import torch
 import toy
 from data import by_length, collate, describe, drop_long, encode_dialogue, endless_batches, read_rows, split_by_prompt
 from model import GPT, open_model, save_model, show_samples
-from runtime import Count, Fraction, NonNegative, Positive, Probability, Run, RunConfig, adamw, cosine_lr, require, run_script
+from runtime import Count, Fraction, NonNegative, Positive, Probability, Run, RunConfig, adamw, scheduled_lr, require, run_script
 
 
 @dataclass
@@ -95,7 +95,7 @@ def main(config):
             piece_loss = -logprobs.sum() * weight / tokens
             run.backward(piece_loss, optimizer)
             loss += piece_loss.detach()
-        lr = cosine_lr(step, config.steps, config.warmup, config.lr)
+        lr = scheduled_lr(step, config.steps, config.warmup, config.lr)
         grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
 
         # 4. log, evaluate, save

@@ -368,7 +368,7 @@ def test_ppo_feeds_its_losses_what_one_row_at_a_time_gives(chain, tmp_path, monk
         record(name)
     root = chain[0]
     run_here("ppo", f"--model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 10 "
-             f"--temperature 0.7 --kl-coef 0.5 --no-whiten --missing-eos-penalty 0 --micro-batch-tokens 10000 --out {tmp_path}/run")
+             f"--temperature 0.7 --kl-coef 0.5 --whiten none --missing-eos-penalty 0 --micro-batch-tokens 10000 --out {tmp_path}/run")
     policy, _ = model.load_model(root / "sft", model.GPT)
     scorer, _ = model.load_model(root / "reward", model.ScalarModel)
     rollout = seen["generate"][1]
