@@ -276,8 +276,8 @@ def test_learning_rates_warm_up_and_follow_their_schedule():
 
 def history(rollouts=20, **changed):
     """Rows of metrics of a healthy run; changed: {metric: its value as a function of the rollout's number}."""
-    healthy = {"kl": lambda i: 0.3 * i, "explained_variance": lambda i: 0.7 - 1 / (i + 1), "eos_rate": lambda i: 0.95 + 0.01 * (i % 3),
-               "entropy": lambda i: 1.5 - 0.04 * i, "score": lambda i: 0.1 * i, "gold": lambda i: min(0.9, 0.08 * i) - 0.05 * (i % 2)}
+    healthy = {"kl": lambda i: min(6, 0.3 * i), "explained_variance": lambda i: 0.7 - 1 / (i + 1), "eos_rate": lambda i: 0.95 + 0.01 * (i % 3),
+               "entropy": lambda i: 0.5 + 1 / (i + 1), "score": lambda i: 0.1 * i, "gold": lambda i: min(0.9, 0.08 * i) - 0.05 * (i % 2)}
     return [{name: value(i) for name, value in (healthy | changed).items()} for i in range(rollouts)]
 
 
@@ -684,9 +684,9 @@ def test_the_policy_follows_the_gradient_of_the_objective_written_out(flags, roo
     advantages = run.calls["gae"][1].result[0][rollout.mask]
     q = SimpleNamespace(ratio=(logprobs - old).exp(), log_ratio=logprobs - ref, entropy=entropy, ptx=ptx_logprobs(root, policy, 3).mean(),
                         advantages=(advantages - advantages.mean()) / advantages.std(correction=0))
-    far, bad = q.ratio.detach(), q.advantages < 0
-    assert ((far < 0.8) & bad).any() and ((far > 1.2) & ~bad).any() and ((far > 1.3) & bad).any()  # every clip holds somewhere
-    OBJECTIVES[flags](q).mean().backward()
+    objective, other = OBJECTIVES[flags](q), clipped(q) if flags else -q.ratio * q.advantages
+    assert not torch.allclose(objective, other)  # what the flag is about happens here
+    objective.mean().backward()
     for name, p in policy.named_parameters():
         torch.testing.assert_close(steps[3].gradient[name], p.grad, rtol=1e-3, atol=2e-6, msg=lambda text: f"{name}: {text}")
 
@@ -709,22 +709,17 @@ def test_the_critic_follows_the_gradient_of_the_value_loss_written_out(flags, cl
 
 def test_ptx_adds_its_gradient_before_the_one_step_of_each_minibatch(root, tmp_path):
     without = train(root, tmp_path / "without", "--max-grad-norm 1e9")
-    run = train(root, tmp_path / "run", "--max-grad-norm 1e9 --ptx-coef 3", PTX)
+    run = train(root, tmp_path / "run", "--max-grad-norm 1e9 --ptx-coef 0.5", PTX)
     assert [len(steps_of(r, name)) for r in (run, without) for name in ("policy", "critic")] == [8] * 4  # 2 rollouts, 2 epochs, 2 minibatches
     policy = network(GPT, root / "sft")
     logprobs = ptx_logprobs(root, policy, 0)
     (-logprobs.mean()).backward()
     for name, p in policy.named_parameters():  # the first step of both runs starts at the same weights
         total, alone = steps_of(run, "policy")[0].gradient[name], steps_of(without, "policy")[0].gradient[name]
-        torch.testing.assert_close(total, alone + 3 * p.grad, rtol=0, atol=1e-6)
+        torch.testing.assert_close(total, alone + 0.5 * p.grad, rtol=0, atol=1e-6)
     one = train(root, tmp_path / "one", "--steps 1 --epochs 1 --minibatches 1 --ptx-coef 3", PTX)
     assert one.rows[0]["ptx_loss"] == pytest.approx(-logprobs.mean().item(), rel=1e-4)  # nats per token, without the weight
     assert "ptx_loss" not in without.rows[0]
-
-
-def test_a_coefficient_changes_the_weight_of_ptx_and_nothing_else_that_is_logged_of_it(root, tmp_path):
-    small, large = (train(root, tmp_path / c, f"--steps 1 --epochs 1 --minibatches 1 --ptx-coef {c}", PTX).rows[0] for c in ("0.1", "10"))
-    assert small["ptx_loss"] == pytest.approx(large["ptx_loss"], rel=1e-5) and small["grad_norm"] < large["grad_norm"]
 
 
 # -- networks, learning rates, averages
@@ -869,7 +864,6 @@ def test_a_symptom_is_said_at_most_once_in_20_rollouts(root, tmp_path, monkeypat
     ("--penalty-coef 5", "", set()),  # of the other policy loss
     ("--kl-horizon 16", "", set()),  # of no controller
     ("--ptx-tokens 7", "", set()),  # of no data
-    ("--value-clip 1e9", "--value-clip 0", {"value_clip_fraction"}),
     ("--kl-in loss --kl k2 --kl-coef 0", "--kl-coef 0", {"kl_loss"}),
     ("--policy-loss penalty --penalty-coef 0 --clip 1e9", "--clip 1e9", {"penalty_coef"}),
 ])
@@ -879,18 +873,6 @@ def test_a_switch_at_its_neutral_value_changes_no_metric_and_no_weight(flags, li
     for file in ("model.safetensors", "config.json"):
         assert (run.out / file).read_bytes() == (plain.out / file).read_bytes()
     assert same(steps_of(run, "critic")[-1].after, steps_of(plain, "critic")[-1].after)
-
-
-@pytest.mark.parametrize("flags", ["--reward-norm scale", "--reward-norm standard", "--reward-clip 0.5", "--reward-at next", "--missing-eos replace",
-                                   "--missing-eos subtract", "--missing-eos-penalty 3", "--gamma 0.9", "--lam 0.5", "--whiten sample", "--whiten none",
-                                   "--advantage-clip 0.5", "--clip 0.01", "--dual-clip 1.01", "--value-clip 0.01", "--entropy-coef 0.1", "--kl-stop 1e-6",
-                                   "--kl k2", "--kl-coef 2", "--kl-target 1 --kl-horizon 16", "--critic-warmup 1", "--ptx-coef 1 " + PTX, "--kl-in loss"])
-def test_a_switch_that_is_turned_changes_the_run(flags, root, tmp_path, default):
-    run = train(root, tmp_path / "run", flags, "--steps 3 --lr 0.02")
-    plain = default.reference if hasattr(default, "reference") else train(root, tmp_path / "plain", "--steps 3 --lr 0.02")
-    default.reference = plain
-    networks = [steps_of(run, name)[-1].after for name in ("policy", "critic")], [steps_of(plain, name)[-1].after for name in ("policy", "critic")]
-    assert not all(same(a, b) for a, b in zip(*networks))
 
 
 STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty --penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 --critic-warmup 1 "

@@ -1,0 +1,137 @@
+"""PPO and DPO, run as they are, reach the optimum pi* = ref exp(r / beta) / Z of a task that can be listed; with a bug they don't."""
+import copy
+import shutil
+
+import pytest
+import torch
+
+import dpo
+import ppo
+from bench.optimum import curve, distance, log_probabilities, optimum, replies_of, texts_of, write_reference
+
+NEAR = 0.02  # total variation
+SHORT = "--steps 100 --rollout-batch 256"  # enough without a bug
+
+
+def end(script, folder, *, length=2, beta=0.5, flags=""):
+    """Distance to the optimum at the end of a run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return curve(script, folder, length, beta, flags)[1][-1]
+
+
+def test_probabilities_of_all_replies_add_up_to_one_and_the_optimum_is_right(tmp_path):
+    model, tokenizer = write_reference(tmp_path / "reference", 3)
+    for length in (1, 2, 3):
+        replies = replies_of(tokenizer, length)
+        torch.testing.assert_close(log_probabilities(model, tokenizer, replies).exp().sum(1), torch.ones(2, dtype=torch.float64))
+    best = optimum(model, tokenizer, replies, beta=1e9)  # a reward that counts for nothing leaves the reference
+    assert distance(model, tokenizer, replies, best) < 1e-6
+    assert len(texts_of(tokenizer, 3)) == 3 + 9 + 27
+
+
+def test_ppo_reaches_the_optimum(tmp_path):
+    assert end(ppo, tmp_path / "run") < NEAR
+
+
+def test_dpo_reaches_the_optimum(tmp_path):
+    assert end(dpo, tmp_path / "run", beta=1.0) < NEAR
+
+
+@pytest.mark.parametrize("flags, reaches", [
+    ("--kl k1", True), ("--kl k2", False), ("--kl k3", False),
+    ("--kl k1 --kl-in loss --whiten none", False), ("--kl k2 --kl-in loss --whiten none", True), ("--kl k3 --kl-in loss --whiten none", True)])
+def test_of_the_kl_estimators_those_reach_it_whose_gradient_is_right(flags, reaches, tmp_path):
+    """Replies of one token; of longer ones a KL term in the loss misses what a token does to the KL after it."""
+    far = end(ppo, tmp_path / "run", length=1, flags=f"{SHORT} {flags}")
+    assert far < NEAR if reaches else far > 0.1
+
+
+# -- bugs that others have had, planted: none may reach the optimum with what suffices without it
+
+def kl_sign(monkeypatch):
+    right = ppo.kl_estimate
+    monkeypatch.setattr(ppo, "kl_estimate", lambda *args: -right(*args))
+
+
+def eos_out_of_the_mask(monkeypatch):
+    right = ppo.generate
+
+    def generate(*args, **kwargs):
+        got = right(*args, **kwargs)
+        eos = (torch.arange(got.ids.shape[1]) == got.lengths[:, None] - 1) & got.ended[:, None]
+        return got._replace(mask=got.mask & ~eos)
+
+    monkeypatch.setattr(ppo, "generate", generate)
+
+
+def score_at_the_first_token(monkeypatch):
+    right = ppo.shaped_rewards
+
+    def shaped_rewards(scores, kl, steps, kl_coef):
+        first = steps.float().argmax(1)
+        return right(torch.zeros_like(scores), kl, steps, kl_coef).scatter_add(1, first[:, None], scores[:, None])
+
+    monkeypatch.setattr(ppo, "shaped_rewards", shaped_rewards)
+
+
+def score_lost_when_cut_off(monkeypatch):
+    monkeypatch.setattr(ppo, "judge_missing_eos", lambda scores, ended, *rest: torch.where(ended, scores, 0.0))
+
+
+def reference_that_is_the_policy(monkeypatch):
+    right = copy.deepcopy
+    monkeypatch.setattr(ppo.copy, "deepcopy", lambda model: model if isinstance(model, ppo.GPT) else right(model))
+    monkeypatch.setattr(ppo.GPT, "requires_grad_", lambda self, flag: self)
+
+
+def ratio_upside_down(monkeypatch):
+    right = ppo.policy_loss
+    monkeypatch.setattr(ppo, "policy_loss", lambda new, old, *rest: right(2 * old - new, old, *rest))
+
+
+def old_logprobs_at_another_temperature(monkeypatch):
+    right = ppo.GPT.forward
+    monkeypatch.setattr(ppo.GPT, "forward", lambda self, ids, mask, temperature=1.0, with_entropy=False:
+                        right(self, ids, mask, temperature if torch.is_grad_enabled() else 1.5 * temperature, with_entropy))
+
+
+BUGS = [kl_sign, eos_out_of_the_mask, score_at_the_first_token, score_lost_when_cut_off, reference_that_is_the_policy, ratio_upside_down,
+        old_logprobs_at_another_temperature]
+
+
+def test_what_the_bugs_are_given_suffices_without_one(tmp_path):
+    assert end(ppo, tmp_path / "run", flags=SHORT) < NEAR
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_ppo_with_a_bug_does_not_reach_the_optimum(bug, monkeypatch, tmp_path):
+    bug(monkeypatch)
+    assert end(ppo, tmp_path / "run", flags=SHORT) > 2 * NEAR
+
+
+def chosen_and_rejected_swapped(monkeypatch):
+    right = dpo.preference_loss
+    monkeypatch.setattr(dpo, "preference_loss", lambda ratios, better, worse, *rest: right(ratios, worse, better, *rest))
+
+
+def reference_left_out(monkeypatch):
+    right = dpo.reply_logprobs
+    monkeypatch.setattr(dpo, "reply_logprobs", lambda *args: 0 * right(*args))
+
+
+def end_token_not_counted(monkeypatch):
+    right = dpo.collate
+
+    def collate(examples, pad, device):
+        return right([(ids, mask[:-1] + [False]) for ids, mask in examples], pad, device)
+
+    monkeypatch.setattr(dpo, "collate", collate)
+
+
+@pytest.mark.parametrize("bug", [None, chosen_and_rejected_swapped, reference_left_out, end_token_not_counted],
+                         ids=lambda bug: bug.__name__ if bug else "none")
+def test_dpo_with_a_bug_stays_far_from_where_it_would_be_without(bug, monkeypatch, tmp_path):
+    if bug:
+        bug(monkeypatch)
+    assert end(dpo, tmp_path / "run", beta=1.0, flags="--steps 25") > 0.15 if bug else far < 0.08
