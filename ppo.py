@@ -24,9 +24,9 @@ The KL divergence to the reference, with lr = log pi(a) - log ref(a) for a drawn
     k2 = lr^2 / 2        biased as a value, and wrong in the reward. In the loss its gradient is grad KL(pi || ref).
     k3 = e^-lr - 1 + lr  unbiased with less variance: the number to log. In the reward its policy gradient is grad KL(pi ||
                          ref) - grad KL(ref || pi), which vanishes near ref and pushes rare tokens further down. In the
-                         loss, times the probability ratio to the sampling policy, its gradient is right.
+                         loss, times the probability ratio to the sampling policy, it has the very gradient of k2.
 A term in the loss makes each token pay for its own KL alone, not for the KL that it leads to (the reward does both, through
-the advantages), and whitened advantages change its weight; its optimum is pi* for replies of one token and --whiten none.
+the advantages), and whitened advantages change its weight: its optimum is pi* only for replies of one token and --whiten none.
 
 What differs between implementations, and the switch that restores it. Where no switch is named, we know of no reason for one.
     here                                                TRL 1.12 (and its descendants)               switch
@@ -174,8 +174,14 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 
 def steps_mask(mask, reward_at):
-    """Which positions get a reward and a value: the response, mask (B, T), and for `next` one more where the row has room."""
-    return mask if reward_at == "eos" else mask | F.pad(mask, (1, 0))[:, :-1]
+    """Which positions get a reward and a value: the response, mask (B, T), and for `next` one more, but not for the longest replies.
+
+    (TRL pads replies to the longest one, and what fills that width has no room behind it.) The last column of mask is free.
+    """
+    if reward_at == "eos":
+        return mask
+    length = mask.sum(1, keepdim=True)  # (B, 1)
+    return mask | (F.pad(mask, (1, 0))[:, :-1] & (length < length.max()))
 
 
 def shaped_rewards(scores, kl, steps, kl_coef):
@@ -417,10 +423,10 @@ def main(config):
                                config.temperature, generator=generator)
         ids, mask, lengths, ended = rollout  # (B, T), (B, T), (B,), (B,)
         texts, questions = rollout.texts(tokenizer), [prompts[i][0].text for i in chosen]
-        size = lengths.tolist()
         if config.reward_at == "next":
-            size = [min(n + 1, ids.shape[1]) for n in size]
+            ids, mask = F.pad(ids, (0, 1), value=tokenizer.pad), F.pad(mask, (0, 1))
         steps = steps_mask(mask, config.reward_at)  # (B, T)
+        size = (lengths + steps.sum(1) - mask.sum(1)).tolist()
         host_mask, host_steps = mask.cpu(), steps.cpu()  # see token_index
 
         # 2. score: what the losses call old is computed here, by the forward pass that trains, not by the sampler

@@ -503,7 +503,7 @@ class Run:
         changed = [f"{k} was {state['config'].get(k)}, now {v}" for k, v in dataclasses.asdict(self.config).items()
                    if k not in PLUMBING and state["config"].get(k) != v]
         require(not changed, f"--resume: the run in {self.out} had other settings ({'; '.join(changed)}); name another --out for them")
-        changed = [flag for flag, value in self.inputs.items() if state["inputs"][flag] != value]
+        changed = [flag for flag, value in self.inputs.items() if state["inputs"].get(flag) != value]
         require(not changed, f"--resume: what --{' and --'.join(changed)} named when {self.out} began has changed since; name another --out")
         for name, module in modules.items():
             module.load_state_dict({k.removeprefix(name + "/"): v for k, v in tensors.items() if k.startswith(name + "/")})

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo  # noqa: E402
 import ppo  # noqa: E402
 from data import Tokenizer, encode_prompt, pad_rows  # noqa: E402
-from model import GPT, GPTConfig, load_model, save_model  # noqa: E402
+from model import GPT, GPTConfig, save_model  # noqa: E402
 from runtime import Natural, UserError, folder_of, parse_flags, run_script  # noqa: E402
 
 SYMBOLS, PROMPTS = "abc", ("a", "b")
