@@ -28,21 +28,25 @@ The KL divergence to the reference, with lr = log pi(a) - log ref(a) for a drawn
 A term in the loss makes each token pay for its own KL alone, not for the KL that it leads to (the reward does both, through
 the advantages), and whitened advantages change its weight: its optimum is pi* only for replies of one token and --whiten none.
 
-What differs between implementations, and the switch that restores it. Where no switch is named, we know of no reason for one.
-    here                                                TRL 1.12 (and its descendants)               switch
-    score at the end token                              one later, where the row has room            --reward-at next
-    cut-off reply: the rollout's lowest score - 1       its own score - penalty (LMHP, SFD: = -1)    --missing-eos subtract | replace
-    advantages whitened by the population variance      by the sample variance (MOSS: per minibatch) --whiten sample
-    values clipped within 2                             within 0.2                                   --value-clip 0.2
-    token means over the whole minibatch                means of micro-batches, averaged             one micro-batch a minibatch
-    policy and critic: an optimiser each                one, value loss times 0.1 (vf_coef)          none
-    old log-probabilities from the training pass        from the sampler                             none
-    prompts padded on the right                         on the left                                  none
-    KL k1 in the reward                                 the same (OpenRLHF: k1 to k3, both places)   --kl, --kl-in
-    beta adapts to the KL summed over a reply           gone (OpenRLHF: to the mean per token)       --kl-target
-    PPO-ptx: gradients summed, one step                 none (DeepSpeed-Chat: a step of its own)     --ptx-coef
-    scores as they are                                  the same (MOSS: / running deviation)         --reward-norm scale
-Left out: a trunk shared by policy and critic, bootstrapping the value of cut-off replies, rewards per step.
+What differs between implementations, and the switch that restores it (bench/parity.py checks those of TRL 1.12 to 1e-5):
+    here                                              TRL 1.12's PPOTrainer, others                   switch
+    KL: k1 in the reward                              k1 or k3 in the reward (OpenRLHF: both places)  --kl, --kl-in
+    beta constant, or led by the KL of whole replies  constant (OpenRLHF: led by the mean per token)  --kl-target
+    score at the end token                            one position later, but for the longest reply   --reward-at next
+    cut-off reply: the rollout's lowest score - 1     its own score - penalty (SFD, LMHP: -1)         --missing-eos subtract | replace
+    scores as they are                                the same (MOSS: over the running deviation)     --reward-norm scale
+    advantages over the population deviation          the sample deviation (MOSS: of the minibatch)   --whiten sample
+    values clipped within 2                           within 0.2                                      --value-clip 0.2
+    2 epochs of 4 minibatches, token means of each    4 of 1, means of micro-batches averaged         --epochs 4 --minibatches 1
+    learning rates fall on a cosine                   on a line                                       --lr-schedule, --critic-lr-schedule
+    gradients clipped to norm 1                       not clipped                                     --max-grad-norm 1e9
+    PPO-ptx: gradients summed, one step               no ptx (DeepSpeed-Chat: a step of its own)      --ptx-coef
+    an optimiser each for policy and critic           one, value loss times 0.1                       none
+    old log-probabilities from the training pass      from the sampler                                none
+    a reply ends with its end token                   before the first pad, which may be that token   none
+    prompts padded on the right                       on the left                                     none
+    metrics over response tokens                      approx_kl and entropy over padding too          none
+Left out: a trunk shared by policy and critic, a value behind the end of cut-off replies, rewards per step, whitened rewards.
 
     python ppo.py --model runs/sft --reward runs/reward --out runs/ppo      the toy task: gold score 0.1 to 0.9 in 1.5 minutes on 2 cores
     python ppo.py --model runs/sft --reward runs/reward --reward-fn mine:brevity --reward-weights 1 0.1
@@ -128,9 +132,6 @@ class Config(RunConfig):
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}  # largest |log ratio| that rounding explains
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Scores and rewards
-
 def judge_missing_eos(scores, ended, rule, penalty, lowest):
     """Scores (B,) with those of replies that were cut off before their end token (ended False) set by a rule.
 
@@ -195,9 +196,6 @@ def shaped_rewards(scores, kl, steps, kl_coef):
     return rewards.scatter_add(1, last[:, None], torch.where(steps.any(1), scores, 0.0)[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Advantages
-
 def gae(rewards, values, steps, gamma, lam):
     """Advantages and returns by generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
@@ -224,8 +222,7 @@ def whiten(x, mask, all_sum=lambda t: t, variance="population"):
     return centred * torch.rsqrt(squares / (count if variance == "population" else count - 1).clamp(min=1) + 1e-8)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Losses: sums over the mask divided by tokens, the count of the whole minibatch over all micro-batches and ranks
+# The losses are sums over the mask divided by tokens: the count of the whole minibatch, over all micro-batches and ranks.
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="clip", dual_clip=0.0, penalty_coef=0.0):
     """clip: the clipped surrogate (Schulman et al. 2017, eq. 7); penalty: -ratio * A + penalty_coef * KL(old || new) (eq. 8).
@@ -272,9 +269,6 @@ def value_loss(values, old_values, returns, steps, clip, tokens):
     return 0.5 * (losses * steps).sum() / tokens, stats
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Control
-
 def adapt_kl_coef(kl_coef, kl, target, replies, horizon):
     """Proportional control of beta (Ziegler et al. 2019, section 2.2); kl: mean over replies of the sum over tokens."""
     error = min(max(kl / target - 1, -0.2), 0.2)
@@ -314,32 +308,27 @@ def diagnose(history, kl_limit):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
-
-def load_reward_fn(spec):
-    """The function that module:function names, found from the working directory; a UserError says why not."""
+def reward_function(spec, device):
+    """What --reward-fn module:function names, as f(prompts, replies) -> scores (B,); whatever goes wrong in it is a UserError."""
     module, _, name = spec.partition(":")
     require(module and name, f"--reward-fn {spec}: write module:function")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+        sys.path.append(os.getcwd())  # found from the working directory
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module of the user's may fail in any way
         raise UserError(f"--reward-fn {spec} can't be imported ({type(error).__name__}: {error})") from None
-    require(callable(function), f"--reward-fn {spec} is not a function")
-    return function
 
+    def scores_of(prompts, replies):
+        try:
+            scores = torch.as_tensor(function(prompts, replies), dtype=torch.float32, device=device)
+        except Exception as error:
+            raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given two lists of text, prompts and replies") from None
+        require(scores.shape == (len(replies),) and scores.isfinite().all(),
+                f"--reward-fn {spec} must return one finite number for each of {len(replies)} replies, got shape {tuple(scores.shape)}")
+        return scores
 
-def call_reward_fn(spec, function, prompts, replies, device):
-    """One finite number per reply (B,), or a UserError."""
-    try:
-        scores = torch.as_tensor(function(prompts, replies), dtype=torch.float32, device=device)
-    except Exception as error:
-        raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given two lists of text, prompts and replies") from None
-    require(scores.shape == (len(replies),) and scores.isfinite().all(),
-            f"--reward-fn {spec} must return one finite number for each of {len(replies)} replies, got shape {tuple(scores.shape)}")
-    return scores
+    return scores_of
 
 
 def main(config):
@@ -365,7 +354,7 @@ def main(config):
     sources = folders + config.reward_fn
     require(len(config.reward_weights) in (0, len(sources)), f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
     weights = torch.tensor(config.reward_weights or [1.0] * len(sources), device=run.device)  # (sources,)
-    reward_models, reward_fns = [], [load_reward_fn(spec) for spec in config.reward_fn]
+    reward_models, reward_fns = [], [reward_function(spec, run.device) for spec in config.reward_fn]
     for folder in folders:
         reward_model, reward_tokenizer = load_model(folder, ScalarModel)
         require(reward_tokenizer.ranks == tokenizer.ranks, f"--reward {folder} has another tokenizer than --model {config.model}")
@@ -400,8 +389,8 @@ def main(config):
         ptx = drop_long(ptx, [len(ids) for ids, _ in ptx], policy_model.config.block_size, run.say)
         ptx_lengths = [len(ids) for ids, _ in ptx]
 
-    for spec, function in zip(config.reward_fn, reward_fns):
-        call_reward_fn(spec, function, [prompts[0][0].text], ["a trial"], run.device)  # a mistake in it should show before anything is written
+    for function in reward_fns:
+        function([prompts[0][0].text], ["a trial"])  # a mistake in it should show before anything is written
     first, extra = run.begin(modules, optimizers)
     kl_coef, penalty_coef, moments = (extra.get(name, start) for name, start in
                                       (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
@@ -442,7 +431,7 @@ def main(config):
                 for source, reward_model in enumerate(reward_models):
                     parts[source, rows] = last_scores(reward_model(part), lengths[rows])
         for source, function in enumerate(reward_fns, len(reward_models)):
-            parts[source] = call_reward_fn(sources[source], function, questions, texts, run.device)
+            parts[source] = function(questions, texts)
         scores = weights @ parts  # (B,)
 
         # 3. rewards
@@ -547,7 +536,7 @@ def main(config):
         means = dict(zip(names, (run.all_sum(torch.stack(values)) / run.world_size).tolist()))
         names, values = zip(*totals.items())
         means |= {name: value * updates / done for name, value in zip(names, run.all_sum(torch.stack(values)).tolist())}
-        means |= {"ref_perplexity": math.exp(means.pop("ref_nll")), "updates": done}
+        means |= {"ref_perplexity": math.exp(min(means.pop("ref_nll"), 700.0)), "updates": done}
         update_seconds = time.perf_counter() - began
         tokens, off_by = all_tokens.item(), -run.all_min(-off_by)  # the largest of all ranks
         if off_by > RATIO_TOLERANCE[run.dtype]:

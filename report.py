@@ -1,10 +1,11 @@
-"""The demo's last step: summary.json, curves.png and report.html from what the stages left in a folder.
+"""The demo's last step: summary.json, curves.png, ppo_metrics.png and report.html from what the stages left in a folder.
 
     python report.py --demo runs/demo
 """
 import base64
 import html
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +142,24 @@ def draw(demo, evaluation, reward, path):
     plt.close(figure)
 
 
+def draw_ppo(series, path):
+    """Every metric that ppo.py logs, one small panel each: what a healthy run looks like."""
+    import matplotlib.pyplot as plt
+    names = [name for name in series if name not in ("step", "lr", "critic_lr", "kl_coef", "updates") and "per_second" not in name]
+    figure, grid = plt.subplots(math.ceil(len(names) / 5), 5, figsize=(12, 1.7 * math.ceil(len(names) / 5)), constrained_layout=True)
+    for axes in grid.flat[len(names):]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.flat, names):
+        axes.plot(*series[name], lw=1)
+        axes.set_title(name, fontsize=9, loc="left")
+        if name == "kl_k3":  # one very unlikely token makes k3 huge
+            axes.set_ylim(0, 3 * max(0.1, *series["kl"][1]))
+        elif name == "eos_rate":
+            axes.set_ylim(0, 1.05)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def pick_questions(evaluation, number=3):
     """Evenly spread prompts, whatever the models made of them: [(prompt, {stage: (reply, score)})]."""
     columns = {Path(folder).name: rows for folder, rows in evaluation["replies"].items()}
@@ -154,6 +173,7 @@ def main(config):
     evaluation, reward = read_json(demo / "evaluation.json"), read_json(demo / "reward" / "evaluation.json")
     summary = summarise(evaluation, reward, config.seconds)
     draw(demo, evaluation, reward, demo / "curves.png")
+    draw_ppo(read_metrics(demo / "ppo"), demo / "ppo_metrics.png")
     questions = pick_questions(evaluation)
 
     names = ("gold", "wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate")
@@ -190,7 +210,7 @@ round, and measured the result. Replies are sampled at temperature 1 on {summary
 """
     write_atomically(demo / "report.html", page.encode())
     write_json(demo / "summary.json", summary)
-    print(f"\nPicture: {demo}/curves.png   Report: {demo}/report.html   Numbers: {demo}/summary.json")
+    print(f"\nPicture: {demo}/curves.png   Every metric of PPO: {demo}/ppo_metrics.png   Report: {demo}/report.html   Numbers: {demo}/summary.json")
 
 
 if __name__ == "__main__":

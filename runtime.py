@@ -514,7 +514,7 @@ class Run:
                     _, i, field = key.rsplit("/", 2)
                     saved.setdefault(int(i), {})[field] = tensors[key]
             optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
-            if self.dtype == torch.float16:
+            if self.dtype == torch.float16 and name in state["scalers"]:
                 self._scaler(optimizer).load_state_dict(state["scalers"][name])
         self.say(f"resumed {self.out} after step {state['step']}")
         return state["step"], state["extra"]

@@ -239,9 +239,9 @@ def main(config):
     if not (out / "preferences" / "train.jsonl").exists():
         run_all([("preferences", f"toy.py --model {out}/sft --out {out}/preferences --threads 1")], 1)
     files = f"--data {out}/preferences/train.jsonl --val-data {out}/preferences/heldout.jsonl"
-    jobs = [("reward model", f"reward.py --model {out}/sft {files} --demonstrations toy --out {out}/reward {common}")]
+    jobs = [("reward model", f"reward.py --model {out}/sft {files} --demonstrations toy --steps 600 --out {out}/reward {common}")]
     if not config.only:
-        jobs += [("narrow reward model", f"reward.py --model {out}/sft --data toy --demonstrations toy --out {out}/narrow {common}")]
+        jobs += [("narrow reward model", f"reward.py --model {out}/sft --data toy --demonstrations toy --steps 600 --out {out}/narrow {common}")]
     run_all(jobs, config.lanes)
 
     # 2. PPO, one switch at a time
@@ -254,7 +254,7 @@ def main(config):
     if not config.only:
         jobs += [(name, f"{start} --reward {out}/narrow --steps {2 * config.steps} --rollout-batch {config.rollout_batch} --out {out}/{slug(name)} {flags}")
                  for name, flags in PPO_FOOLED.items()]
-        jobs += [(f"DPO, beta {beta:g}", f"dpo.py --model {out}/sft --data toy --beta {beta} --out {out}/dpo-{beta:g} {common}") for beta in DPO_BETAS]
+        jobs += [(f"DPO, beta {beta:g}", f"dpo.py --model {out}/sft --data toy --steps 300 --beta {beta} --out {out}/dpo-{beta:g} {common}") for beta in DPO_BETAS]
     run_all(jobs, config.lanes)
 
     # 3. tables and figures

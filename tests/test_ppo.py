@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -504,7 +505,7 @@ def test_a_reward_function_that_fails_later_ends_in_one_line_and_saves_nothing(r
 
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(moody=moody))
     with pytest.raises(runtime.UserError, match="mine:moody failed .ZeroDivisionError: division by zero."):
-        train(root, tmp_path / "run", reward="--reward-fn mine:moody")
+        train(root, tmp_path / "run", reward="--reward {root}/reward --reward-fn mine:moody")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -595,13 +596,9 @@ def test_beta_adapts_to_the_kl_of_each_rollout_and_is_used_in_the_next(root, tmp
         assert row["kl_coef"] == pytest.approx(coef) and shaped.kl_coef == pytest.approx(coef)
         coef = adapt_kl_coef(coef, row["kl"], target=0.05, replies=16, horizon=40)
     assert len({row["kl_coef"] for row in run.rows}) == 4
+    assert [call.kl for call in run.calls["adapt_kl_coef"]] == [row["kl"] for row in run.rows]
     constant = train(root, tmp_path / "constant", "--kl-coef 0.3 --steps 3")
     assert {row["kl_coef"] for row in constant.rows} == {0.3}
-
-
-def test_beta_in_the_loss_adapts_too(root, tmp_path):
-    run = train(root, tmp_path / "run", "--kl k2 --kl-in loss --kl-coef 0.3 --kl-target 5 --kl-horizon 16")
-    assert [row["kl_coef"] for row in run.rows] == pytest.approx([0.3, 0.24]) and run.calls["adapt_kl_coef"][0].replies == 16
 
 
 # -- advantages
@@ -657,15 +654,16 @@ OBJECTIVES = {
     "--kl-in loss --kl k1 --kl-coef 0.4": kl_term("k1"),
     "--kl-in loss --kl k2 --kl-coef 0.4": kl_term("k2"),
     "--kl-in loss --kl k3 --kl-coef 0.4": kl_term("k3"),
+    "--kl-in loss --kl k2 --kl-coef 0.5 --kl-target 5 --kl-horizon 16": kl_term("k2"),  # 0.4 in the second rollout, as the first has no KL
     "--ptx-coef 0.5 " + PTX: lambda q: clipped(q) - 0.5 * q.ptx,
 }
 
 
-def ptx_logprobs(root, policy, number):
+def ptx_logprobs(root, policy, number, budget=100):
     """Log-probabilities (n,) of the reply tokens in the minibatch's batch of demonstrations."""
     _, tokenizer = load_model(root / "sft", GPT)
     examples = [encode_group(tokenizer, row)[0] for row in read_rows(root / "demonstrations.json", "demonstrations", str)]
-    batch = next(itertools.islice(endless_batches([len(ids) for ids, _ in examples], 100, 0), number, None))
+    batch = next(itertools.islice(endless_batches([len(ids) for ids, _ in examples], budget, 0), number, None))
     ids, mask, _ = collate([examples[i] for i in batch], tokenizer.pad, "cpu")
     return reply_tokens(policy, ids, mask)[0]
 
@@ -929,17 +927,43 @@ def test_resume_refuses_when_a_later_reward_or_the_demonstrations_have_changed(f
 AGREEING = """
 import sys
 import torch
+import torch.distributed as dist
 import ppo, runtime
 
-def save(self, step, modules, optimizers, extra=None):
-    state = [p.detach().flatten() for module in modules.values() for p in module.parameters()]
-    state += [torch.as_tensor(v, dtype=torch.float32).flatten() for o in optimizers.values() for s in o.state_dict()["state"].values() for v in s.values()]
-    state.append(torch.tensor([extra["kl_coef"], extra["penalty_coef"], *extra["moments"]]))
-    mine = torch.cat(state)
-    assert torch.equal(self.all_min(mine.clone()), mine), f"rank {self.rank} differs after step {step + 1}"
-    original(self, step, modules, optimizers, extra)
+def agreed(tensor):
+    least, most = tensor.clone(), tensor.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN), dist.all_reduce(most, dist.ReduceOp.MAX)
+    assert torch.equal(least, tensor) and torch.equal(most, tensor)
 
-original, runtime.Run.save = runtime.Run.save, save
+def save(self, step, modules, optimizers, extra=None):
+    for module in modules.values():
+        agreed(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    for optimizer in optimizers.values():
+        agreed(torch.cat([value.flatten() for state in optimizer.state_dict()["state"].values() for value in state.values()]))
+    agreed(torch.tensor([extra["kl_coef"], extra["penalty_coef"], *extra["moments"]]))
+    plain["save"](self, step, modules, optimizers, extra)
+
+def whiten(x, mask, *options):
+    whitened = plain["whiten"](x, mask, *options)
+    sums = torch.stack([whitened.sum(), whitened.square().sum(), mask.sum().float()])
+    assert abs(sums[0]) > 0.1  # the ranks' means differ
+    dist.all_reduce(sums)
+    assert abs(sums[0]) < 1e-3 and abs(sums[1] / sums[2] - 1) < 1e-4
+    return whitened
+
+def adapt_penalty(penalty_coef, kl, target):
+    agreed(torch.tensor(kl))
+    return plain["adapt_penalty"](penalty_coef, kl, target)
+
+def backward(self, loss, optimizer):
+    if not losses:  # that of the first batch of demonstrations: a single row, which one rank alone may count
+        losses.append(loss.detach().clone())
+        dist.all_reduce(losses[0])
+        self.say(f"first loss {losses[0].item()}")
+    plain["backward"](self, loss, optimizer)
+
+losses, plain = [], {"save": runtime.Run.save, "backward": runtime.Run.backward, "whiten": ppo.whiten, "adapt_penalty": ppo.adapt_penalty}
+runtime.Run.save, runtime.Run.backward, ppo.whiten, ppo.adapt_penalty = save, backward, whiten, adapt_penalty
 runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
 """
 
@@ -956,6 +980,9 @@ def test_two_ranks_agree_on_weights_averages_moments_and_when_to_stop(root, tmp_
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and all(math.isfinite(value) for row in rows for value in row.values())
     assert min(row["updates"] for row in rows) < 4
+    with torch.no_grad():
+        logprobs = ptx_logprobs(root, network(GPT, root / "sft"), 0, budget=20)
+    assert float(re.search("first loss (.*)", done.stdout)[1]) == pytest.approx(-0.5 * logprobs.mean().item(), rel=1e-4)
     assert {row["score_2"] for row in rows} == {0.5}  # the mean over the ranks, each of which scored with its own number
     _, state = resume_file(tmp_path / "run")
     assert state["extra"]["moments"][0] == 2 * 16

@@ -1,4 +1,6 @@
 """The scripts as their users meet them: in subprocesses and whole runs, with mistakes, interrupts and several ranks."""
+import contextlib
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ import reward
 import runtime
 import sft
 import toy
-from data import encode_prompt
+from data import encode_group, encode_prompt, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
@@ -80,12 +83,18 @@ def flags(chain):
     return {name: f"{inputs[name]} {PLAN[name]} --threads 1 --steps 4" for name in TRAINERS}
 
 
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
+@contextlib.contextmanager
+def signal_handlers_kept():
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    with signal_handlers_kept():
+        yield
 
 
 def run_here(name, *flags):
@@ -173,6 +182,224 @@ def test_the_pipeline_learns_what_is_preferred(tmp_path):
         assert after > 0.9 and stops > 0.95, f"{name}: {after:.2f} say good, {stops:.2f} stop"
 
 
+# -- whole steps, by hand
+
+WORDS = ("river", "stone", "apple", "window", "garden", "pencil")
+ALL_AT_ONCE = "--threads 1 --val-fraction 0 --batch-tokens 100000 --warmup 1"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a language model whose replies mostly end, another one, a reward model, and the files to train on."""
+    root = tmp_path_factory.mktemp("small")
+    prompts = [f"Say {'please ' * (i % 3)}{word}." for i, word in enumerate(WORDS)]
+    replies = ["It is good.", "No.", "It is sad, and so it is."]
+    ranks = [[0, 1], [1, 0, 2], [0, 1, 1]]
+    files = {"prompts": [{"prompt": p} for p in prompts], "demonstrations": [{"instruction": p, "output": r} for p in prompts for r in replies],
+             "rankings": [{"prompt": p, "completions": replies[:len(r)], "ranks": r, "margin": 0.5 * i} for i, p in enumerate(prompts) for r in [ranks[i % 3]]]}
+    for name, rows in files.items():
+        (root / f"{name}.json").write_text(json.dumps(rows))
+    with signal_handlers_kept():
+        run_here("sft", f"{TINY} {ALL_AT_ONCE} --tokenizer toy --data {root}/demonstrations.json --steps 40 --lr 0.02 --out {root}/sft")
+        run_here("sft", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/demonstrations.json --steps 3 --out {root}/other")
+        run_here("reward", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/rankings.json --steps 2 --out {root}/reward")
+    return root
+
+
+def reply_logprob(policy, ids, mask, temperature=1.0):
+    """Summed log-probability of the tokens of one reply, mask (T,), from the whole softmax."""
+    logprobs = (policy.logits(policy.transformer(ids[None]))[0] / temperature).log_softmax(-1)  # (T, V)
+    return sum(logprobs[t - 1, ids[t]] for t in mask.nonzero().flatten().tolist())
+
+
+def formula(name, network, reference, tokenizer, folder):
+    """The loss of a whole data file, every reply alone."""
+    rows = read_rows(folder / ("demonstrations.json" if name == "sft" else "rankings.json"), "demonstrations" if name == "sft" else "preferences", str)
+    groups = [[(torch.tensor(ids), torch.tensor(mask)) for ids, mask in encode_group(tokenizer, row)] for row in rows]
+    if name == "sft":
+        return -sum(reply_logprob(network, *group[0]) for group in groups) / sum(group[0][1].sum() for group in groups)
+    total = 0.0
+    for row, group in zip(rows, groups):
+        if name == "reward":
+            scores, margin = [network(ids[None])[0, -1] for ids, _ in group], row.margin
+        else:
+            scores, margin = [0.3 * (reply_logprob(network, *example) - reply_logprob(reference, *example).detach()) for example in group], 0.0
+        pairs = [(w, l) for w, a in zip(scores, row.ranks) for l, b in zip(scores, row.ranks) if a < b]
+        total = total + sum((1 + torch.exp(l - w + margin)).log() for w, l in pairs) / len(pairs) / len(rows)
+    return total
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_path, monkeypatch):
+    """Loss and gradient of the second step; a batch is all rows, in several pieces."""
+    networks, steps, original = [], [], runtime.Run.optimizer_step
+
+    def adamw(network, *args):
+        networks.append(network)
+        return runtime.adamw(network, *args)
+
+    def optimizer_step(self, *args):
+        steps.append((copy.deepcopy(networks[0].state_dict()), {key: p.grad.clone() for key, p in networks[0].named_parameters()}))
+        return original(self, *args)
+
+    monkeypatch.setattr(SCRIPTS[name], "adamw", adamw)
+    monkeypatch.setattr(runtime.Run, "optimizer_step", optimizer_step)
+    file = "demonstrations" if name == "sft" else "rankings"
+    run_here(name, f"{ALL_AT_ONCE} --model {small}/sft --data {small}/{file}.json --micro-batch-tokens 80 --lr 0.01 --steps 2 --out {tmp_path}/run")
+    (weights, gradient), network = steps[1], networks[0].eval()
+    network.load_state_dict(weights)
+    loss = formula(name, network, *model.load_model(small / "sft", model.GPT), small)
+    loss.backward()
+    assert metrics(tmp_path / "run")[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for key, p in network.named_parameters():
+        torch.testing.assert_close(gradient[key], p.grad, rtol=1e-3, atol=1e-5, msg=lambda text: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name, lost", [("sft", ("loss", "grad_norm")), ("reward", ("loss", "grad_norm")), ("dpo", ("loss", "grad_norm")), ("ppo", ("ptx_loss",))])
+def test_a_rank_that_gets_no_examples_adds_nothing(name, lost, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.Run, "share", lambda self, batch: (batch[:1], 0.0))
+    flags = {"sft": f"{ALL_AT_ONCE} --data {small}/demonstrations.json", "reward": f"{ALL_AT_ONCE} --data {small}/rankings.json",
+             "ppo": f"--data {small}/prompts.json --reward {small}/reward {PLAN['ppo']} --ptx-coef 1 --ptx-data {small}/demonstrations.json --threads 1"}
+    run_here(name, flags.get(name, flags["reward"]), f"--model {small}/sft --steps 1 --out {tmp_path}/run")
+    row, = metrics(tmp_path / "run")
+    assert all(row[key] == 0 for key in lost)
+
+
+def test_ranks_share_the_examples_of_a_step():
+    def share(examples, ranks):
+        return [runtime.Run.share(SimpleNamespace(rank=rank, world_size=ranks), examples) for rank in range(ranks)]
+
+    assert share([5, 6, 7, 8, 9], 2) == [([5, 7, 9], 1.0), ([6, 8], 1.0)]
+    assert share([5], 3) == [([5], 1.0), ([5], 0.0), ([5], 0.0)]
+
+
+def test_every_step_and_rank_draws_from_a_seed_of_its_own():
+    def draw(seed, step, rank):
+        generator = runtime.Run.seed_step(SimpleNamespace(config=SimpleNamespace(seed=seed), rank=rank, device=torch.device("cpu")), step)
+        return torch.rand(1, generator=generator).item(), torch.rand(1).item()
+
+    draws = {draw(seed, step, rank) for seed in range(3) for step in range(5) for rank in range(4)}
+    assert len({a for a, _ in draws}) == len({b for _, b in draws}) == 60 and draw(2, 4, 3) in draws
+
+
+def test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them():
+    a, b = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=99.0)
+    run = object.__new__(runtime.Run)
+    run.scalers, run.device, run.dtype, run.world_size = {}, torch.device("cpu"), torch.float32, 1
+    at = torch.zeros(2)
+    for size, kept in ((1.0, 1 / 5), (0.1, 1.0)):  # norms 5 and 0.5
+        run.backward(size * 3 * a + size * 4 * b, optimizer)
+        assert run.optimizer_step(optimizer, 0.5, max_grad_norm=1.0).item() == pytest.approx(5 * size)
+        at = at - 0.5 * size * kept * torch.tensor([3.0, 4.0])
+        assert [a.item(), b.item()] == pytest.approx(at.tolist(), rel=1e-4) and a.grad is b.grad is None
+
+
+def test_weight_decay_is_of_matrices_but_not_of_embeddings():
+    network = model.GPT(model.GPTConfig(11, 8, 1, 2, 2, 4))
+    name_of = {p: name for name, p in network.named_parameters()}
+    decay, keep = runtime.adamw(network, 0.1, weight_decay=0.3).param_groups
+    assert {name_of[p].split(".", 3)[-1] for p in decay["params"]} == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    assert len(decay["params"]) + len(keep["params"]) == len(name_of) and (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0)
+
+
+def recorded(monkeypatch, script, *names):
+    """Calls of a script's functions from now on: {name: [(arguments, result)]}."""
+    calls = {name: [] for name in names}
+
+    def record(name, original):
+        def call(*args, **options):
+            calls[name].append((args, original(*args, **options)))
+            return calls[name][-1][1]
+        return call
+
+    for name in names:
+        monkeypatch.setattr(script, name, record(name, getattr(script, name)))
+    return calls
+
+
+def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first_model(small, tmp_path, monkeypatch):
+    rollouts = recorded(monkeypatch, evaluate, "generate")["generate"]
+    folders = [str(small / "sft"), str(small / "other"), str(small / "sft") + "/"]
+    (tmp_path / "prompts.json").write_text(json.dumps(json.loads((small / "prompts.json").read_text()) * 4))
+    run_here("evaluate", f"--models {' '.join(folders)} --data {tmp_path}/prompts.json --reward {small}/reward --temperature 0.7 --max-new-tokens 10 "
+             f"--micro-batch-tokens 80 --threads 1 --out {tmp_path}/evaluation.json")
+    results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    reference, scorer = model.load_model(small / "sft", model.GPT)[0], model.load_model(small / "reward", model.ScalarModel)[0]
+    baseline = None
+    for folder, (_, rollout) in zip(folders, rollouts):
+        policy, result = model.load_model(folder, model.GPT)[0], results[folder]
+        with torch.no_grad():
+            rows = [(ids[:length], mask[:length]) for ids, mask, length in zip(rollout.ids, rollout.mask, rollout.lengths)]
+            kl = [(reply_logprob(policy, *row, 0.7) - reply_logprob(reference, *row, 0.7)).item() for row in rows]
+            scores = torch.stack([scorer(ids[None])[0, -1] for ids, _ in rows])
+        baseline = scores if baseline is None else baseline
+        wins, losses = ((sign * (scores - baseline) > 1e-4).float().mean().item() for sign in (1, -1))
+        assert result["kl"] == pytest.approx(sum(kl) / 24, abs=1e-4) and result["score"] == pytest.approx(scores.mean().item(), abs=1e-4)
+        assert (result["wins"], result["losses"], result["win_rate"]) == pytest.approx((wins, losses, wins + (1 - wins - losses) / 2))
+    assert results[folders[1]]["kl"] > 0.01 and results[folders[1]]["wins"] != results[folders[1]]["losses"]
+
+
+def test_ppo_samples_at_its_temperature(small, tmp_path, monkeypatch):
+    rollouts = recorded(monkeypatch, ppo, "generate")["generate"]
+    run_here("ppo", f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward {PLAN['ppo']} --threads 1 --steps 1 --temperature 0.001 --out {tmp_path}/run")
+    policy, tokenizer = model.load_model(small / "sft", model.GPT)
+    rollout = rollouts[0][1]
+    prompts = [ids[:mask.nonzero()[0]].tolist() for ids, mask in zip(rollout.ids, rollout.mask)]
+    assert torch.equal(model.generate(policy, prompts, 12, tokenizer, temperature=0).ids, rollout.ids)  # near 0 the likeliest tokens alone
+
+
+def test_ppo_trains_on_each_reply_once_an_epoch_and_logs_and_adapts_to_the_kl_of_whole_replies(small, tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, ppo, "kl_estimate", "policy_loss", "adapt_kl_coef")
+    run_here("ppo", f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --threads 1 --steps 2 --rollout-batch 8 --epochs 2 --minibatches 4 "
+             f"--lr 0.01 --warmup 1 --max-new-tokens 12 --kl-target 1 --out {tmp_path}/run")
+    estimates = [args for args, _ in calls["kl_estimate"] if args[2] == "k1"]  # of each rollout: old and reference log-probabilities
+    assert len(estimates) == 2 and len(calls["policy_loss"]) == 16
+    for rollout, (old, ref, _) in enumerate(estimates):
+        for epoch in (0, 1):
+            minibatches = [args[1] for args, _ in calls["policy_loss"][8 * rollout + 4 * epoch:][:4]]
+            assert sorted(row.sum().item() for part in minibatches for row in part) == pytest.approx(sorted(old.sum(1).tolist()))
+        kl = sum((old - ref).sum(1).tolist()) / 8
+        assert metrics(tmp_path / "run")[rollout]["kl"] == pytest.approx(kl, abs=1e-6)
+        assert calls["adapt_kl_coef"][rollout][0][1] == pytest.approx(kl, abs=1e-6)
+    assert abs(kl) > 0.01
+
+
+BY_PROMPT = """
+import sys
+import torch
+import torch.nn.functional as F
+import model, ppo, runtime
+
+def generate(policy, prompts, limit, tokenizer, temperature, generator):
+    rows = [model.generate(policy, [ids], limit, tokenizer, temperature, generator=torch.Generator().manual_seed(sum(ids))) for ids in prompts]
+    T = max(row.ids.shape[1] for row in rows)
+    ids, mask = (torch.cat([F.pad(x, (0, T - x.shape[1]), value=fill) for x in xs]) for xs, fill in
+                 (([row.ids for row in rows], tokenizer.pad), ([row.mask for row in rows], False)))
+    return model.Generation(ids, mask, torch.cat([row.lengths for row in rows]), torch.cat([row.ended for row in rows]))
+
+ppo.generate = generate
+runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
+"""
+
+
+def test_two_ranks_of_ppo_take_the_step_of_one_that_has_all_their_replies(small, tmp_path):
+    """Where the reply to a prompt hangs on the prompt alone. The least score, the moments, the whitening and all counts are those of both ranks."""
+    (tmp_path / "by_prompt.py").write_text(BY_PROMPT)
+    flags = (f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --threads 1 --steps 2 --rollout-batch 8 --minibatches 1 --warmup 1 --lr 0.01 "
+             f"--critic-lr 0.01 --max-new-tokens 8 --micro-batch-tokens 60 --reward-norm scale --entropy-coef 0.01")
+    launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
+    for name, launcher in launchers.items():
+        done = subprocess.run([*launcher, str(tmp_path / "by_prompt.py"), *shlex.split(f"{flags} --out {tmp_path}/{name}")], capture_output=True, text=True,
+                              timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr[-2000:]
+    for one, two in zip(timeless(metrics(tmp_path / "one")), timeless(metrics(tmp_path / "two"))):
+        for row in (one, two):  # what rounding decides, and a mean over the ranks
+            del row["clip_fraction"], row["ratio_error"], row["explained_variance"]
+        assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
+    assert 0 < one["eos_rate"] < 1
+
+
 # -- identities of whole runs
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -213,7 +440,7 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(name, flags,
 def test_two_ranks_train_as_one_does(name, flags, tmp_path):
     """SFT, reward and DPO: the same metrics and weights. PPO's ranks sample with their own seeds: it has to run and agree on one checkpoint."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = command(name, flags[name], f"--out {tmp_path}/two --steps 2", launcher=launcher)
+    two = command(name, flags[name], f"--out {tmp_path}/two --steps 2 --micro-batch-tokens 100", launcher=launcher)
     assert two.returncode == 0, two.stderr[-2000:]
     rows = metrics(tmp_path / "two")
     assert [row["step"] for row in rows] == [1, 2]
