@@ -9,9 +9,7 @@ Nothing of theirs is copied or imitated; their own code runs:
                    Its local variables are read each time it calls accelerator.backward; our functions get its tokens alone, and
                    for the second epoch its updated weights. It runs in a process of its own: two TRLs can't be imported at once.
 
-Where our default is another, what restores theirs stands beside the quantity. Their last reward goes one position behind the
-reply where a row of replies has room; ours where a row of prompt and reply has, so the masks are made of replies here. A
-difference is |ours - theirs| / max(1, |theirs|), the largest over all elements.
+Where our default is another, what restores theirs stands beside the quantity. A difference is |ours - theirs| / max(1, |theirs|), the largest over all elements.
 
 Legend: B rows, T tokens of a row, P of its prompt, R of its reply, V vocabulary.
 """
@@ -268,7 +266,8 @@ class Rollout:
         self.columns = prompt_lengths[:, None] + torch.arange(R)  # (B, R): where the replies stand in (B, T)
         self.ends = prompt_lengths + lengths
         self.mask = torch.arange(R) < lengths[:, None]  # (B, R)
-        self.steps = steps_mask(self.mask, "next")
+        self.row_steps = steps_mask(self.in_rows(self.mask), "next")  # (B, T), as ppo.py has it
+        self.steps = self.row_steps.gather(1, self.columns)  # (B, R)
 
     def in_rows(self, mask):
         """A mask of replies (B, R) as one of rows (B, T)."""
@@ -278,7 +277,7 @@ class Rollout:
         return policy(self.ids, self.in_rows(self.mask), temperature)[0].gather(1, self.columns)
 
     def values(self, critic):
-        return values_before(critic(self.ids), self.in_rows(self.steps)).gather(1, self.columns)
+        return values_before(critic(self.ids), self.row_steps).gather(1, self.columns)
 
 
 def ppo_rows(folder):
