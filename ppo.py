@@ -159,7 +159,7 @@ def normalise_scores(scores, moments, kind, clip):
     """
     if kind != "none":
         count, mean, squares = moments
-        deviation = math.sqrt(squares / max(1, count - 1))
+        deviation = math.sqrt(squares / max(1, count - 1)) or 1.0  # all scores equal so far
         scores = (scores - (mean if kind == "standard" else 0.0)) / (deviation + 1e-8)
     return scores.clamp(-clip, clip) if clip > 0 else scores
 
@@ -252,7 +252,7 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, kind, tokens):
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20).exp()
     weight = {"k1": 1.0, "k2": ratio.detach(), "k3": ratio}[kind]
-    return (weight * kl_estimate(logprobs, ref_logprobs, kind) * mask).sum() / tokens
+    return (weight * torch.where(mask, kl_estimate(logprobs, ref_logprobs, kind), 0.0)).sum() / tokens
 
 
 def value_loss(values, old_values, returns, steps, clip, tokens):
@@ -321,7 +321,8 @@ def reward_function(spec, device):
 
     def scores_of(prompts, replies):
         try:
-            scores = torch.as_tensor(function(prompts, replies), dtype=torch.float32, device=device)
+            with torch.no_grad():
+                scores = torch.as_tensor(function(prompts, replies), dtype=torch.float32, device=device).detach()
         except Exception as error:
             raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given two lists of text, prompts and replies") from None
         require(scores.shape == (len(replies),) and scores.isfinite().all(),
@@ -332,6 +333,7 @@ def reward_function(spec, device):
 
 
 def main(config):
+    config.reward = config.reward or ([] if config.reward_fn else ["runs/reward"])
     run = Run(config)
     require(config.rollout_batch % run.world_size == 0, f"--rollout-batch {config.rollout_batch} is not divisible by {run.world_size} ranks")
     share = config.rollout_batch // run.world_size  # prompts per rollout on this rank
@@ -341,6 +343,8 @@ def main(config):
     require(config.dual_clip == 0 or (config.dual_clip > 1 and config.policy_loss == "clip"), "--dual-clip must be above 1, and is for --policy-loss clip")
     require(config.penalty_target == 0 or (config.policy_loss == "penalty" and config.penalty_coef > 0),
             "--penalty-target is for --policy-loss penalty, with a --penalty-coef above 0 to start from")
+    updates = config.epochs * config.minibatches  # optimiser steps per rollout
+    require(updates > 1 or config.penalty_target == config.kl_stop == 0, "--penalty-target and --kl-stop need more than one of --epochs or --minibatches")
     require((config.ptx_coef > 0) == bool(config.ptx_data), "--ptx-coef and --ptx-data go together")
     require(config.critic_warmup < config.steps, f"--critic-warmup {config.critic_warmup} leaves none of {config.steps} rollouts to train the policy on")
     if config.kl_coef > 0 and (config.kl == "k1") == (config.kl_in == "loss"):
@@ -350,17 +354,17 @@ def main(config):
     # the models: policy, reference, what scores, critic
     policy_model, tokenizer = open_model(config, GPT)
     reference = copy.deepcopy(policy_model).to(run.device).requires_grad_(False).eval()
-    folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
-    sources = folders + config.reward_fn
+    sources = config.reward + config.reward_fn
     require(len(config.reward_weights) in (0, len(sources)), f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
+    require(all(map(math.isfinite, config.reward_weights)), "--reward-weights must be finite numbers")
     weights = torch.tensor(config.reward_weights or [1.0] * len(sources), device=run.device)  # (sources,)
     reward_models, reward_fns = [], [reward_function(spec, run.device) for spec in config.reward_fn]
-    for folder in folders:
+    for folder in config.reward:
         reward_model, reward_tokenizer = load_model(folder, ScalarModel)
         require(reward_tokenizer.ranks == tokenizer.ranks, f"--reward {folder} has another tokenizer than --model {config.model}")
         reward_models.append(reward_model)
-    critic_init = config.critic_init if config.critic_init != "auto" else "reward" if folders else "zero"
-    require(critic_init != "reward" or folders, "--critic-init reward needs a --reward folder; use sft or zero")
+    critic_init = config.critic_init if config.critic_init != "auto" else "reward" if config.reward else "zero"
+    require(critic_init != "reward" or config.reward, "--critic-init reward needs a --reward folder; use sft or zero")
     if critic_init == "reward":
         critic_model = copy.deepcopy(reward_models[0])
     else:
@@ -395,7 +399,6 @@ def main(config):
     kl_coef, penalty_coef, moments = (extra.get(name, start) for name, start in
                                       (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
     order = endless_order(len(prompts), config.seed, first * config.rollout_batch)
-    updates = config.epochs * config.minibatches  # optimiser steps per rollout
     if config.ptx_coef > 0:
         ptx_batches = endless_batches(ptx_lengths, config.ptx_tokens, config.seed, first * updates)
     policy.eval(), critic.eval()  # no dropout: the ratio to the old policy must be 1 where nothing has changed
@@ -452,12 +455,13 @@ def main(config):
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
 
         # 5. update
-        totals, off_by, done = {}, torch.zeros((), device=run.device), 0
-        lr = scheduled_lr(step, config.steps, config.warmup, config.lr, config.lr_schedule)
+        totals, off_by, stopped = {}, torch.zeros((), device=run.device), False
+        lr = scheduled_lr(max(0, step - config.critic_warmup), config.steps - config.critic_warmup, config.warmup, config.lr, config.lr_schedule)
         critic_lr = scheduled_lr(step, config.steps, config.warmup, config.critic_lr, config.critic_lr_schedule)
         train_policy = step >= config.critic_warmup
         orders = [torch.randperm(share).tolist() for _ in range(config.epochs)]
         batches = [shuffled[i::config.minibatches] for shuffled in orders for i in range(config.minibatches)]
+        ptx_drawn = [next(ptx_batches) for _ in batches] if config.ptx_coef > 0 else []
         grad_norm = critic_grad_norm = torch.zeros(())
 
         def add(name, value):  # to the mean over the update
@@ -468,12 +472,10 @@ def main(config):
             tokens, value_tokens = run.all_sum(torch.stack([host_mask[picked].sum(), host_steps[picked].sum()]).to(run.device))
             old_new_kl = torch.zeros((), device=run.device)  # of this minibatch, per token
             pieces = [("ppo", piece) for piece in by_length(picked, size, config.micro_batch_tokens)]
-            if config.ptx_coef > 0:
-                ptx_batch = next(ptx_batches)
-                mine, weight = run.share(ptx_batch)
-                ptx_weight = config.ptx_coef * weight / sum(sum(ptx[i][1]) for i in ptx_batch)
-                if train_policy:
-                    pieces = [("ptx", piece) for piece in by_length(mine, ptx_lengths, config.micro_batch_tokens)] + pieces
+            if ptx_drawn and train_policy:
+                mine, weight = run.share(ptx_drawn[number])
+                ptx_weight = config.ptx_coef * weight / sum(sum(ptx[i][1]) for i in ptx_drawn[number])
+                pieces = [("ptx", piece) for piece in by_length(mine, ptx_lengths, config.micro_batch_tokens)] + pieces
             for kind, piece in run.micro_batches(pieces, policy, critic):
                 if kind == "ptx":  # its gradients are summed with those of PPO: one step for both
                     part, part_mask, _ = collate([ptx[i] for i in piece], tokenizer.pad, run.device)
@@ -506,10 +508,10 @@ def main(config):
                 for name, value in {**losses, **stats, **value_stats}.items():
                     add(name, value)
                 old_new_kl += stats.get("approx_kl", 0)
-            done += 1
             if config.kl_stop > 0 or config.penalty_target > 0:
                 old_new_kl = run.all_sum(old_new_kl).item()
-            if config.kl_stop > 0 and old_new_kl > config.kl_stop:
+            stopped = config.kl_stop > 0 and old_new_kl > config.kl_stop
+            if stopped:
                 policy_optimizer.zero_grad(), critic_optimizer.zero_grad()
                 break
             if train_policy:
@@ -535,8 +537,8 @@ def main(config):
         names, values = zip(*replies.items())
         means = dict(zip(names, (run.all_sum(torch.stack(values)) / run.world_size).tolist()))
         names, values = zip(*totals.items())
-        means |= {name: value * updates / done for name, value in zip(names, run.all_sum(torch.stack(values)).tolist())}
-        means |= {"ref_perplexity": math.exp(min(means.pop("ref_nll"), 700.0)), "updates": done}
+        means |= {name: value * updates / (number + 1) for name, value in zip(names, run.all_sum(torch.stack(values)).tolist())}
+        means |= {"ref_perplexity": math.exp(min(means.pop("ref_nll"), 700.0)), "updates": number + 1 - stopped}
         update_seconds = time.perf_counter() - began
         tokens, off_by = all_tokens.item(), -run.all_min(-off_by)  # the largest of all ranks
         if off_by > RATIO_TOLERANCE[run.dtype]:
@@ -552,13 +554,13 @@ def main(config):
         if run.time_to_log(step):
             run.log(step, means | {"kl_coef": kl_coef, "lr": lr * train_policy, "critic_lr": critic_lr, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
                                    "ratio_error": off_by, "rollout_tokens_per_second": tokens / rollout_seconds,
-                                   "update_tokens_per_second": tokens * config.epochs * done / updates / update_seconds}
+                                   "update_tokens_per_second": tokens * config.epochs * (number + 1) / updates / update_seconds}
                     | ({"penalty_coef": penalty_coef} if config.policy_loss == "penalty" else {}),
                     show=("score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance"))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
             for i in range(min(3, share)):
                 run.say(f"  sample: {questions[i]!r} -> {texts[i]!r} (score {scores[i]:.2f})")
-        if config.kl_target > 0:
+        if config.kl_target > 0 and train_policy:
             kl_coef = adapt_kl_coef(kl_coef, means["kl"], config.kl_target, config.rollout_batch, config.kl_horizon)
         if config.penalty_target > 0 and train_policy:
             penalty_coef = adapt_penalty(penalty_coef, old_new_kl, config.penalty_target)

@@ -288,7 +288,7 @@ class Run:
                 f"--out {out} already holds a run; add --resume to go on with it, --overwrite to replace it, or name another folder")
         for flag in ("model", "reward"):
             for folder in as_list(getattr(config, flag, "")):
-                require(not config.overwrite or Path(folder).resolve() != out.resolve(), f"--overwrite would delete the --{flag} {folder}")
+                require(not config.overwrite or Path(folder).resolve() not in (out.resolve(), (out / "ema").resolve()), f"--overwrite would delete the --{flag} {folder}")
         require(not config.resume or not (out / "config.json").exists() or (out / "run.json").exists(),
                 f"--resume: {out} holds a checkpoint, but no run to go on with; name another --out")
 

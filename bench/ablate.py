@@ -44,14 +44,14 @@ FAMILIES = {  # name of the variant: flags
         "score one token later": "--reward-at next", "missing EOS: subtract": "--missing-eos subtract"},
     "advantages and losses": {
         "advantages not whitened": "--whiten none", "advantages clipped at 1": "--advantage-clip 1", "no policy clip": "--clip 1000",
-        "PPO-penalty, adaptive": "--policy-loss penalty --penalty-target 0.01", "dual clip 3": "--dual-clip 3",
+        "PPO-penalty, weight 1": "--policy-loss penalty", "PPO-penalty, adaptive": "--policy-loss penalty --penalty-target 0.01", "dual clip 3": "--dual-clip 3",
         "entropy bonus 0.01": "--entropy-coef 0.01", "early stop at KL 0.02": "--kl-stop 0.02", "lambda 1": "--lam 1"},
     "critic and the rest": {
         "no value clip": "--value-clip 0", "value clip 0.2": "--value-clip 0.2", "critic from SFT": "--critic-init sft", "critic from zero": "--critic-init zero",
         "critic warm-up 5": "--critic-warmup 5", "PPO-ptx 0.1": "--ptx-coef 0.1 --ptx-data toy", "constant learning rates": "--lr-schedule constant --critic-lr-schedule constant"},
 }
-HOT = ("k3 in the reward", "normalised, clipped at 0.3", "advantages not whitened", "advantages clipped at 1", "PPO-penalty, adaptive", "entropy bonus 0.01",
-       "early stop at KL 0.02", "critic warm-up 5", "PPO-ptx 0.1", "adaptive KL, target 0.5", "clipped at 1")
+HOT = ("k3 in the reward", "adaptive KL, target 0.5", "normalised, clipped at 0.3", "clipped at 1", "advantages not whitened", "advantages clipped at 1",
+       "PPO-penalty, weight 1", "PPO-penalty, adaptive", "entropy bonus 0.01", "early stop at KL 0.02", "critic warm-up 5", "PPO-ptx 0.1")
 COLUMNS = {"score": "score", "gold": "gold score", "kl": "KL, nats per reply", "ref_perplexity": "perplexity under ref", "entropy": "entropy, nats per token", "length": "tokens"}
 BEST_OF = 64  # replies per prompt
 DPO_BETAS = (1.0, 0.3, 0.1, 0.03)
@@ -264,7 +264,7 @@ def main(config):
         return
     draw(plt, out, FAMILIES, config.seeds, ROOT / "bench" / "ablation.png")
     half = len(HOT) // 2
-    draw(plt, out, {"hot, 1": HOT[:half], "hot, 2": HOT[half:]}, config.seeds, ROOT / "bench" / "hot.png", "hot ")
+    draw(plt, out, {"hot": HOT[:half], "hot, continued": HOT[half:]}, config.seeds, ROOT / "bench" / "hot.png", "hot ")
     hot_results = table(out, [BASELINE, *HOT], config.seeds, "hot ")
     print(hot_results)
     fooled = over_optimisation(plt, out, config)

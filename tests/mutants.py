@@ -46,7 +46,6 @@ GREEDY = "test_model.py::test_cached_batched_greedy_equals_each_row_alone_withou
 KNOWN = "test_model.py::test_ids_mask_lengths_and_ended_where_the_answer_is_known"
 FREQUENCIES = "test_model.py::test_sample_frequencies_equal_the_truncated_softmax"
 HEADS = "test_model.py::test_scores_and_values_equal_brute_force_row_by_row"
-MICRO_BATCHES = "test_runs.py::test_micro_batches_change_neither_loss_nor_gradient_nor_metrics"
 RESUME = "test_runs.py::test_resume_after_an_interrupt_equals_never_stopping_bit_for_bit"
 FORMULA = "test_runs.py::test_a_step_follows_the_formula_taken_one_reply_at_a_time"
 NO_EXAMPLES = "test_runs.py::test_a_rank_that_gets_no_examples_adds_nothing"
@@ -193,10 +192,10 @@ MUTANTS = [
     Mutant("sft: a mean for each micro-batch", "sft.py", FORMULA + "[sft]",
            "-logprobs.sum() * weight / tokens",
            "-logprobs.sum() * weight / mask.sum()"),
-    Mutant("sft: an optimiser step for each micro-batch", "sft.py", MICRO_BATCHES + "[sft]",
+    Mutant("sft: an optimiser step for each micro-batch", "sft.py", FORMULA + "[sft]",
            "run.backward(piece_loss, optimizer)\n",
            "run.backward(piece_loss, optimizer), optimizer.step(), optimizer.zero_grad()\n"),
-    Mutant("sft: held-out loss over padding too", "sft.py", MICRO_BATCHES + "[sft]",
+    Mutant("sft: held-out loss over padding too", "sft.py", "test_runs.py::test_the_held_out_loss_is_a_mean_over_reply_tokens",
            "mask.sum().to(run.device)]",
            "torch.tensor(mask.numel())]"),
     Mutant("sft: a rank without examples counts the first twice", "sft.py", NO_EXAMPLES + "[sft-lost0]",
@@ -324,7 +323,7 @@ MUTANTS = [
     Mutant("score: at every token", "ppo.py", LOSSES,
            "return rewards.scatter_add(1, last[:, None], torch.where(steps.any(1), scores, 0.0)[:, None])",
            "return rewards + steps * scores[:, None]"),
-    Mutant("score one later: one earlier", "ppo.py", "test_ppo.py::test_the_step_after_the_last_token_exists_where_the_row_has_room",
+    Mutant("score one later: one earlier", "ppo.py", "test_ppo.py::test_the_step_after_the_last_token_exists_for_all_but_the_longest_replies",
            "F.pad(mask, (1, 0))[:, :-1]",
            "F.pad(mask, (0, 1))[:, 1:]"),
 
@@ -574,10 +573,12 @@ lock, running, stopping = threading.Lock(), set(), threading.Event()
 
 
 def misfits():
-    """What is wrong with the list: a replacement that doesn't fit its file, or leaves no Python, or a name that comes twice."""
+    """What is wrong with the list: a replacement that doesn't fit its file or leaves no Python, a name that comes twice, a test that is gone."""
     names = [m.name for m in MUTANTS]
     for m in MUTANTS:
-        source = (ROOT / m.file).read_text("utf-8")
+        source, (tests, _, test) = (ROOT / m.file).read_text("utf-8"), m.test.partition("::")
+        if test and f"\ndef {test.split('[')[0]}(" not in (ROOT / "tests" / tests).read_text("utf-8"):
+            yield f"{m.name}: there is no {m.test}"
         if source.count(m.old) != 1:
             yield f"{m.name}: its text occurs {source.count(m.old)} times in {m.file}, not once: {m.old!r}"
         elif names.count(m.name) > 1:
@@ -610,9 +611,10 @@ def end(process):
             return
 
 
-def pytest(folder, test, limit):
-    """Run a test, or some, of a copy up to the first that fails. Returns (exit code, that one, output); code None: ran past the limit."""
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp/pytest", f"tests/{test}"]
+def pytest(folder, tests, limit):
+    """Run tests of a copy up to the first that fails. Returns (exit code, that test, output); code None: ran past the limit."""
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp/pytest"]
+    words += [f"tests/{test}" for test in tests]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
     environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TMPDIR": f"{folder}/tmp", "COLUMNS": "200",
                     "PYTHONDONTWRITEBYTECODE": "1"}  # of a file that changes twice in a second the bytecode of the first would be used
@@ -634,11 +636,11 @@ def pytest(folder, test, limit):
     return code, found[1] if found else None, text
 
 
-def check(test, copies):
-    """None if a test passes without a mutant, else pytest's output."""
+def check(tests, copies):
+    """None if tests pass without a mutant, else pytest's output."""
     folder = copies.get()
     try:
-        code, _, text = pytest(folder, test, SUITE_LIMIT)
+        code, _, text = pytest(folder, tests, SUITE_LIMIT)
     finally:
         copies.put(folder)
     return None if code == 0 else text
@@ -651,10 +653,10 @@ def attempt(m, copies):
     source = file.read_text("utf-8")
     try:
         file.write_text(source.replace(m.old, m.new), "utf-8")
-        code, by, text = pytest(folder, m.test, LIMIT)
+        code, by, text = pytest(folder, [m.test], LIMIT)
         named = code != 0
         if not named:
-            code, by, text = pytest(folder, "", SUITE_LIMIT)
+            code, by, text = pytest(folder, [""], SUITE_LIMIT)
         killed = code in (1, None)
         if code == 0:
             by = "survived the whole suite"
@@ -664,7 +666,7 @@ def attempt(m, copies):
             killed, by = False, f"pytest ended with exit code {code}:\n{text[-2000:]}"
         elif not named:  # this test has not been seen to pass without the mutant
             file.write_text(source, "utf-8")
-            killed = pytest(folder, by, SUITE_LIMIT)[0] == 0
+            killed = pytest(folder, [by], SUITE_LIMIT)[0] == 0
             by += " (it names another)" if killed else " fails without it too"
     finally:
         file.write_text(source, "utf-8")
@@ -681,14 +683,15 @@ def run(mutants):
             for name in ("a", "b"):
                 copy_repository(Path(top, name))
                 copies.put(Path(top, name))
-            tests = list(dict.fromkeys(m.test for m in mutants))
-            jobs = {pool.submit(check, test, copies): test for test in tests}
-            for job in tqdm(as_completed(jobs), "without a mutant", len(jobs), leave=False, disable=None):
+            tests = {}  # of each file, those named
+            for m in mutants:
+                tests.setdefault(m.test.split("::")[0], {})[m.test] = None
+            for job in as_completed([pool.submit(check, named, copies) for named in tests.values()]):
                 if job.result() is not None:
-                    raise SystemExit(f"{job.result()}\n{jobs[job]} fails without a mutant: its failures mean nothing")
-            print(f"the {len(tests)} tests that are to kill them pass without a mutant ({time.time() - began:.0f} s)", flush=True)
+                    raise SystemExit(f"{job.result()}\nwithout a mutant a test fails: that it fails with one would mean nothing")
+            print(f"without a mutant, the tests that are to kill them pass ({time.time() - began:.0f} s)", flush=True)
             jobs = {pool.submit(attempt, m, copies): m for m in mutants}
-            for job in tqdm(as_completed(jobs), "mutants", len(jobs), leave=False, disable=None):
+            for job in tqdm(as_completed(jobs), total=len(jobs), leave=False, disable=None):
                 m, (killed, by, seconds) = jobs[job], job.result()
                 survivors += [] if killed else [m]
                 tqdm.write(f"{'killed' if killed else 'SURVIVED'} | {m.name} | {m.file} | {by} | {seconds:.1f} s")
@@ -711,7 +714,8 @@ def main():
     parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant's name, or a part of several")
     parser.add_argument("--list", action="store_true", help="list them")
     args = parser.parse_args()
-    problems = list(misfits()) + [f"{name}: no such mutant; --list shows their names" for name in args.names if not any(name in m.name for m in MUTANTS)]
+    problems = list(misfits())
+    problems += [f"{name}: no such mutant; --list shows their names" for name in args.names if not any(name in m.name for m in MUTANTS)]
     chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
     if args.list:
         print("\n".join(f"{m.file:12} {m.name}" for m in chosen))

@@ -21,13 +21,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 import ppo
 import reward
 import runtime
 import sft
-from data import collate, encode_group, endless_batches, read_rows
+from data import collate, encode_group, endless_batches, pad_rows, read_rows
 from model import GPT, Generation, ScalarModel, load_model
 from ppo import adapt_kl_coef, adapt_penalty, diagnose, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
 from ppo import shaped_rewards, steps_mask, update_moments, value_loss, whiten
@@ -113,14 +114,15 @@ def test_scores_are_scaled_or_standardised_by_the_moments_and_then_clipped():
 
 # -- where the score lands
 
-def test_the_step_after_the_last_token_exists_where_the_row_has_room():
+def test_the_step_after_the_last_token_exists_for_all_but_the_longest_replies():
     assert steps_mask(MASK, "eos") is MASK
     assert torch.equal(steps_mask(MASK, "next"), responses((2, 7), (1, 9), (4, 6), (3, 3)))
+    assert torch.equal(steps_mask(responses((5, 7), (0, 2), (4, 5)), "next"), responses((5, 7), (0, 2), (4, 6)))  # whatever their prompts
 
 
 @pytest.mark.parametrize("lam", [0.95, 0.5, 0.0, 1.0])
 def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
-    """A_t grows by (1 - lam) lam^(T - t) (V_T+1 - score): nothing at lam 1. A row without room takes the score at its last token."""
+    """A_t grows by (1 - lam) lam^(T - t) (V_T+1 - score): nothing at lam 1. The longest reply takes the score at its last token."""
     torch.manual_seed(0)
     scores, kl, values = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.rand(4, 9), torch.randn(4, 9)
     kl = kl * MASK  # a token of the policy's own alone has a KL
@@ -129,7 +131,7 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
         steps = steps_mask(MASK, at)
         rewards = shaped_rewards(scores, kl, steps, kl_coef=0.5)
         for b, (start, end) in enumerate(SPANS):
-            last = end - 1 + (at == "next" and end < 9)
+            last = end - 1 + (at == "next" and end - start < 8)
             for t in range(9):
                 expected = -0.5 * kl[b, t].item() * (start <= t < end) + scores[b].item() * (end > start and t == last)
                 assert rewards[b, t].item() == pytest.approx(expected, abs=1e-6)
@@ -139,7 +141,7 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
             assert returns[0, 6] == scores[0] and returns[2, 5] == scores[2]  # what the value of the extra step is trained on
     for b, (start, end) in enumerate(SPANS):
         for t in range(start, end):
-            later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end] - scores[b]).item() if end < 9 else 0.0
+            later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end] - scores[b]).item() if end - start < 8 else 0.0
             assert (advantages["next"] - advantages["eos"])[b, t].item() == pytest.approx(later, abs=1e-5)
 
 
@@ -287,7 +289,8 @@ def test_a_healthy_run_shows_no_symptom_however_long():
         assert diagnose(history(rollouts), kl_limit=20) == {}
     assert diagnose(history(gold=lambda i: 0.8 - 0.05 * i, score=lambda i: -0.1 * i), 20) == {}  # both fall: no over-optimisation
     assert diagnose(history(explained_variance=lambda i: -1.0 if i < 18 else 0.1), 20) == {}  # the critic has got there
-    assert diagnose(history(9, explained_variance=lambda i: -1.0, eos_rate=lambda i: 1 - 0.1 * i, entropy=lambda i: 0.1**i), 20) == {}  # too early to tell
+    too_early = history(9, explained_variance=lambda i: -1.0, eos_rate=lambda i: 1 - 0.1 * i, entropy=lambda i: 0.1**i)
+    assert diagnose(too_early, 20) == {}
     without_gold = [{k: v for k, v in row.items() if k != "gold"} for row in history()]
     assert diagnose(without_gold, 20) == {}
 
@@ -341,7 +344,8 @@ def root(tmp_path_factory):
         script.main(runtime.parse_flags(script.Config, "", shlex.split(flags.format(root=root) + " --threads 1 --val-fraction 0 --batch-tokens 512")))
 
     with quietly():
-        stage(sft, "--layers 1 --heads 2 --width 32 --block-size 64 --tokenizer toy --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 --out {root}/sft")
+        stage(sft, "--layers 1 --heads 2 --width 32 --block-size 64 --tokenizer toy --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
+              "--out {root}/sft")
         for name, seed in (("reward", 0), ("other", 1)):
             stage(reward, f"--data {{root}}/pairs.json --model {{root}}/sft --steps 2 --seed {seed} --out {{root}}/{name}")
     return root
@@ -542,25 +546,36 @@ def test_scores_are_clipped_after_they_are_normalised(flags, root, tmp_path):
     torch.testing.assert_close(run.calls["shaped_rewards"][0].scores, scores.clamp(-clip, clip), rtol=1e-4, atol=1e-4)
 
 
-def test_the_score_counts_one_position_later_where_the_row_has_room(root, tmp_path):
+@pytest.mark.parametrize("written", [False, True])
+def test_the_score_counts_one_position_later_for_all_but_the_longest_replies(written, root, tmp_path, monkeypatch):
+    """Replies as they are sampled; or written so that one of those that aren't the longest ends, behind a long prompt, in the last column."""
+    def generate(policy, prompts, max_new_tokens, tokenizer, *options, **more):
+        ids, lengths = pad_rows([prompt + prompt[1:4 + (len(prompt) < max(map(len, prompts)))] for prompt in prompts], tokenizer.pad)
+        at = torch.arange(ids.shape[1])
+        mask = (at >= torch.tensor([len(prompt) for prompt in prompts])[:, None]) & (at < lengths[:, None])
+        return Generation(ids, mask, lengths, torch.ones(len(prompts), dtype=torch.bool))
+
+    if written:
+        monkeypatch.setattr(ppo, "generate", generate)
     run = train(root, tmp_path / "run", "--reward-at next --steps 1 --minibatches 1 --micro-batch-tokens 60")
     rollout, advantages, critic = rollout_of(run), run.calls["gae"][0], network(ScalarModel, root / "reward")
-    room = 0
+    size, width = rollout.mask.sum(1), advantages.steps.shape[1]
+    later = size < size.max()
+    assert later.any() and not later.all() and (not written or (rollout.lengths[later] == rollout.ids.shape[1]).any())
     for b, length in enumerate(rollout.lengths.tolist()):
-        inside, last = rollout.mask[b].nonzero().flatten().tolist(), min(length, rollout.ids.shape[1] - 1)
-        room += last == length
+        inside, last = rollout.mask[b].nonzero().flatten().tolist(), length - 1 + int(later[b])
         assert advantages.steps[b].nonzero().flatten().tolist() == sorted({*inside, last})
         with torch.no_grad():
             heads = critic(rollout.ids[b, :length][None])[0]
         assert advantages.values[b, last].item() == pytest.approx(heads[last - 1].item(), abs=1e-4)  # the state after the last token
-        expected = torch.zeros(rollout.ids.shape[1]).index_fill(0, torch.tensor(last), run.calls["shaped_rewards"][0].scores[b].item())
+        expected = torch.zeros(width).index_fill(0, torch.tensor(last), run.calls["shaped_rewards"][0].scores[b].item())
         torch.testing.assert_close(advantages.rewards[b], expected)  # policy and reference agree: no KL yet
-    assert 0 < room < 16
-    assert torch.equal(run.calls["whiten"][0].mask, rollout.mask)
-    assert sum(call.mask.sum() for call in run.calls["policy_loss"] if call.minibatch == 0) == rollout.mask.sum()
-    assert sum(call.steps.sum() for call in run.calls["value_loss"] if call.minibatch == 0) == advantages.steps.sum()
-    assert {call.tokens.item() for call in run.calls["policy_loss"]} == {rollout.mask.sum().item()}
-    assert {call.tokens.item() for call in run.calls["value_loss"]} == {advantages.steps.sum().item()}
+    whitened = run.calls["whiten"][0].mask
+    assert torch.equal(whitened[:, :rollout.mask.shape[1]], rollout.mask) and whitened.sum() == size.sum()
+    for name, counted in (("policy_loss", size.sum()), ("value_loss", advantages.steps.sum())):
+        calls = [call for call in run.calls[name] if call.minibatch == 0]
+        assert sum((call.mask if name == "policy_loss" else call.steps).sum() for call in calls) == counted
+        assert {call.tokens.item() for call in calls} == {counted.item()}
 
 
 # -- the KL term
@@ -692,11 +707,12 @@ def test_the_policy_follows_the_gradient_of_the_objective_written_out(flags, roo
 @pytest.mark.parametrize("flags, clip", [("", 2.0), ("--value-clip 0", 1e9), ("--value-clip 0.05", 0.05), ("--reward-at next --value-clip 0.05", 0.05)])
 def test_the_critic_follows_the_gradient_of_the_value_loss_written_out(flags, clip, root, tmp_path):
     run = train(root, tmp_path / "run", flags, "--steps 1 --minibatches 1 --micro-batch-tokens 90 --max-grad-norm 1e9")
-    rollout, steps, mask = rollout_of(run), steps_of(run, "critic"), run.calls["gae"][0].steps
+    steps, mask = steps_of(run, "critic"), run.calls["gae"][0].steps
+    ids = F.pad(rollout_of(run).ids, (0, mask.shape[1] - rollout_of(run).ids.shape[1]))  # room for --reward-at next
     critic = network(ScalarModel, root / "reward", steps[1].before)
     with torch.no_grad():
-        old = network(ScalarModel, root / "reward")(rollout.ids)[:, :-1][mask[:, 1:]]
-    values, returns = critic(rollout.ids)[:, :-1][mask[:, 1:]], run.calls["gae"][0].result[1][mask]
+        old = network(ScalarModel, root / "reward")(ids)[:, :-1][mask[:, 1:]]
+    values, returns = critic(ids)[:, :-1][mask[:, 1:]], run.calls["gae"][0].result[1][mask]
     held = old + (values - old).clamp(-clip, clip)
     assert ((values - old).abs() > clip).any() == (clip < 1)
     (0.5 * torch.maximum((values - returns) ** 2, (held - returns) ** 2)).mean().backward()
@@ -725,7 +741,8 @@ def test_ptx_adds_its_gradient_before_the_one_step_of_each_minibatch(root, tmp_p
 @pytest.mark.parametrize("init, reward", [("auto", True), ("auto", False), ("reward", True), ("sft", True), ("zero", True), ("sft", False)])
 def test_the_critic_starts_as_it_is_told(init, reward, root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(zero=lambda prompts, replies: [0.0] * len(replies)))
-    run = train(root, tmp_path / "run", f"--critic-init {init} --steps 1 --seed 3", reward="--reward {root}/reward" if reward else "--reward-fn mine:zero")
+    scored_by = "--reward {root}/reward" if reward else "--reward-fn mine:zero"
+    run = train(root, tmp_path / "run", f"--critic-init {init} --steps 1 --seed 3", reward=scored_by)
     if init == "reward" or (init == "auto" and reward):
         expected = network(ScalarModel, root / "reward")
     else:
@@ -800,7 +817,7 @@ def test_kl_stop_ends_the_update_before_the_step_of_the_minibatch_that_is_too_fa
         steps = steps_of(run, name)
         assert len(steps) == far and same(steps[-1].after, steps_of(whole, name)[far - 1].after)
     assert same(network(GPT, run.out).state_dict(), steps_of(run, "policy")[-1].after)
-    assert whole.rows[0]["updates"] == 6 and run.rows[0]["updates"] == far + 1  # the minibatch that was too far was looked at
+    assert whole.rows[0]["updates"] == 6 and run.rows[0]["updates"] == far  # the minibatch that was too far made no step
     assert run.rows[0]["approx_kl"] == pytest.approx(sum(kls[:far + 1]) / (far + 1), rel=1e-4)  # means are over those looked at
 
 
@@ -831,8 +848,9 @@ def test_the_penalty_stays_without_a_target(root, tmp_path, default):
 
 def test_a_kl_beyond_its_limit_is_warned_of(root, tmp_path, default):
     assert [call.kl_limit for call in default.calls["diagnose"]] == [20, 20] and "warning" not in default.said
-    run = train(root, tmp_path / "run", "--kl-limit 1e-6 --kl-coef 0 --lr 0.02 --steps 4")
+    run = train(root, tmp_path / "run", "--kl-limit 1e-6 --steps 4")
     beyond = [row["step"] for row in run.rows if row["kl"] > 1e-6]
+    assert beyond and max(row["kl"] for row in run.rows) < 20
     assert f"warning: step {beyond[0]:.0f}: the KL to the reference" in run.said and "--kl-limit" in run.said
 
 
@@ -873,13 +891,13 @@ def test_a_switch_at_its_neutral_value_changes_no_metric_and_no_weight(flags, li
     assert same(steps_of(run, "critic")[-1].after, steps_of(plain, "critic")[-1].after)
 
 
-STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty --penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 --critic-warmup 1 "
-            "--steps 4 " + PTX)
+STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty --penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 "
+            "--critic-warmup 1 --steps 4 " + PTX)
 
 
 def test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for_bit(root, tmp_path, monkeypatch):
     whole = train(root, tmp_path / "whole", STATEFUL)
-    assert len({row["kl_coef"] for row in whole.rows}) == 4 and len({row["penalty_coef"] for row in whole.rows}) > 2
+    assert len({row["kl_coef"] for row in whole.rows}) == 3 and len({row["penalty_coef"] for row in whole.rows}) > 2
     original = runtime.Run.time_to_save
 
     def stop_after_second(self, step):
@@ -955,6 +973,10 @@ def adapt_penalty(penalty_coef, kl, target):
     agreed(torch.tensor(kl))
     return plain["adapt_penalty"](penalty_coef, kl, target)
 
+def judge_missing_eos(scores, ended, rule, penalty, lowest):
+    agreed(lowest)
+    return plain["judge_missing_eos"](scores, ended, rule, penalty, lowest)
+
 def backward(self, loss, optimizer):
     if not losses:  # that of the first batch of demonstrations: a single row, which one rank alone may count
         losses.append(loss.detach().clone())
@@ -962,8 +984,10 @@ def backward(self, loss, optimizer):
         self.say(f"first loss {losses[0].item()}")
     plain["backward"](self, loss, optimizer)
 
-losses, plain = [], {"save": runtime.Run.save, "backward": runtime.Run.backward, "whiten": ppo.whiten, "adapt_penalty": ppo.adapt_penalty}
-runtime.Run.save, runtime.Run.backward, ppo.whiten, ppo.adapt_penalty = save, backward, whiten, adapt_penalty
+losses, plain = [], {}
+for owner, function in ((runtime.Run, save), (runtime.Run, backward), (ppo, whiten), (ppo, adapt_penalty), (ppo, judge_missing_eos)):
+    plain[function.__name__] = getattr(owner, function.__name__)
+    setattr(owner, function.__name__, function)
 runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
 """
 
@@ -971,15 +995,17 @@ runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
 def test_two_ranks_agree_on_weights_averages_moments_and_when_to_stop(root, tmp_path):
     (tmp_path / "agreeing.py").write_text(AGREEING)
     (tmp_path / "mine.py").write_text("import os\n\ndef rank(prompts, replies):\n    return [float(os.environ['RANK'])] * len(replies)\n")
-    flags = ("--reward-fn mine:rank --reward-norm standard --missing-eos subtract --ema 0.8 --ptx-coef 0.5 --ptx-data {root}/demonstrations.json --ptx-tokens 20 "
-             "--kl-stop 0.002 --lr 0.02 --save-every 1 --reward {root}/reward --kl-target 0.1 --policy-loss penalty --penalty-target 0.001")
+    flags = ("--reward {root}/reward --reward-fn mine:rank --reward-norm standard --kl-target 0.1 --policy-loss penalty --penalty-target 0.001 "
+             "--ema 0.8 --ptx-coef 0.5 --ptx-data {root}/demonstrations.json --ptx-tokens 20 --kl-stop 0.002 --lr 0.02 --save-every 1")
     words = shlex.split(f"{RUN} {flags} --out {tmp_path}/run".format(root=root))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "agreeing.py"), *words],
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, str(tmp_path / "agreeing.py"), *words],
                           capture_output=True, text=True, timeout=240, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and all(math.isfinite(value) for row in rows for value in row.values())
     assert min(row["updates"] for row in rows) < 4
+    assert rows[1]["kl_coef"] == pytest.approx(adapt_kl_coef(0.1, rows[0]["kl"], target=0.1, replies=16, horizon=10000))  # of both ranks
     with torch.no_grad():
         logprobs = ptx_logprobs(root, network(GPT, root / "sft"), 0, budget=20)
     assert float(re.search("first loss (.*)", done.stdout)[1]) == pytest.approx(-0.5 * logprobs.mean().item(), rel=1e-4)
@@ -1015,6 +1041,7 @@ def table(prompts, replies): return [[1.0]] * len(replies)
     ("--critic-warmup 2", "--critic-warmup 2 leaves none of 2 rollouts"),
     ("--rollout-batch 15", "15 prompts are not divisible into --minibatches 2"),
     ("--reward-weights 1 2", "2 --reward-weights for 1 rewards"),
+    ("--reward-fn mistaken:short --reward-weights 1", "reward, mistaken:short)"),  # in the order of the weights
     ("--reward-weights heavy", "invalid float value: 'heavy'"),
     ("--reward {root}/reward {root}/sft", "holds a language model, but a reward model is needed"),
     ("--reward {root}/reward {root}/other --out {root}/other --overwrite", "--overwrite would delete the --reward"),
@@ -1024,7 +1051,7 @@ def table(prompts, replies): return [[1.0]] * len(replies)
     ("--reward-fn no_such_module:score", "can't be imported (ModuleNotFoundError"),
     ("--reward-fn mistaken:missing", "can't be imported (AttributeError"),
     ("--reward-fn broken:score", "can't be imported (ZeroDivisionError"),
-    ("--reward-fn math:pi", "math:pi is not a function"),
+    ("--reward-fn math:pi", "math:pi failed (TypeError: 'float' object is not callable)"),
     ("--reward-fn mistaken:short", "must return one finite number for each of 1 replies, got shape (2,)"),
     ("--reward-fn mistaken:table", "got shape (1, 1)"),
     ("--reward-fn mistaken:nan", "must return one finite number"),
@@ -1066,3 +1093,78 @@ def test_a_critic_from_the_reward_model_needs_one(root, tmp_path, monkeypatch):
     with pytest.raises(runtime.UserError, match="--critic-init reward needs a --reward folder"):
         train(root, tmp_path / "run", "--critic-init reward", reward="--reward-fn mine:zero")
     assert not (tmp_path / "run").exists()
+
+
+# -- runs that stop, start over and go wrong
+
+def stopped_after(monkeypatch, rollouts, *arguments, **options):
+    """A run that is told to stop after some rollouts."""
+    original = runtime.Run.time_to_save
+
+    def time_to_save(self, step):
+        self.stop_signal = signal.SIGTERM if step + 1 == rollouts else None
+        return original(self, step)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(runtime.Run, "time_to_save", time_to_save)
+        train(*arguments, **options)
+
+
+def test_resuming_after_stopped_updates_goes_on_with_the_right_demonstrations(root, tmp_path, monkeypatch):
+    flags = "--kl-stop 0.0005 --ptx-coef 1 --steps 4 " + PTX
+    whole = train(root, tmp_path / "whole", flags)
+    assert min(row["updates"] for row in whole.rows[:2]) < 4
+    stopped_after(monkeypatch, 2, root, tmp_path / "parts", flags)
+    assert train(root, tmp_path / "parts", flags, "--resume").rows == whole.rows
+
+
+def test_overwriting_a_run_does_not_delete_the_average_that_it_starts_from(root, tmp_path):
+    train(root, tmp_path / "run", "--ema 0.5 --steps 1")
+    with pytest.raises(runtime.UserError, match="would delete the --model"):
+        train(root, tmp_path / "run", f"--model {tmp_path}/run/ema --steps 1 --overwrite")
+    assert (tmp_path / "run" / "ema" / "model.safetensors").exists()
+
+
+def test_the_reward_model_of_the_default_is_guarded_like_one_that_is_named(root, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "reward").mkdir(parents=True)
+    for file in ("config.json", "model.safetensors", "bpe.json"):
+        (tmp_path / "runs" / "reward" / file).write_bytes((root / "reward" / file).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(runtime.UserError, match="would delete the --reward"):
+        train(root, Path("runs/reward"), "--overwrite", reward="")
+    train(root, tmp_path / "run", "--steps 1", reward="")
+    (tmp_path / "runs" / "reward" / "model.safetensors").write_bytes((root / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(runtime.UserError, match="what --reward named .* has changed since"):
+        train(root, tmp_path / "run", "--steps 1 --resume", reward="")
+
+
+def test_a_reward_function_may_return_what_a_network_computed(root, tmp_path, monkeypatch):
+    weight = torch.ones((), requires_grad=True)
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(learned=lambda prompts, replies: weight * torch.tensor([float(len(r)) for r in replies])))
+    train(root, tmp_path / "run", reward="--reward-fn mine:learned")
+    assert weight.grad is None
+
+
+def test_reward_weights_must_be_finite(root, tmp_path):
+    for number in ("nan", "inf"):
+        with pytest.raises((runtime.UserError, SystemExit)):
+            train(root, tmp_path / "run", f"--reward-weights {number}")
+        assert not (tmp_path / "run").exists()
+
+
+def test_scores_that_are_all_equal_are_not_blown_up():
+    scores = torch.ones(4)
+    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "scale", 0.0).tolist() == pytest.approx([1.0] * 4)
+    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "standard", 0.0).tolist() == [0.0] * 4
+
+
+def test_critic_warmup_leaves_beta_alone_and_the_policys_schedule_for_later(root, tmp_path):
+    rows = train(root, tmp_path / "run", "--critic-warmup 2 --steps 4 --warmup 2 --lr 0.01 --kl-target 6 --kl-horizon 16").rows
+    assert [row["kl_coef"] for row in rows[:3]] == [rows[0]["kl_coef"]] * 3
+    assert [row["lr"] for row in rows] == pytest.approx([0, 0, 0.005, 0.01])
+
+
+@pytest.mark.parametrize("flag", ["--kl-stop 0.1", "--policy-loss penalty --penalty-target 0.1"])
+def test_what_looks_at_how_far_an_update_has_gone_needs_more_than_one_step(flag, root, tmp_path):
+    with pytest.raises(runtime.UserError, match="need more than one of --epochs or --minibatches"):
+        train(root, tmp_path / "run", f"{flag} --epochs 1 --minibatches 1")

@@ -239,7 +239,7 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
         return runtime.adamw(network, *args)
 
     def optimizer_step(self, *args):
-        steps.append((copy.deepcopy(networks[0].state_dict()), {key: p.grad.clone() for key, p in networks[0].named_parameters()}))
+        steps.append((copy.deepcopy(networks[0].state_dict()), {key: copy.deepcopy(p.grad) for key, p in networks[0].named_parameters()}))
         return original(self, *args)
 
     monkeypatch.setattr(SCRIPTS[name], "adamw", adamw)
@@ -253,6 +253,18 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
     assert metrics(tmp_path / "run")[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for key, p in network.named_parameters():
         torch.testing.assert_close(gradient[key], p.grad, rtol=1e-3, atol=1e-5, msg=lambda text: f"{key}: {text}")
+
+
+def test_the_held_out_loss_is_a_mean_over_reply_tokens(small):
+    network, tokenizer = model.load_model(small / "sft", model.GPT)
+    examples = [encode_group(tokenizer, row)[0] for row in read_rows(small / "demonstrations.json", "demonstrations", str)]
+    run = object.__new__(runtime.Run)
+    run.rank, run.world_size, run.device, run.dtype = 0, 1, torch.device("cpu"), torch.float32
+    with torch.no_grad():
+        expected = -sum(reply_logprob(network.eval(), torch.tensor(ids), torch.tensor(mask)) for ids, mask in examples) / sum(sum(mask) for _, mask in examples)
+    for budget in (80, 100_000):
+        loss = sft.validation_loss(run, network, examples, [len(ids) for ids, _ in examples], SimpleNamespace(micro_batch_tokens=budget), tokenizer.pad)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name, lost", [("sft", ("loss", "grad_norm")), ("reward", ("loss", "grad_norm")), ("dpo", ("loss", "grad_norm")), ("ppo", ("ptx_loss",))])
@@ -387,7 +399,7 @@ def test_two_ranks_of_ppo_take_the_step_of_one_that_has_all_their_replies(small,
     """Where the reply to a prompt hangs on the prompt alone. The least score, the moments, the whitening and all counts are those of both ranks."""
     (tmp_path / "by_prompt.py").write_text(BY_PROMPT)
     flags = (f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --threads 1 --steps 2 --rollout-batch 8 --minibatches 1 --warmup 1 --lr 0.01 "
-             f"--critic-lr 0.01 --max-new-tokens 8 --micro-batch-tokens 60 --reward-norm scale --entropy-coef 0.01")
+             f"--critic-lr 0.01 --max-new-tokens 8 --micro-batch-tokens 30 --reward-norm scale --entropy-coef 0.01")
     launchers = {"one": [sys.executable], "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
     for name, launcher in launchers.items():
         done = subprocess.run([*launcher, str(tmp_path / "by_prompt.py"), *shlex.split(f"{flags} --out {tmp_path}/{name}")], capture_output=True, text=True,
