@@ -134,4 +134,5 @@ def end_token_not_counted(monkeypatch):
 def test_dpo_with_a_bug_stays_far_from_where_it_would_be_without(bug, monkeypatch, tmp_path):
     if bug:
         bug(monkeypatch)
-    assert end(dpo, tmp_path / "run", beta=1.0, flags="--steps 25") > 0.15 if bug else far < 0.08
+    far = end(dpo, tmp_path / "run", beta=1.0, flags="--steps 25")
+    assert far > 0.15 if bug else far < 0.08

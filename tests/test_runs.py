@@ -370,10 +370,10 @@ def test_ppo_trains_on_each_reply_once_an_epoch_and_logs_and_adapts_to_the_kl_of
     for rollout, (old, ref, _) in enumerate(estimates):
         for epoch in (0, 1):
             minibatches = [args[1] for args, _ in calls["policy_loss"][8 * rollout + 4 * epoch:][:4]]
-            assert sorted(row.sum().item() for part in minibatches for row in part) == pytest.approx(sorted(old.sum(1).tolist()))
+            assert sorted(row.sum().item() for part in minibatches for row in part) == pytest.approx(sorted(old.sum(1).tolist()), rel=1e-4)
         kl = sum((old - ref).sum(1).tolist()) / 8
-        assert metrics(tmp_path / "run")[rollout]["kl"] == pytest.approx(kl, abs=1e-6)
-        assert calls["adapt_kl_coef"][rollout][0][1] == pytest.approx(kl, abs=1e-6)
+        assert metrics(tmp_path / "run")[rollout]["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-5)
+        assert calls["adapt_kl_coef"][rollout][0][1] == pytest.approx(kl, rel=1e-4, abs=1e-5)
     assert abs(kl) > 0.01
 
 
