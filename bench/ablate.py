@@ -1,6 +1,6 @@
 """What does each switch of ppo.py do? The toy task, one switch at a time, several seeds; and over-optimisation.
 
-    python bench/ablate.py                   everything below, 30 to 40 minutes on 2 cores
+    python bench/ablate.py                   everything below, with two seeds: an hour of CPU time, so half an hour on 2 cores
     python bench/ablate.py --only "no KL"    one variant (its name as in the table), beside the baseline
 
 It trains an SFT model, a reward model that saw that policy's replies and a narrow one that saw the generator's candidates
@@ -61,7 +61,7 @@ PPO_FOOLED = {"PPO, no KL": "--kl-coef 0 --lr 2e-3", "PPO, beta 0.1": ""}
 @dataclass
 class Config:
     out: str = "runs/ablate"  # folder for checkpoints and metrics
-    seeds: Count = 3  # PPO runs per variant
+    seeds: Count = 2  # PPO runs per variant
     steps: Count = 30  # rollouts per run
     rollout_batch: Count = 128  # prompts per rollout
     only: list[str] = field(default_factory=list)  # names of variants to run, beside the baseline; without it all of them and over-optimisation
