@@ -229,7 +229,7 @@ def main(config):
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
     variants = {name: flags for family in FAMILIES.values() for name, flags in family.items()}
     unknown = set(config.only) - set(variants)
-    require(not unknown, f"--only {', '.join(sorted(unknown))}: no such variant; there are {', '.join(variants)}")
+    require(not unknown, f"--only {', '.join(sorted(unknown))}: no such variant; there are {'; '.join(variants)}")
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     common = "--threads 1 --resume"
