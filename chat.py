@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import encode_prompt
 from model import GPT, generate, load_model
 from runtime import Count, Natural, NonNegative, Seed, UserError, autocast, pick_device, pick_dtype, require, run_script
+from tokenizer import encode_prompt
 
 
 @dataclass

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 import toy
-from data import by_length, drop_long, encode_prompt, read_rows, split_by_prompt
+from data import by_length, drop_long, read_rows, split_by_prompt
 from model import GPT, ScalarModel, generate, last_scores, load_model
 from runtime import (Count, Fraction, Natural, NonNegative, Seed, autocast, folder_of, pick_device, pick_dtype, require,
                      run_script, write_json)
+from tokenizer import encode_prompt
 
 
 @dataclass

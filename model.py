@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch.utils.checkpoint import checkpoint
 
-from data import Tokenizer, encode_prompt, pad_rows
+from data import pad_rows
 from runtime import SCRATCH_FLAGS, UserError, require, write_atomically, write_json
+from tokenizer import Tokenizer, encode_prompt
 
 
 @dataclass

@@ -68,10 +68,11 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from data import by_length, collate, describe, drop_long, encode_group, encode_prompt, endless_batches, endless_order, read_rows
+from data import by_length, collate, drop_long, encode_group, endless_batches, endless_order, read_rows
 from model import GPT, ScalarModel, generate, last_scores, load_model, open_model, save_model, values_before
 from runtime import (Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, UserError, adamw, require,
                      run_script, scheduled_lr)
+from tokenizer import describe, encode_prompt
 
 Schedule = Literal["cosine", "linear", "constant"]
 

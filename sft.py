@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 import toy
-from data import by_length, collate, describe, drop_long, encode_dialogue, endless_batches, read_rows, split_by_prompt
+from data import by_length, collate, drop_long, endless_batches, read_rows, split_by_prompt
 from model import GPT, open_model, save_model, show_samples
 from runtime import Count, Fraction, NonNegative, Positive, Probability, Run, RunConfig, adamw, scheduled_lr, require, run_script
+from tokenizer import describe, encode_dialogue
 
 
 @dataclass

@@ -19,8 +19,9 @@ from typing import Annotated, Literal
 import numpy as np
 
 import runtime
-from data import Row, Tokenizer, encode_prompt, train_bpe
+from data import Row
 from runtime import Count, Natural, Seed, UserError
+from tokenizer import Tokenizer, encode_prompt, train_bpe
 
 # ---------------------------------------------------------------------------------------------------------
 # The world

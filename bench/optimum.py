@@ -28,9 +28,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo  # noqa: E402
 import ppo  # noqa: E402
-from data import Tokenizer, encode_prompt, pad_rows  # noqa: E402
+from data import pad_rows  # noqa: E402
 from model import GPT, GPTConfig, save_model  # noqa: E402
 from runtime import Natural, UserError, folder_of, parse_flags, run_script  # noqa: E402
+from tokenizer import Tokenizer, encode_prompt  # noqa: E402
 
 SYMBOLS, PROMPTS = "abc", ("a", "b")
 PPO = ("--rollout-batch 512 --steps 150 --minibatches 2 --lr 3e-3 --critic-lr 3e-3 --lr-schedule linear --critic-lr-schedule constant --value-clip 0 "

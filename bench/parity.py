@@ -40,12 +40,13 @@ except ModuleNotFoundError as error:
     print(f"error: {error.name} is missing; bash run.sh parity makes the environment for this script", file=sys.stderr)
     sys.exit(2)
 
-from data import Row, Tokenizer, collate, encode_group, encode_prompt, pad_rows, ranked_pairs, train_bpe
+from data import Row, collate, encode_group, pad_rows, ranked_pairs
 from dpo import preference_loss
 from model import GPT, TRANSPOSED, GPTConfig, ScalarModel, last_scores, load_model, save_model, values_before
 from ppo import gae, judge_missing_eos, kl_estimate, policy_loss, shaped_rewards, steps_mask, value_loss, whiten
 from reward import ranking_loss
 from runtime import UserError, require
+from tokenizer import Tokenizer, encode_prompt, train_bpe
 
 TOLERANCE = 1e-5
 PPO_TRL = "1.12.0"

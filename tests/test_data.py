@@ -1,4 +1,4 @@
-"""data.py and toy.py against slow references and hand-written answers."""
+"""tokenizer.py, data.py and toy.py against slow references and hand-written answers."""
 import collections
 import gzip
 import itertools
@@ -13,8 +13,9 @@ import torch
 
 import data
 import toy
-from data import Row, Tokenizer
+from data import Row
 from runtime import UserError
+from tokenizer import CONTROLS, Tokenizer, describe, encode_dialogue, encode_prompt, encode_reply, train_bpe
 
 ODD_TEXTS = ["", " ", "a", "\n\n \t\r\n", "e\u0301", "naïve café", "日本語、中文。", "👩‍👩‍👧‍👦 🏳️‍🌈",
              "\u202eright to left", "\x00\x1c\x7f", "a  b   c ", "$1,234.56 isn't 2e-3", "Human: a\n\nHuman: b", "[[ ]] \\n"]
@@ -30,7 +31,7 @@ def tokenizer():
 def random_texts(number, seed=0):
     """Strings in which pieces of control tokens, ordinary words and odd characters meet at random."""
     rng = random.Random(seed)
-    pieces = [*data.CONTROLS, "<|", "|>", "<", "|", "endoftext", " ", "\n", "é", "🙂", "word"]
+    pieces = [*CONTROLS, "<|", "|>", "<", "|", "endoftext", " ", "\n", "é", "🙂", "word"]
     return ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(number)]
 
 
@@ -42,8 +43,8 @@ def test_any_text_survives_encode_and_decode_and_never_gives_a_control_id(make, 
     if make == "toy":
         tokenizer = toy.tokenizer()
     elif make == "trained":
-        tokenizer = Tokenizer("trained", *data.train_bpe(ODD_TEXTS * 3 + list(data.CONTROLS) * 9, 400))
-    for text in ODD_TEXTS + list(data.CONTROLS) + random_texts(300):
+        tokenizer = Tokenizer("trained", *train_bpe(ODD_TEXTS * 3 + list(CONTROLS) * 9, 400))
+    for text in ODD_TEXTS + list(CONTROLS) + random_texts(300):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert all(0 <= i < len(tokenizer.ranks) for i in ids)
@@ -54,11 +55,11 @@ def test_control_ids_follow_the_ranks_and_are_left_out_when_decoding(tokenizer):
     t = tokenizer
     assert (t.eos, t.pad, t.system, t.user, t.assistant, t.n_vocab) == (256, 257, 258, 259, 260, 261)
     assert t.decode([t.user, *b"Hi", t.eos, t.pad]) == "Hi"
-    assert [t.show(i) for i in (t.eos, t.pad, t.system, t.user, t.assistant, ord("a"))] == [*data.CONTROLS, "a"]
+    assert [t.show(i) for i in (t.eos, t.pad, t.system, t.user, t.assistant, ord("a"))] == [*CONTROLS, "a"]
 
 
 def test_a_saved_tokenizer_loads_as_the_same(tmp_path):
-    before = Tokenizer("trained", *data.train_bpe(["low lower lowest naïve", "new newer 日本"], 280))
+    before = Tokenizer("trained", *train_bpe(["low lower lowest naïve", "new newer 日本"], 280))
     before.save(tmp_path / "bpe.json")
     after = Tokenizer.load(tmp_path / "bpe.json")
     assert vars(after) | {"encoding": 0} == vars(before) | {"encoding": 0}
@@ -111,10 +112,10 @@ def slow_bpe(texts, n_vocab, pattern):
     (["aaaaaaa aaa aaaaa abababab", "日本 日本語 naïve"], 300),  # overlaps, several bytes a letter, and more room than pairs
 ])
 def test_train_bpe_equals_the_naive_algorithm_and_repeats(texts, n_vocab):
-    pattern, ranks = data.train_bpe(texts, n_vocab)
+    pattern, ranks = train_bpe(texts, n_vocab)
     vocabulary, merges = slow_bpe(texts, n_vocab, pattern)
     assert ranks == {token: i for i, token in enumerate(vocabulary)}
-    assert (pattern, ranks) == data.train_bpe(texts, n_vocab)
+    assert (pattern, ranks) == train_bpe(texts, n_vocab)
     tokenizer = Tokenizer("t", pattern, ranks)
     for text in texts + ["the lowest newt waa", "aaaa ba 本語"]:
         expected = []
@@ -136,7 +137,7 @@ DIALOGUE_MASK = [0] * 13 + [0] * 4 + [0] + [1] * 16 + [0] * 3 + [0] + [1] * 4
 
 
 def test_template_written_out_by_hand_masks_replies_and_their_end_tokens_only(tokenizer):
-    ids, mask = data.encode_dialogue(tokenizer, DIALOGUE)
+    ids, mask = encode_dialogue(tokenizer, DIALOGUE)
     assert ids == DIALOGUE_IDS and mask == [bool(m) for m in DIALOGUE_MASK]
     assert [i for i, m in zip(ids, mask) if m] == [*b"Ho<|endoftext|>", 256, *b"Yes", 256]
 
@@ -145,8 +146,8 @@ def test_template_written_out_by_hand_masks_replies_and_their_end_tokens_only(to
 def test_a_dialogue_is_its_prompt_and_its_reply_end_to_end(tokenizer, turns):
     messages = [m for m in DIALOGUE if turns > 2 or m["role"] != "system"][:turns]
     *prompt, reply = messages
-    prompt_ids, reply_ids = data.encode_prompt(tokenizer, prompt), data.encode_reply(tokenizer, reply["content"])
-    ids, mask = data.encode_dialogue(tokenizer, messages)
+    prompt_ids, reply_ids = encode_prompt(tokenizer, prompt), encode_reply(tokenizer, reply["content"])
+    ids, mask = encode_dialogue(tokenizer, messages)
     assert ids == prompt_ids + reply_ids
     assert mask[len(prompt_ids):] == [True] * len(reply_ids) and not mask[len(prompt_ids) - 1]
     other_reply = "Other"
@@ -156,7 +157,7 @@ def test_a_dialogue_is_its_prompt_and_its_reply_end_to_end(tokenizer, turns):
 
 
 def test_describe_brackets_what_the_mask_selects(tokenizer):
-    text = data.describe(tokenizer, *data.encode_dialogue(tokenizer, DIALOGUE[2:]))
+    text = describe(tokenizer, *encode_dialogue(tokenizer, DIALOGUE[2:]))
     assert text == "<|assistant|>[[Ho<|endoftext|><|endoftext|>]]<|user|>2?<|assistant|>[[Yes<|endoftext|>]]"
 
 

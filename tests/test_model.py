@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from data import Tokenizer
 from model import (GPT, Generation, GPTConfig, ScalarModel, generate, last_scores, load_model, sample_token, save_model,
                    token_logprobs, values_before)
 from runtime import UserError
+from tokenizer import Tokenizer
 
 VOCAB = 261
 

@@ -28,7 +28,8 @@ import reward
 import runtime
 import sft
 import toy
-from data import encode_group, encode_prompt, read_rows
+from data import encode_group, read_rows
+from tokenizer import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
