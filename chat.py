@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 
 import torch
 
-from model import GPT, generate, load_model
+from checkpoint import load_model
+from model import GPT, generate
 from runtime import Count, Natural, NonNegative, Seed, UserError, autocast, pick_device, pick_dtype, require, run_script
 from tokenizer import encode_prompt
 
@@ -31,6 +32,7 @@ class Config:
     seed: Seed = 0  # seed of the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    allow_pickle: bool = False  # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
     debug: bool = False  # show the traceback of an error
 
 
@@ -38,7 +40,7 @@ def main(config):
     folders = config.compare or [config.model]
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    loaded = [load_model(folder, GPT) for folder in folders]
+    loaded = [load_model(folder, GPT, allow_pickle=config.allow_pickle) for folder in folders]
     for model, _ in loaded:
         model.to(device).eval()
         require(config.max_new_tokens < model.config.block_size, f"--max-new-tokens {config.max_new_tokens} fills the context of {model.config.block_size}")

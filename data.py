@@ -1,200 +1,43 @@
-"""Rows in, batches out: the formats people have, preference groups, token-budget batches.
-
-One row type serves every stage: a prompt (a conversation that awaits an answer) and its replies, none for
-prompts, one for a demonstration, K with ranks for preferences (a chosen/rejected pair is K = 2).
-"""
-import gzip
-import hashlib
+"""Rows in, batches out: token ids and masks, ranked pairs, token-budget batches."""
 import itertools
-import json
 import math
-import re
-import zlib
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from runtime import UserError, require
-from tokenizer import describe, encode_prompt, encode_reply
+from formats import read_rows, split_by_prompt
+from runtime import require
+from tokenizer import describe, encode_dialogue, encode_text
 
 # ---------------------------------------------------------------------------------------------------------
-# Rows and the formats they come in
-
-@dataclass
-class Row:
-    """A prompt and its replies. ranks: one number per reply, lower is better, equal is a tie; margin: see reward.py."""
-    prompt: list  # [{"role": "system" | "user" | "assistant", "content": str}], the last one by the user
-    replies: list = field(default_factory=list)  # of str
-    ranks: list = field(default_factory=list)
-    margin: float = 0.0
-    gold: list = field(default_factory=list)  # true scores of the replies where somebody knows them (synthetic data)
-
-    @property
-    def text(self):
-        """The prompt as one string: what it is known by, whatever its replies."""
-        return "\n\n".join(message["content"] for message in self.prompt)
-
-
-class BadRow(Exception):
-    """A row that is dropped; its text is the reason."""
-
-
-def parse_transcript(text):
-    """An HH-RLHF transcript, turns after blank-line 'Human:' / 'Assistant:' -> (prompt messages, last reply)."""
-    if not isinstance(text, str):
-        raise TypeError("chosen or rejected is not a string")
-    pieces = re.split(r"\n\n(Human|Assistant):", text)
-    roles = ["user" if role == "Human" else "assistant" for role in pieces[1::2]]
-    if pieces[0].strip() or not roles or roles[-1] != "assistant":
-        raise BadRow("transcript doesn't end with the assistant")
-    if roles != (["user", "assistant"] * len(roles))[:len(roles)]:
-        raise BadRow("roles don't alternate")
-    messages = [{"role": role, "content": content.strip()} for role, content in zip(roles, pieces[2::2])]
-    return messages[:-1], messages[-1]["content"]
-
-
-def parse_pair(row):
-    """(prompt messages, chosen, rejected) of an HH-RLHF row."""
-    (prompt, chosen), (other, rejected) = parse_transcript(row["chosen"]), parse_transcript(row["rejected"])
-    if prompt != other:
-        raise BadRow("prompts differ")
-    return prompt, chosen, rejected
-
-
-def recognise(row):
-    """Name of a row's format, from its keys, or None."""
-    keys = {key for key, value in row.items() if value is not None}
-    pair = {"chosen", "rejected"} <= keys
-    if {"prompt", "completions", "ranks"} <= keys:
-        return "ranking"
-    if keys & {"instruction", "prompt"}:
-        return "pair" if pair else "instruction" if keys & {"output", "response"} else "prompt"
-    return "transcripts" if pair else None
-
-
-def parse(row, form, want):
-    """A Row of kind want ('demonstrations', 'preferences', 'prompts') from a JSON object of a known format.
-
-    Raises BadRow with the reason if it has to be dropped, KeyError or TypeError if it is not of this format.
-    """
-    if form == "transcripts":
-        prompt, chosen, rejected = parse_pair(row)
-        replies, ranks = [chosen, rejected], [0, 1]
-    else:
-        text = row["prompt"] if row.get("instruction") is None else row["instruction"]
-        extra = row.get("input") or row.get("context") or ""
-        if not (isinstance(text, str) and isinstance(extra, str)):
-            raise TypeError("the prompt is not a string")
-        prompt = [{"role": "user", "content": "\n\n".join(t.strip() for t in (text, extra) if t.strip())}]
-        answer = next((row[k] for k in ("output", "response") if row.get(k) is not None), None)
-        if form == "ranking":
-            replies, ranks = row["completions"], row["ranks"]
-            if not (isinstance(replies, list) and isinstance(ranks, list)):
-                raise TypeError("completions and ranks are not lists")
-            if len(replies) != len(ranks) or len(replies) < 2:
-                raise BadRow("completions and ranks don't match, or fewer than two")
-        elif want == "demonstrations" and answer is not None:
-            replies, ranks = [answer], [0]
-        elif form == "pair":
-            replies, ranks = [row["chosen"], row["rejected"]], [0, 1]
-        else:
-            replies, ranks = [answer], [0]
-    if want == "prompts":
-        replies, ranks = [], []
-    elif want == "demonstrations":
-        replies, ranks = [replies[min(range(len(ranks)), key=ranks.__getitem__)]], [0]
-    if not all(isinstance(reply, str) for reply in replies):
-        raise TypeError("a reply is missing or not a string")
-    margin, truth = row.get("margin", 0.0), row.get("gold") or []
-    if not isinstance(truth, list) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in [*ranks, *truth, margin]):
-        raise TypeError("a rank, a gold score or the margin is not a finite number")
-    replies = [reply.strip() for reply in replies]
-    if not prompt or not prompt[-1]["content"]:
-        raise BadRow("empty prompt")
-    if not all(replies):
-        raise BadRow("empty reply")
-    if want == "preferences":
-        if len(set(replies)) < len(replies) and len(replies) == 2:
-            raise BadRow("chosen equals rejected")
-        if len(set(ranks)) < 2:
-            raise BadRow("all replies tied")
-    if want != "preferences" or len(truth) != len(replies):
-        truth = []
-    return Row(prompt, replies, list(ranks), float(margin), truth)
-
-
-def read_objects(path):
-    """Yield (where, JSON object) of a .json array, .jsonl or .jsonl.gz file; UserError names file and line."""
-    path = Path(path)
-    require(path.is_file(), f"{path}: no such file")
-    require(path.name.endswith((".json", ".jsonl", ".jsonl.gz")), f"{path}: only .json, .jsonl and .jsonl.gz are read")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            text = f.read().decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line} is not UTF-8 text") from None
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path}:{getattr(error, 'lineno', 1)} is not valid JSON: {getattr(error, 'msg', error)}") from None
-        require(isinstance(rows, list), f"{path} holds no array of rows at its top")
-        places = ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
-    else:
-        def lines():
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    try:
-                        yield f"{path}:{number}", json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{path}:{number} is not valid JSON: {error}") from None
-        places = lines()
-    for where, row in places:
-        require(isinstance(row, dict), f"{where} is not a JSON object with named fields")
-        yield where, row
-
-
-def read_rows(path, want, say=print):
-    """Rows of kind want ('demonstrations', 'preferences', 'prompts') from a file; says what it found and dropped."""
-    rows, formats, dropped = [], Counter(), Counter()
-    needed = {"demonstrations": "a prompt and a reply (output, response, chosen)", "preferences": "a prompt, chosen and rejected", "prompts": "a prompt"}
-    for where, row in read_objects(path):
-        form = recognise(row)
-        keys = ", ".join(list(row)[:8])
-        require(form and not (want == "preferences" and form in ("instruction", "prompt"))
-                and not (want == "demonstrations" and form == "prompt"),
-                f"{where} doesn't hold {needed[want]}; its fields are {keys or 'none'}")
-        formats[form] += 1
-        try:
-            rows.append(parse(row, form, want))
-        except BadRow as reason:
-            dropped[str(reason)] += 1
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{where}: {error} (read as {form}; its fields are {keys})") from None
-    say(f"{path}: {sum(formats.values())} rows ({', '.join(formats) or 'no format'}), {len(rows)} kept as {want}"
-        + "".join(f"; dropped {n}: {reason}" for reason, n in dropped.items()))
-    require(rows, f"{path} holds no usable row")
-    return rows
-
-
-def split_by_prompt(rows, fraction):
-    """(training, held-out) rows: a prompt is held out by its hash, so the same prompt is never on both sides."""
-    def held_out(row):
-        return int.from_bytes(hashlib.sha256(row.text.encode("utf-8", "surrogatepass")).digest()[:4], "big") < fraction * 2**32
-    return [r for r in rows if not held_out(r)], [r for r in rows if held_out(r)]
-
+# Rows to token ids and masks
 
 def encode_group(tokenizer, row):
     """[(ids, mask)] for every reply of a row: prompt and reply, mask True on the reply alone."""
-    prompt = encode_prompt(tokenizer, row.prompt)
-    replies = [encode_reply(tokenizer, reply) for reply in row.replies]
-    return [(prompt + reply, [False] * len(prompt) + [True] * len(reply)) for reply in replies]
+    return [encode_dialogue(tokenizer, row.prompt + [{"role": "assistant", "content": reply}], last_only=True) for reply in row.replies]
+
+
+def encode_demonstration(tokenizer, row):
+    """(ids, mask) of a demonstration: mask True on every assistant turn of a conversation, on all of a plain text."""
+    if not row.prompt:
+        return encode_text(tokenizer, row.replies[0])
+    return encode_dialogue(tokenizer, row.prompt + [{"role": "assistant", "content": row.replies[0]}])
+
+
+def encode_demonstrations(tokenizer, rows, limit, say=print):
+    """[(ids, mask)] of demonstrations, at most limit tokens each: longer conversations are dropped, plain texts cut.
+
+    A piece after the first begins with the last token of the one before, unmasked, so that every token counts once.
+    """
+    examples = [encode_demonstration(tokenizer, row) for row in rows if row.prompt]
+    if examples:
+        examples = drop_long(examples, [len(ids) for ids, _ in examples], limit, say)
+    texts = [encode_demonstration(tokenizer, row) for row in rows if not row.prompt]
+    require(not texts or limit > 1, f"a context of {limit} tokens is too short for plain text")
+    pieces = [(ids[i:i + limit], [False] + mask[i + 1:i + limit]) for ids, mask in texts for i in range(0, len(ids) - 1, limit - 1)]
+    if len(pieces) > len(texts):
+        say(f"cut {len(texts)} plain texts into {len(pieces)} pieces of at most {limit} tokens")
+    return examples + pieces
 
 
 def ranked_pairs(rows):
@@ -212,6 +55,18 @@ def ranked_pairs(rows):
     return torch.tensor(better), torch.tensor(worse), torch.tensor(weight), torch.tensor(margin)
 
 
+def ranking_accuracy(values, rows):
+    """Share of the ranked pairs of some rows that values (N,), for their replies laid end to end, order right; ties count half.
+
+    Returns (accuracy, half the width of its 95 % interval); every prompt weighs the same, and they are what the interval is over.
+    """
+    better, worse, weight, _ = (t.numpy() for t in ranked_pairs(rows))
+    right = weight * ((values[better] > values[worse]) + 0.5 * (values[better] == values[worse]))
+    prompt = np.repeat(np.arange(len(rows)), [len(row.replies) for row in rows])[better]  # (P,)
+    per_prompt = np.bincount(prompt, right, len(rows))
+    return float(per_prompt.mean()), float(1.96 * per_prompt.std() / math.sqrt(len(rows)))
+
+
 def drop_long(rows, lengths, limit, say=print):
     """Rows whose length (tokens) is at most limit, what the context leaves for them; says how many were dropped.
 
@@ -227,11 +82,12 @@ def drop_long(rows, lengths, limit, say=print):
 def preference_groups(config, tokenizer, limit, say):
     """(training, held-out) lists of (Row, [(ids, mask) of each reply]) from --data, --val-data and --val-fraction."""
     if config.data == "toy":
+        require(not config.part, "--part is for files, not for the toy task")
         import toy  # which builds on this file
         world = toy.World(config.seed)
         rows, heldout = world.preferences("train", 24000), world.preferences("heldout", 2000)
     else:
-        rows, heldout = read_rows(config.data, "preferences", say), []
+        rows, heldout = read_rows(config.data, "preferences", say, config.part), []
     if config.val_data:
         heldout = read_rows(config.val_data, "preferences", say)
     elif config.data != "toy":
@@ -270,6 +126,11 @@ def token_batches(lengths, budget, seed, epoch):
         part = order[start:start + window]
         batches += micro_batches(part[np.argsort(lengths[part], kind="stable")], lengths, budget)
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def count_steps(config, lengths):
+    """--steps, or as many batches as --epochs passes over examples of these lengths make."""
+    return sum(len(token_batches(lengths, config.batch_tokens, config.seed, epoch)) for epoch in range(config.epochs)) or config.steps
 
 
 def endless_batches(lengths, budget, seed, start=0):

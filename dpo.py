@@ -15,25 +15,26 @@ Left out: a term that holds the chosen log-probability up (DPOP, RPO), KTO and O
 
 Legend: B replies (rows), T tokens, P pairs.
 """
-import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 
-from data import by_length, collate, endless_batches, preference_groups, ranked_pairs
-from model import GPT, open_model, save_model, show_samples
-from runtime import Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, run_script
+from checkpoint import open_model, save_model
+from data import by_length, collate, count_steps, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
+from model import GPT, prepare, show_samples, twin
+from runtime import Count, Fraction, Natural, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, run_script
 
 
 @dataclass
 class Config(RunConfig):
-    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file of preferences
+    data: str = "toy"  # toy, or files of preferences: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data (toy holds out its own)
     model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
     out: str = "runs/dpo"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 500  # optimiser steps
+    epochs: Natural = 0  # passes over the data, instead of --steps; 0 goes by --steps
     batch_tokens: Count = 4096  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # see the formulas above
@@ -83,15 +84,17 @@ def reply_logprobs(run, model, examples, budget, pad):
 def main(config):
     run = Run(config)
     model, tokenizer = open_model(config, GPT)
-    reference = copy.deepcopy(model).to(run.device).requires_grad_(False)
+    reference = twin(model.to(run.device), share=config.lora_rank > 0).requires_grad_(False)  # without the adapters that the policy gets
+    prepare(model, config)
 
     # 1. rows to groups of encoded replies
-    train, val = preference_groups(config, tokenizer, model.config.block_size, run.say)
+    train, val = preference_groups(config, tokenizer, min(config.max_length or model.config.block_size, model.config.block_size), run.say)
     lengths = [len(group) * max(len(ids) for ids, _ in group) for _, group in train]  # padded tokens of a group
 
     # 2. model, optimiser, reference log-probabilities of the prompts that the steps will visit
     policy = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
+    config.steps = count_steps(config, lengths)
     first, _ = run.begin({"policy": model}, {"optimizer": optimizer})
     batches = endless_batches(lengths, config.batch_tokens, config.seed)
     plan = [next(batches) for _ in range(config.steps)]
@@ -133,13 +136,14 @@ def main(config):
             if evaluate_now:
                 ratios = reply_logprobs(run, model, val_examples, config.micro_batch_tokens, tokenizer.pad) - ref_val
                 val_loss, result = preference_loss(ratios, *val_pairs[:2], val_pairs[2] / len(val), config.beta, config.loss, config.label_smoothing)
-                row |= {"val_loss": val_loss, "val_accuracy": result["accuracy"], "val_margin": result["margin"]}
+                accuracy, interval = ranking_accuracy(ratios.numpy(), [r for r, _ in val])
+                row |= {"val_loss": val_loss, "val_accuracy": accuracy, "val_accuracy_interval": interval, "val_margin": result["margin"]}
             run.log(step, row, show=("loss", "accuracy", "margin", "val_accuracy", "chosen_logprob", "rejected_logprob"))
         if evaluate_now:
             show_samples(run, model, tokenizer, [row for row, _ in val], config.max_new_tokens, generator)
         if run.time_to_save(step):
             if run.main:
-                save_model(run.out, model, tokenizer)
+                save_model(run.out, model, tokenizer, config)
             run.save(step, {"policy": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 import toy
-from data import by_length, drop_long, read_rows, split_by_prompt
-from model import GPT, ScalarModel, generate, last_scores, load_model
+from checkpoint import load_model
+from data import by_length, drop_long
+from formats import read_rows, split_by_prompt
+from model import GPT, ScalarModel, generate, last_scores
 from runtime import (Count, Fraction, Natural, NonNegative, Seed, autocast, folder_of, pick_device, pick_dtype, require,
                      run_script, write_json)
 from tokenizer import encode_prompt
@@ -25,10 +27,12 @@ from tokenizer import encode_prompt
 @dataclass
 class Config:
     models: list[str] = field(default_factory=list)  # checkpoint folders; the first is the reference
-    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file whose prompts are used
+    data: str = "toy"  # toy, or files whose prompts are used, as for ppo.py
     reward: str = ""  # checkpoint folder of a reward model to score with (toy has its gold judge)
     out: str = ""  # JSON file for the results, samples included
     val_fraction: Fraction = 0.0  # of a file: only the prompts that training with this --val-fraction held out, 0 for all
+    part: str = ""  # of a file: one part of it, as in training (2/4/4:3)
+    max_length: Natural = 0  # leave out prompts longer than this less --max-new-tokens, tokens; 0: the models' context
     prompts: Natural = 0  # prompts to use at most, evenly spread, 0 for all
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: NonNegative = 1.0  # of sampling; 0 takes the likeliest token (the KL is then taken at temperature 1)
@@ -38,6 +42,7 @@ class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
+    allow_pickle: bool = False  # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
     debug: bool = False  # show the traceback of an error
 
 
@@ -82,22 +87,23 @@ def main(config):
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    loaded = [load_model(folder, GPT) for folder in config.models]
+    loaded = [load_model(folder, GPT, allow_pickle=config.allow_pickle) for folder in config.models]
     models, tokenizer = [model.to(device).eval() for model, _ in loaded], loaded[0][1]
     reward = None
     if config.reward:
-        reward, reward_tokenizer = load_model(config.reward, ScalarModel)
+        reward, reward_tokenizer = load_model(config.reward, ScalarModel, allow_pickle=config.allow_pickle)
         reward = reward.to(device).eval()
         loaded.append((reward, reward_tokenizer))
     for (_, other), folder in zip(loaded, config.models + [config.reward]):
-        require(other.ranks == tokenizer.ranks, f"{folder} has another tokenizer than {config.models[0]}")
+        require(other.same_as(tokenizer), f"{folder} has another tokenizer than {config.models[0]}")
     world = toy.World(config.seed) if config.data == "toy" else None
     require(world or reward is not None, "--data without gold scores needs --reward to score with")
 
-    rows = world.prompts("heldout") if world else read_rows(config.data, "prompts")
+    rows = world.prompts("heldout") if world else read_rows(config.data, "prompts", part=config.part)
     if config.val_fraction and not world:
         rows = split_by_prompt(rows, config.val_fraction)[1]
-    context = min(model.config.block_size for model, _ in loaded) - config.max_new_tokens
+    context = min(model.config.block_size for model, _ in loaded)
+    context = min(config.max_length or context, context) - config.max_new_tokens
     prompts = [(row.text, encode_prompt(tokenizer, row.prompt)) for row in rows]
     require(context > 0, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the models' context")
     require(prompts, f"--val-fraction {config.val_fraction} holds out no prompt of {config.data}")

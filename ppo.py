@@ -56,6 +56,7 @@ Legend: B replies on this rank, T tokens, V vocabulary.
 """
 import copy
 import importlib
+import inspect
 import json
 import math
 import os
@@ -68,8 +69,10 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from data import by_length, collate, drop_long, encode_group, endless_batches, endless_order, read_rows
-from model import GPT, ScalarModel, generate, last_scores, load_model, open_model, save_model, values_before
+from checkpoint import load_model, open_model, save_model
+from data import by_length, collate, drop_long, encode_demonstrations, endless_batches, endless_order
+from formats import read_rows, split_by_prompt
+from model import GPT, ScalarModel, generate, last_scores, prepare, twin, values_before
 from runtime import (Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, UserError, adamw, require,
                      run_script, scheduled_lr)
 from tokenizer import describe, encode_prompt
@@ -79,13 +82,14 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 @dataclass
 class Config(RunConfig):
-    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file whose prompts are used
+    data: str = "toy"  # toy, or files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
-    reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, called with lists of prompts and replies (text) for one number per reply
+    reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, called with lists of prompts and replies (and, if it takes three, of the answers in --data) for one number per reply
     reward_weights: list[float] = field(default_factory=list)  # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
     out: str = "runs/ppo"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 80  # rollouts, each followed by an update
+    val_fraction: Fraction = 0.0  # share of a file's prompts left out; take that of the other stages, and evaluate.py has prompts that none has seen
     rollout_batch: Count = 256  # prompts per rollout over all ranks
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: Positive = 1.0  # of sampling; all log-probabilities are taken at it
@@ -123,9 +127,11 @@ class Config(RunConfig):
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, per nat
     kl_stop: NonNegative = 0.0  # end a rollout's update once KL(old || new) of a minibatch is above this, nats per token; 0 is off
     ptx_coef: NonNegative = 0.0  # weight of the log-likelihood of --ptx-data, per nat and token (PPO-ptx)
-    ptx_data: str = ""  # toy, or a file of demonstrations, for --ptx-coef
+    ptx_data: str = ""  # toy, or a file of demonstrations or plain text, for --ptx-coef
     ptx_tokens: Count = 2048  # tokens of --ptx-data per optimiser step over all ranks, padding included
     ema: Probability = 0.0  # keep an average of the policy in OUT/ema, with this decay per optimiser step (0.992 is usual); 0 is off
+    frozen_device: Literal["same", "cpu"] = "same"  # where reference and reward models are: with the policy, or on the CPU (slow, but leaves a GPU's memory)
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights of reference and reward models
     kl_limit: Positive = 20.0  # warn when the KL per reply is above this, nats
     sample_every: Count = 20  # rollouts between printed samples
 
@@ -310,24 +316,25 @@ def diagnose(history, kl_limit):
 
 
 def reward_function(spec, device):
-    """What --reward-fn module:function names, as f(prompts, replies) -> scores (B,); whatever goes wrong in it is a UserError."""
+    """What --reward-fn module:function names, as f(prompts, replies, answers) -> scores (B,); whatever goes wrong in it is a UserError."""
     module, _, name = spec.partition(":")
     require(module and name, f"--reward-fn {spec}: write module:function")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # found from the working directory
     try:
         function = getattr(importlib.import_module(module), name)
+        wants_answers = len(inspect.signature(function).parameters) > 2
     except Exception as error:  # a module of the user's may fail in any way
         raise UserError(f"--reward-fn {spec} can't be imported ({type(error).__name__}: {error})") from None
 
-    def scores_of(prompts, replies):
+    def scores_of(*texts):  # prompts, replies, answers
         try:
             with torch.no_grad():
-                scores = torch.as_tensor(function(prompts, replies), dtype=torch.float32, device=device).detach()
+                scores = torch.as_tensor(function(*texts[:3 if wants_answers else 2]), dtype=torch.float32, device=device).detach()
         except Exception as error:
-            raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given two lists of text, prompts and replies") from None
-        require(scores.shape == (len(replies),) and scores.isfinite().all(),
-                f"--reward-fn {spec} must return one finite number for each of {len(replies)} replies, got shape {tuple(scores.shape)}")
+            raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given lists of text: prompts, replies and, if it takes three, answers") from None
+        require(scores.shape == (len(texts[1]),) and scores.isfinite().all(),
+                f"--reward-fn {spec} must return one finite number for each of {len(texts[1])} replies, got shape {tuple(scores.shape)}")
         return scores
 
     return scores_of
@@ -354,48 +361,55 @@ def main(config):
 
     # the models: policy, reference, what scores, critic
     policy_model, tokenizer = open_model(config, GPT)
-    reference = copy.deepcopy(policy_model).to(run.device).requires_grad_(False).eval()
+    lora = config.lora_rank > 0  # then what is frozen is shared: reference and policy, reward model and critic
+    reference = twin(policy_model.to(run.device), lora).requires_grad_(False).eval()
     sources = config.reward + config.reward_fn
     require(len(config.reward_weights) in (0, len(sources)), f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
     require(all(map(math.isfinite, config.reward_weights)), "--reward-weights must be finite numbers")
     weights = torch.tensor(config.reward_weights or [1.0] * len(sources), device=run.device)  # (sources,)
     reward_models, reward_fns = [], [reward_function(spec, run.device) for spec in config.reward_fn]
     for folder in config.reward:
-        reward_model, reward_tokenizer = load_model(folder, ScalarModel)
-        require(reward_tokenizer.ranks == tokenizer.ranks, f"--reward {folder} has another tokenizer than --model {config.model}")
+        reward_model, reward_tokenizer = load_model(folder, ScalarModel, allow_pickle=config.allow_pickle)
+        require(reward_tokenizer.same_as(tokenizer), f"--reward {folder} has another tokenizer than --model {config.model}")
         reward_models.append(reward_model)
     critic_init = config.critic_init if config.critic_init != "auto" else "reward" if config.reward else "zero"
     require(critic_init != "reward" or config.reward, "--critic-init reward needs a --reward folder; use sft or zero")
     if critic_init == "reward":
-        critic_model = copy.deepcopy(reward_models[0])
+        critic_model = twin(reward_models[0].to(run.device), lora)
     else:
         torch.manual_seed(config.seed)
-        critic_model = ScalarModel.from_trunk(policy_model)
+        critic_model = ScalarModel.from_trunk(policy_model, lora)
         if critic_init == "zero":
             torch.nn.init.zeros_(critic_model.score.weight)
-    reward_models = [model.to(run.device).requires_grad_(False).eval() for model in reward_models]
+    for model in reward_models + [reference] * (not lora):
+        if not (lora and critic_init == "reward" and model is reward_models[0]):
+            model.to("cpu" if config.frozen_device == "cpu" else run.device, getattr(torch, config.frozen_dtype))
+        model.requires_grad_(False).eval()
+    prepare(policy_model, config), prepare(critic_model, config)
     policy, critic = run.parallel(policy_model), run.parallel(critic_model)
     policy_optimizer, critic_optimizer = (adamw(m, lr, eps=1e-5) for m, lr in ((policy_model, config.lr), (critic_model, config.critic_lr)))
     modules, optimizers = {"policy": policy_model, "critic": critic_model}, {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
     if config.ema > 0:
-        modules["ema"] = copy.deepcopy(policy_model).requires_grad_(False)
+        modules["ema"] = copy.deepcopy(policy_model, {id(p): p for p in policy_model.parameters() if not p.requires_grad}).requires_grad_(False)
 
     # prompts, and demonstrations for PPO-ptx
     world = toy.World(config.seed) if config.data == "toy" else None
-    rows = world.prompts("train") if world else read_rows(config.data, "prompts", run.say)
+    require(not (world and config.part), "--part is for files, not for the toy task")
+    rows = world.prompts("train") if world else split_by_prompt(read_rows(config.data, "prompts", run.say, config.part), config.val_fraction)[0]
+    require(rows, f"--val-fraction {config.val_fraction} leaves no prompt")
     prompts = [(row, encode_prompt(tokenizer, row.prompt)) for row in rows]
     context = min(model.config.block_size for model in [policy_model, critic_model, *reward_models])
+    context = min(config.max_length or context, context)
     require(config.max_new_tokens < context, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context}")
     prompts = drop_long(prompts, [len(ids) for _, ids in prompts], context - config.max_new_tokens, run.say)
     run.say(f"{len(prompts)} prompts, for instance\n{describe(tokenizer, prompts[0][1], [False] * len(prompts[0][1]))}")
     if config.ptx_coef > 0:
         rows = toy.World(config.seed).demonstrations("train") if config.ptx_data == "toy" else read_rows(config.ptx_data, "demonstrations", run.say)
-        ptx = [encode_group(tokenizer, row)[0] for row in rows]
-        ptx = drop_long(ptx, [len(ids) for ids, _ in ptx], policy_model.config.block_size, run.say)
+        ptx = encode_demonstrations(tokenizer, rows, context, run.say)
         ptx_lengths = [len(ids) for ids, _ in ptx]
 
     for function in reward_fns:
-        function([prompts[0][0].text], ["a trial"])  # a mistake in it should show before anything is written
+        function([prompts[0][0].text], ["a trial"], [prompts[0][0].answer])  # a mistake in it should show before anything is written
     first, extra = run.begin(modules, optimizers)
     kl_coef, penalty_coef, moments = (extra.get(name, start) for name, start in
                                       (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
@@ -430,12 +444,12 @@ def main(config):
                 rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
                 part, part_mask = ids[rows, :T], host_mask[piece, :T]
                 old_logprobs[rows, :T], entropy[rows, :T] = policy_model(part, part_mask, config.temperature, with_entropy=True)
-                ref_logprobs[rows, :T], _ = reference(part, part_mask, config.temperature)
+                ref_logprobs[rows, :T] = reference(part.to(reference.device), part_mask, config.temperature)[0].to(run.device)
                 old_values[rows, :T] = values_before(critic_model(part), host_steps[piece, :T])
                 for source, reward_model in enumerate(reward_models):
-                    parts[source, rows] = last_scores(reward_model(part), lengths[rows])
+                    parts[source, rows] = last_scores(reward_model(part.to(reward_model.device)).to(run.device), lengths[rows])
         for source, function in enumerate(reward_fns, len(reward_models)):
-            parts[source] = function(questions, texts)
+            parts[source] = function(questions, texts, [prompts[i][0].answer for i in chosen])
         scores = weights @ parts  # (B,)
 
         # 3. rewards
@@ -567,9 +581,9 @@ def main(config):
             penalty_coef = adapt_penalty(penalty_coef, old_new_kl, config.penalty_target)
         if run.time_to_save(step):
             if run.main:
-                save_model(run.out, policy_model, tokenizer)
+                save_model(run.out, policy_model, tokenizer, config)
                 if config.ema > 0:
-                    save_model(run.out / "ema", modules["ema"], tokenizer)
+                    save_model(run.out / "ema", modules["ema"], tokenizer, config)
             run.save(step, modules, optimizers, {"kl_coef": kl_coef, "penalty_coef": penalty_coef, "moments": moments})  # last: where it is, the checkpoint is
 
 

@@ -15,7 +15,6 @@ The first orders 0.87 of the held-out pairs right, where the labels' noise allow
 
 Legend: B replies (rows), T tokens, P pairs.
 """
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,19 +22,22 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from data import Row, by_length, collate, encode_group, endless_batches, preference_groups, ranked_pairs, read_rows
-from model import GPT, ScalarModel, last_scores, open_model, save_model
-from runtime import Count, Fraction, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, require, run_script, write_json
+from checkpoint import open_model, save_model
+from data import by_length, collate, count_steps, encode_group, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
+from formats import Row, read_rows
+from model import GPT, ScalarModel, last_scores, prepare, twin
+from runtime import Count, Fraction, Natural, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, require, run_script, write_json
 
 
 @dataclass
 class Config(RunConfig):
-    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file of preferences
+    data: str = "toy"  # toy, or files of preferences: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data (toy holds out its own)
     demonstrations: str = ""  # toy, or a file, whose mean score becomes 0; without it: the best reply of every training row
     model: str = "runs/sft"  # checkpoint folder of a language model whose trunk to start from, or scratch
     out: str = "runs/reward"  # folder for the checkpoint, metrics.jsonl and evaluation.json
     steps: Count = 1200  # optimiser steps; more than one pass over the data overfits
+    epochs: Natural = 0  # passes over the data, instead of --steps; 0 goes by --steps
     batch_tokens: Count = 4096  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     lr: Positive = 2e-3  # peak learning rate; falls to a tenth on a cosine
@@ -75,25 +77,23 @@ def score_replies(run, model, groups, budget, pad):
 def evaluate(scores, rows):
     """How well scores order the replies of held-out rows.
 
-    Returns accuracy (share of ranked pairs in the right order, ties half); bayes_accuracy (that of the true scores,
-    where the rows have them: what label noise allows); pairs; calibration (for ten bins of sigma(|difference|), the
-    mean prediction and the share that came true); length_correlation (of score and characters).
+    Returns accuracy (share of ranked pairs in the right order, ties half) and the half width of its 95 % interval;
+    length_accuracy (that of taking the longer reply, or the shorter one, whichever is more often right); bayes_accuracy
+    (that of the true scores, where the rows have them: what label noise allows); pairs; calibration (for ten bins of
+    sigma(|difference|), the mean prediction and the share that came true); length_correlation (of score and characters).
     """
-    better, worse, weight, _ = (t.numpy() for t in ranked_pairs(rows))
-
-    def accuracy(values):
-        gap = values[better] - values[worse]
-        return float(np.average((gap > 0) + 0.5 * (gap == 0), weights=weight))
-
-    result = {"accuracy": accuracy(scores), "pairs": len(better)}
+    better, worse, _, _ = (t.numpy() for t in ranked_pairs(rows))
+    replies = np.array([len(reply) for row in rows for reply in row.replies])
+    accuracy, interval = ranking_accuracy(scores, rows)
+    by_length_alone = ranking_accuracy(replies, rows)[0]
+    result = {"accuracy": accuracy, "accuracy_interval": interval, "length_accuracy": max(by_length_alone, 1 - by_length_alone), "pairs": len(better)}
     if all(row.gold for row in rows):
-        result["bayes_accuracy"] = accuracy(np.array([g for row in rows for g in row.gold]))
+        result["bayes_accuracy"] = ranking_accuracy(np.array([g for row in rows for g in row.gold]), rows)[0]
     gap = scores[better] - scores[worse]
     confidence = 1 / (1 + np.exp(-np.abs(gap)))
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     result["calibration"] = [{"predicted": float(confidence[bins == b].mean()), "observed": float((gap[bins == b] > 0).mean()),
                               "pairs": int((bins == b).sum())} for b in range(10) if (bins == b).any()]
-    replies = np.array([len(reply) for row in rows for reply in row.replies])
     result["length_correlation"] = float(np.corrcoef(scores, replies)[0, 1]) if scores.std() * replies.std() > 0 else 0.0
     return result
 
@@ -102,24 +102,27 @@ def main(config):
     run = Run(config)
     language_model, tokenizer = open_model(config, GPT)
     torch.manual_seed(config.seed)
-    model = ScalarModel.from_trunk(language_model)
+    model = ScalarModel.from_trunk(language_model, share=True)
     del language_model
 
     # 1. rows to groups of encoded replies
-    train, val = preference_groups(config, tokenizer, model.config.block_size, run.say)
+    limit = min(config.max_length or model.config.block_size, model.config.block_size)
+    train, val = preference_groups(config, tokenizer, limit, run.say)
     lengths = [len(group) * max(len(ids) for ids, _ in group) for _, group in train]  # padded tokens of a group
     if config.demonstrations == "toy":
         demonstrations = toy.World(config.seed).demonstrations("train", per_prompt=1)
     elif config.demonstrations:
-        demonstrations = read_rows(config.demonstrations, "demonstrations", run.say)
+        demonstrations = [row for row in read_rows(config.demonstrations, "demonstrations", run.say) if row.prompt]
     else:
         demonstrations = [Row(row.prompt, [row.replies[int(np.argmin(row.ranks))]], [0]) for row, _ in train[:2000]]
-    demonstrations = [group for group in (encode_group(tokenizer, row) for row in demonstrations) if len(group[0][0]) <= model.config.block_size]
-    require(demonstrations, f"--demonstrations {config.demonstrations}: every row is longer than the context")
+    demonstrations = [group for group in (encode_group(tokenizer, row) for row in demonstrations) if len(group[0][0]) <= limit]
+    require(demonstrations, f"--demonstrations {config.demonstrations}: every row is longer than {limit} tokens")
 
     # 2. model and optimiser
+    prepare(model, config)
     reward = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
+    config.steps = count_steps(config, lengths)
     first, _ = run.begin({"reward": model}, {"optimizer": optimizer})
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
@@ -154,15 +157,16 @@ def main(config):
         if run.time_to_save(step):
             scores = score_replies(run, model, demonstrations, config.micro_batch_tokens, tokenizer.pad)
             if run.main:
-                shifted = copy.deepcopy(model)  # training goes on unshifted, so saving can't change it
-                shifted.shift(float(scores.mean()))
-                save_model(run.out, shifted, tokenizer)
+                shifted = twin(model, share=True)  # training goes on unshifted, so saving can't change it
+                if config.lora_save == "adapter" or not shifted.shift(float(scores.mean())):
+                    run.say(f"demonstrations score {scores.mean():.3f}: there is no bias in this model's last norm, or none in an adapter, to make that 0")
+                save_model(run.out, shifted, tokenizer, config)
                 if last and val:
                     write_json(run.out / "evaluation.json", result | {"demonstrations_mean_before": float(scores.mean()),
                                                                       "demonstrations_std": float(scores.std())})
             run.save(step, {"reward": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
     if first < config.steps and val:
-        run.say(f"held-out accuracy {result['accuracy']:.3f}" + (f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""))
+        run.say(f"held-out accuracy {result['accuracy']:.3f} +- {result['accuracy_interval']:.3f} (95 %), by length alone {result['length_accuracy']:.3f}" + (f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""))
         run.say("calibration (predicted -> came true): " + "  ".join(f"{b['predicted']:.2f} -> {b['observed']:.2f}" for b in result["calibration"]))
 
 

@@ -51,7 +51,7 @@ if [ "$command" = parity ]; then
 fi
 
 # -- set-up: a Python that already has what is needed, else a virtual environment in .venv
-if [ "$command" = test ]; then extras="pytest matplotlib transformers"; else extras="matplotlib"; fi
+if [ "$command" = test ]; then extras="pytest matplotlib transformers tokenizers jinja2 pyarrow"; else extras="matplotlib"; fi
 has_all() {
     "$1" - $extras <<'PY' 2>/dev/null
 import importlib.util, sys

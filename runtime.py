@@ -63,6 +63,16 @@ class RunConfig:
     heads: Count = 4  # attention heads of a model from scratch
     width: Count = 128  # of a model from scratch: size of its hidden states
     block_size: Count = 256  # context of a model from scratch, tokens
+    allow_pickle: bool = False  # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
+    part: str = ""  # take one part of --data, by prompt: 2/4/4:1 is the first of three in the ratio 2 to 4 to 4
+    max_length: Natural = 0  # leave out rows of --data longer than this (plain text is cut), tokens; 0: the model's context
+    lora_rank: Natural = 0  # train low-rank adapters of this rank on a frozen model; 0 trains all weights
+    lora_alpha: NonNegative = 16.0  # the adapters count alpha / rank times
+    lora_dropout: Probability = 0.0  # share of the adapters' inputs dropped while training (sft, reward)
+    lora_targets: Literal["all", "attention", "mlp"] = "all"  # the matrices that get an adapter
+    lora_save: Literal["merged", "adapter"] = "merged"  # write a model with the adapters merged, or the adapters alone (a PEFT folder)
+    checkpoint_activations: bool = False  # keep less in memory for the backward pass and compute it again: slower by a third
+    save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in the checkpoint
     seed: Seed = 0  # seed of every random draw
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products, weights stay float32; auto: float32 on cpu and mps, else bfloat16 (float16 on old GPUs)
@@ -78,9 +88,12 @@ class RunConfig:
 
 SCRATCH_FLAGS = ("tokenizer", "layers", "heads", "width", "block_size")  # a checkpoint folder has its own
 INPUT_FLAGS = ("data", "val_data", "demonstrations", "model", "reward", "ptx_data")  # files and folders that a run is built on
-RUN_FILES = ("config.json", "model.safetensors", "bpe.json", "resume.safetensors", "metrics.jsonl", "evaluation.json",
-             "ema/config.json", "ema/model.safetensors", "ema/bpe.json")  # what a run writes
-PLUMBING = {"out", "device", "threads", "resume", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug"}  # may change on --resume
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
+                   "added_tokens.json", "tokenizer.model", "generation_config.json")
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
+RUN_FILES = (*CHECKPOINT_FILES, *(f"ema/{name}" for name in CHECKPOINT_FILES), "resume.safetensors", "metrics.jsonl", "evaluation.json")  # what a run writes
+PLUMBING = {"out", "device", "threads", "resume", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug",
+            "checkpoint_activations", "save_dtype", "lora_save", "allow_pickle"}  # may change on --resume
 
 
 def field_comments(config_class):
@@ -223,13 +236,19 @@ def as_list(value):
     return value if isinstance(value, list) else [value] if value else []
 
 
-def digest(path):
-    """SHA-256 of a file, or of a checkpoint folder's weights; "" for anything else (toy, scratch)."""
-    path = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+def digest(name):
+    """SHA-256 of the files that a flag names: data files, or a checkpoint folder's weights; "" for anything else (toy, scratch, a hub name)."""
+    path, total = Path(name), hashlib.sha256()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin") and file.name != "resume.safetensors")
+    else:
+        files = [path] if path.is_file() else [Path(re.sub(r":[\d.]+$", "", part)) for part in name.split(",")]  # of a mixture: a.jsonl:0.8,b.json:0.2
+    files = [file for file in files if file.is_file()]
+    for file in files:
+        with open(file, "rb") as f:
+            while block := f.read(1 << 20):
+                total.update(block)
+    return total.hexdigest() if files else ""
 
 
 def scheduled_lr(step, steps, warmup, peak, schedule="cosine"):
@@ -246,7 +265,8 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     """AdamW; matrices decay, but not norms, biases and embeddings (which are 1-D or named w?e)."""
     decay, keep = [], []
     for name, p in model.named_parameters():
-        (keep if p.ndim < 2 or name.endswith(("wte.weight", "wpe.weight")) else decay).append(p)
+        if p.requires_grad:
+            (keep if p.ndim < 2 or name.endswith(("wte.weight", "wpe.weight")) else decay).append(p)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
@@ -283,13 +303,15 @@ class Run:
         out, config = self.out, self.config
         require(not (config.resume and config.overwrite), "--resume and --overwrite exclude each other")
         require(not out.exists() or out.is_dir(), f"--out {out} is a file; name a folder")
-        holds_run = (out / "metrics.jsonl").exists() or (out / "config.json").exists()
+        checkpoint = any((out / name).exists() for name in ("config.json", "adapter_config.json"))
+        holds_run = (out / "metrics.jsonl").exists() or checkpoint
         require(not holds_run or config.resume or config.overwrite,
                 f"--out {out} already holds a run; add --resume to go on with it, --overwrite to replace it, or name another folder")
         for flag in ("model", "reward"):
             for folder in as_list(getattr(config, flag, "")):
                 require(not config.overwrite or Path(folder).resolve() not in (out.resolve(), (out / "ema").resolve()), f"--overwrite would delete the --{flag} {folder}")
-        require(not config.resume or not (out / "config.json").exists() or (out / "run.json").exists(),
+        require(config.lora_save == "merged" or (config.lora_rank > 0 and config.model != "scratch"), "--lora-save adapter needs a --lora-rank above 0 and a --model to adapt")
+        require(not config.resume or not checkpoint or (out / "run.json").exists(),
                 f"--resume: {out} holds a checkpoint, but no run to go on with; name another --out")
 
     def say(self, text):

@@ -16,18 +16,21 @@ from dataclasses import dataclass
 import torch
 
 import toy
-from data import by_length, collate, drop_long, endless_batches, read_rows, split_by_prompt
-from model import GPT, open_model, save_model, show_samples
-from runtime import Count, Fraction, NonNegative, Positive, Probability, Run, RunConfig, adamw, scheduled_lr, require, run_script
-from tokenizer import describe, encode_dialogue
+from checkpoint import open_model, save_model
+from data import by_length, collate, count_steps, encode_demonstrations, endless_batches
+from formats import read_rows, split_by_prompt
+from model import GPT, prepare, show_samples
+from runtime import Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, adamw, scheduled_lr, require, run_script
+from tokenizer import describe
 
 
 @dataclass
 class Config(RunConfig):
-    data: str = "toy"  # toy, or a .json, .jsonl or .jsonl.gz file of demonstrations
-    model: str = "scratch"  # checkpoint folder to start from, or scratch
+    data: str = "toy"  # toy, or files of demonstrations or plain text: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
+    model: str = "scratch"  # checkpoint folder or hub name (org/model) to start from, or scratch
     out: str = "runs/sft"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 900  # optimiser steps
+    epochs: Natural = 0  # passes over the data, instead of --steps; 0 goes by --steps
     batch_tokens: Count = 2048  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     lr: Positive = 5e-3  # peak learning rate; falls to a tenth on a cosine
@@ -61,29 +64,31 @@ def main(config):
     # 1. rows to token ids and masks
     if config.data == "toy":
         world = toy.World(config.seed)
+        require(not config.part, "--part is for files, not for the toy task")
         rows, heldout = world.demonstrations("train"), world.demonstrations("heldout", per_prompt=2)
     else:
-        rows, heldout = split_by_prompt(read_rows(config.data, "demonstrations", run.say), config.val_fraction)
+        rows, heldout = split_by_prompt(read_rows(config.data, "demonstrations", run.say, config.part), config.val_fraction)
         require(rows, f"--val-fraction {config.val_fraction} leaves nothing to train on")
     model, tokenizer = open_model(config, GPT, config.dropout)
 
-    def encode(rows):
-        examples = [encode_dialogue(tokenizer, row.prompt + [{"role": "assistant", "content": row.replies[0]}]) for row in rows]
-        return drop_long(examples, [len(ids) for ids, _ in examples], model.config.block_size, run.say) if rows else []
-
-    train, val = encode(rows), encode(heldout)
+    limit = min(config.max_length or model.config.block_size, model.config.block_size)
+    train, val = (encode_demonstrations(tokenizer, part, limit, run.say) if part else [] for part in (rows, heldout))
     lengths, val_lengths = ([len(ids) for ids, _ in examples] for examples in (train, val))
     run.say(f"{len(train)} training and {len(val)} held-out examples, for instance\n{describe(tokenizer, *train[0])}\n([[ ]] is what is trained)")
 
     # 2. model and optimiser
+    prepare(model, config)
     policy = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
+    config.steps = count_steps(config, lengths)
     first, _ = run.begin({"policy": model}, {"optimizer": optimizer})
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 
     # 3. train
     for step in run.steps(first, config.steps):
+        if step == 0 and val:
+            run.log(-1, {"val_loss": validation_loss(run, model, val, val_lengths, config, tokenizer.pad)}, show=("val_loss",))  # before training
         generator = run.seed_step(step)
         batch = next(batches)
         tokens = sum(sum(train[i][1]) for i in batch)  # response tokens of the whole step
@@ -107,10 +112,10 @@ def main(config):
                 metrics["val_loss"] = validation_loss(run, model, val, val_lengths, config, tokenizer.pad)
             run.log(step, metrics, show=("loss", "val_loss", "grad_norm"))
         if evaluate_now:
-            show_samples(run, model, tokenizer, heldout, config.max_new_tokens, generator)
+            show_samples(run, model, tokenizer, [row for row in heldout if row.prompt], config.max_new_tokens, generator)
         if run.time_to_save(step):
             if run.main:
-                save_model(run.out, model, tokenizer)
+                save_model(run.out, model, tokenizer, config)
             run.save(step, {"policy": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 import runtime
-from data import Row
+from formats import Row
 from runtime import Count, Natural, Seed, UserError
 from tokenizer import Tokenizer, encode_prompt, train_bpe
 
@@ -277,7 +277,8 @@ def main(config):
     import torch
     from tqdm import tqdm
 
-    from model import GPT, generate, load_model
+    from checkpoint import load_model
+    from model import GPT, generate
     if config.threads:
         torch.set_num_threads(config.threads)
     device = runtime.pick_device(config.device)

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import toy  # noqa: E402
-from model import GPT, ScalarModel, load_model  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from model import GPT, ScalarModel  # noqa: E402
 from runtime import Count, UserError, require, run_script  # noqa: E402
 from tokenizer import encode_prompt  # noqa: E402
 

@@ -28,8 +28,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo  # noqa: E402
 import ppo  # noqa: E402
+from checkpoint import save_model  # noqa: E402
 from data import pad_rows  # noqa: E402
-from model import GPT, GPTConfig, save_model  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from runtime import Natural, UserError, folder_of, parse_flags, run_script  # noqa: E402
 from tokenizer import Tokenizer, encode_prompt  # noqa: E402
 

@@ -40,9 +40,11 @@ except ModuleNotFoundError as error:
     print(f"error: {error.name} is missing; bash run.sh parity makes the environment for this script", file=sys.stderr)
     sys.exit(2)
 
-from data import Row, collate, encode_group, pad_rows, ranked_pairs
+from checkpoint import TRANSPOSED, load_model, save_model
+from data import collate, encode_group, pad_rows, ranked_pairs
+from formats import Row
 from dpo import preference_loss
-from model import GPT, TRANSPOSED, GPTConfig, ScalarModel, last_scores, load_model, save_model, values_before
+from model import GPT, GPTConfig, ScalarModel, last_scores, values_before
 from ppo import gae, judge_missing_eos, kl_estimate, policy_loss, shaped_rewards, steps_mask, value_loss, whiten
 from reward import ranking_loss
 from runtime import UserError, require

@@ -1,241 +1,343 @@
-"""tokenizer.py, data.py and toy.py against slow references and hand-written answers."""
+"""data.py and toy.py against slow references and hand-written answers."""
 import collections
 import gzip
 import itertools
 import json
 import random
 import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 
 import data
+import formats
 import toy
-from data import Row
+from formats import Row
 from runtime import UserError
-from tokenizer import CONTROLS, Tokenizer, describe, encode_dialogue, encode_prompt, encode_reply, train_bpe
+from tokenizer import encode_prompt
 
-ODD_TEXTS = ["", " ", "a", "\n\n \t\r\n", "e\u0301", "naïve café", "日本語、中文。", "👩‍👩‍👧‍👦 🏳️‍🌈",
-             "\u202eright to left", "\x00\x1c\x7f", "a  b   c ", "$1,234.56 isn't 2e-3", "Human: a\n\nHuman: b", "[[ ]] \\n"]
 SILENT = lambda text: None
 
 
-@pytest.fixture
-def tokenizer():
-    """Every byte is a token and nothing else is, so that ids can be written down by hand."""
-    return Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(256)})
-
-
-def random_texts(number, seed=0):
-    """Strings in which pieces of control tokens, ordinary words and odd characters meet at random."""
-    rng = random.Random(seed)
-    pieces = [*CONTROLS, "<|", "|>", "<", "|", "endoftext", " ", "\n", "é", "🙂", "word"]
-    return ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(number)]
-
-
 # ---------------------------------------------------------------------------------------------------------
-# Tokenizer
+# Formats
 
-@pytest.mark.parametrize("make", ["bytes", "trained", "toy"])
-def test_any_text_survives_encode_and_decode_and_never_gives_a_control_id(make, tokenizer):
-    if make == "toy":
-        tokenizer = toy.tokenizer()
-    elif make == "trained":
-        tokenizer = Tokenizer("trained", *train_bpe(ODD_TEXTS * 3 + list(CONTROLS) * 9, 400))
-    for text in ODD_TEXTS + list(CONTROLS) + random_texts(300):
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert all(0 <= i < len(tokenizer.ranks) for i in ids)
-        assert b"".join(tokenizer.encoding.decode_single_token_bytes(i) for i in ids) == text.encode()
+def user(text, *more):
+    """Turns as Row has them: user, assistant, user, ..."""
+    return [{"role": role, "content": content} for role, content in zip(itertools.cycle(("user", "assistant")), (text, *more))]
 
 
-def test_control_ids_follow_the_ranks_and_are_left_out_when_decoding(tokenizer):
-    t = tokenizer
-    assert (t.eos, t.pad, t.system, t.user, t.assistant, t.n_vocab) == (256, 257, 258, 259, 260, 261)
-    assert t.decode([t.user, *b"Hi", t.eos, t.pad]) == "Hi"
-    assert [t.show(i) for i in (t.eos, t.pad, t.system, t.user, t.assistant, ord("a"))] == [*CONTROLS, "a"]
+def system(text):
+    return [{"role": "system", "content": text}]
 
 
-def test_a_saved_tokenizer_loads_as_the_same(tmp_path):
-    before = Tokenizer("trained", *train_bpe(["low lower lowest naïve", "new newer 日本"], 280))
-    before.save(tmp_path / "bpe.json")
-    after = Tokenizer.load(tmp_path / "bpe.json")
-    assert vars(after) | {"encoding": 0} == vars(before) | {"encoding": 0}
-    assert all(after.encode(text) == before.encode(text) for text in ODD_TEXTS + ["lowest newer naïve"])
+def chat(*contents, names=("user", "assistant"), role="role", content="content"):
+    """Turns as a file has them."""
+    return [{content: text, role: name} for name, text in zip(itertools.cycle(names), contents)]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "x"}', '{"name": "x", "pattern": "a", "ranks": ["?"]}'])
-def test_a_damaged_tokenizer_file_is_named(tmp_path, text):
-    (tmp_path / "bpe.json").write_text(text)
-    with pytest.raises(UserError, match="bpe.json is damaged"):
-        Tokenizer.load(tmp_path / "bpe.json")
-
-
-def test_gpt2_without_cache_or_network_says_what_to_do(monkeypatch):
-    def offline(name):
-        raise OSError("no network")
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        Tokenizer.named("gpt2")
-
-
-def slow_merge(parts, pair):
-    out = []
-    for part in parts:
-        if out and (out[-1], part) == pair and not merged:
-            out[-1], merged = out[-1] + part, True  # what was just merged can't be the left half of the same pair
-        else:
-            out, merged = out + [part], False
-    return out
-
-
-def slow_bpe(texts, n_vocab, pattern):
-    """Byte-pair encoding, straight from its definition: count all pairs of the whole text anew for every merge."""
-    corpus = [[bytes([b]) for b in piece.encode()] for text in texts for piece in re.findall(pattern, text)]
-    vocabulary, merges = [bytes([b]) for b in range(256)], []
-    while len(vocabulary) < n_vocab:
-        pairs = [pair for parts in corpus for pair in zip(parts, parts[1:])]
-        if not pairs:
-            break
-        most = max(pairs.count(pair) for pair in set(pairs))
-        merges.append(min(pair for pair in set(pairs) if pairs.count(pair) == most))
-        vocabulary.append(b"".join(merges[-1]))
-        corpus = [slow_merge(parts, merges[-1]) for parts in corpus]
-    return vocabulary, merges
-
-
-@pytest.mark.parametrize("texts, n_vocab", [
-    (["low lower lowest, new newer newest; wide wider widest 10 100 1000"] * 2, 290),
-    (["the then cat car cab can cap" + 9 * " the", "the"], 275),  # how often a word comes counts
-    (["aaaaaaa aaa aaaaa abababab", "日本 日本語 naïve"], 300),  # overlaps, several bytes a letter, and more room than pairs
-])
-def test_train_bpe_equals_the_naive_algorithm_and_repeats(texts, n_vocab):
-    pattern, ranks = train_bpe(texts, n_vocab)
-    vocabulary, merges = slow_bpe(texts, n_vocab, pattern)
-    assert ranks == {token: i for i, token in enumerate(vocabulary)}
-    assert (pattern, ranks) == train_bpe(texts, n_vocab)
-    tokenizer = Tokenizer("t", pattern, ranks)
-    for text in texts + ["the lowest newt waa", "aaaa ba 本語"]:
-        expected = []
-        for piece in re.findall(pattern, text):
-            parts = [bytes([b]) for b in piece.encode()]
-            for pair in merges:
-                parts = slow_merge(parts, pair)
-            expected += [ranks[part] for part in parts]
-        assert tokenizer.encode(text) == expected
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Template
-
-TURNS = [("system", "Be <|user|>."), ("user", "Hé"), ("assistant", "Ho<|endoftext|>"), ("user", "2?"), ("assistant", "Yes")]
-DIALOGUE = [{"role": role, "content": text} for role, text in TURNS]
-DIALOGUE_IDS = [258, *b"Be <|user|>.", 259, *"Hé".encode(), 260, *b"Ho<|endoftext|>", 256, 259, *b"2?", 260, *b"Yes", 256]
-DIALOGUE_MASK = [0] * 13 + [0] * 4 + [0] + [1] * 16 + [0] * 3 + [0] + [1] * 4
-
-
-def test_template_written_out_by_hand_masks_replies_and_their_end_tokens_only(tokenizer):
-    ids, mask = encode_dialogue(tokenizer, DIALOGUE)
-    assert ids == DIALOGUE_IDS and mask == [bool(m) for m in DIALOGUE_MASK]
-    assert [i for i, m in zip(ids, mask) if m] == [*b"Ho<|endoftext|>", 256, *b"Yes", 256]
-
-
-@pytest.mark.parametrize("turns", [2, 3, 5])
-def test_a_dialogue_is_its_prompt_and_its_reply_end_to_end(tokenizer, turns):
-    messages = [m for m in DIALOGUE if turns > 2 or m["role"] != "system"][:turns]
-    *prompt, reply = messages
-    prompt_ids, reply_ids = encode_prompt(tokenizer, prompt), encode_reply(tokenizer, reply["content"])
-    ids, mask = encode_dialogue(tokenizer, messages)
-    assert ids == prompt_ids + reply_ids
-    assert mask[len(prompt_ids):] == [True] * len(reply_ids) and not mask[len(prompt_ids) - 1]
-    other_reply = "Other"
-    group = data.encode_group(tokenizer, Row(prompt, [reply["content"], other_reply]))
-    assert [i for i, _ in group] == [ids, prompt_ids + [*b"Other", 256]]
-    assert [m for _, m in group] == [[False] * len(prompt_ids) + [True] * n for n in (len(reply_ids), 6)]
-
-
-def test_describe_brackets_what_the_mask_selects(tokenizer):
-    text = describe(tokenizer, *encode_dialogue(tokenizer, DIALOGUE[2:]))
-    assert text == "<|assistant|>[[Ho<|endoftext|><|endoftext|>]]<|user|>2?<|assistant|>[[Yes<|endoftext|>]]"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Readers
-
-def user(text):
-    return [{"role": "user", "content": text}]
+def sharegpt(*contents, names=("human", "gpt")):
+    return chat(*contents, names=names, role="from", content="value")
 
 
 ALPACA = {"instruction": " Cube it. ", "input": "4", "output": "64\n"}
 DOLLY = {"instruction": "Cube it.", "context": "", "response": "64", "category": "maths"}
-RATED = {"output": "It is 64.", "rejected": "Obviously 64.", "input": "", "instruction": "Cube 4.", "chosen": "It is 64."}
+HISTORY = {"instruction": "And 5?", "input": "", "output": "125", "system": " Be brief.", "history": [["Cube 4.", "64"], ["Sure?", "Yes "]]}
+SEEDS = {"id": "seed_task_1", "name": "cube", "instruction": "Cube it.", "instances": [{"input": "4", "output": "64"}],
+         "is_classification": False}
+COMPLETION = {"prompt": "Cube 4.", "completion": " 64"}
+COMPLETION_TURNS = {"prompt": chat("Hi", "Ho", "Cube 4."), "completion": [{"role": "assistant", "content": "64"}]}
+ORCA = {"id": "7", "system_prompt": "Be brief.", "question": "Cube 4.", "response": "64"}
+MESSAGES = {"messages": system("Be brief.") + chat("Cube 4.", "64 ", "Sure?", " Yes")}
+SHAREGPT = {"id": "x", "system": "Be brief.", "conversations": sharegpt("Cube 4.", "64 ", "Sure?", " Yes"), "tools": ""}
+SHAREGPT_NAMES = {"conversations": sharegpt("", "Cube 4.", "64", names=("system", "prompter", "chatgpt"))}
+PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Cube "}, {"type": "text", "text": "4."}]},
+                      {"role": "assistant", "content": "64"}]}
+ASKED = {"messages": system("Be brief.") + chat("Cube 4.", "64", "Sure?")}
+POLITE = {"output": "It is 64.", "rejected": "Obviously 64.", "input": "", "instruction": "Cube 4.", "chosen": "It is 64."}
 PAIR = {"prompt": "Cube 4.", "chosen": "64", "rejected": "65", "margin": 2}
+RM_STATIC = {"prompt": "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Cube 4.\n\nAssistant:", "response": " 64", "chosen": " 64", "rejected": " 65"}
+SHAREGPT_PAIR = {"conversations": [{"from": "system", "value": "Be brief."}, *sharegpt("Cube 4.")],
+                 "chosen": {"from": "gpt", "value": "64"}, "rejected": {"from": "gpt", "value": "65"}}
+TURNS_PAIR = {"prompt": chat("Cube 4."), "chosen": [{"role": "assistant", "content": "64"}], "rejected": [{"role": "assistant", "content": "65"}]}
+ULTRA = {"prompt": "Cube 4.", "prompt_id": "7e", "chosen": chat("Cube 4.", "64"), "rejected": chat("Cube 4.", "65"),
+         "messages": chat("Cube 4.", "64"), "score_chosen": 8.0, "score_rejected": 3.5}
+WHOLE_PAIR = {"chosen": system("Be brief.") + chat("Hi", "Ho", "Cube 4.", "64"),
+              "rejected": system("Be brief.") + chat("Hi", "Ho", "Cube 4.", "65")}
 RANKING = {"prompt": "Cube 4.", "completions": ["65", " 64", "?", "63"], "ranks": [1, 0, 2, 1], "gold": [-1, 1, -0.5, -1]}
 HH_START = "\n\nHuman: Who? He said Human: me.\nHuman: and\n\nAssistant: You.\n\nHuman:Why?\n\nAssistant:"
 HH = {"chosen": HH_START + " I don’t know.", "rejected": HH_START + " Ask Assistant: him."}
-HH_PROMPT = user("Who? He said Human: me.\nHuman: and") + [{"role": "assistant", "content": "You."}] + user("Why?")
+HH_PROMPT = user("Who? He said Human: me.\nHuman: and", "You.", "Why?")
+KTO = {"messages": chat("Hi", "Ho", "Cube 4.", "64"), "label": True}
+RATED = {"prompt": "Cube 4.", "response": "64", "score": 4.5}
+GSM8K = {"question": "Weng earns $12 an hour. She babysat 50 minutes. How much is it?",
+         "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nIt is 5000 x 0.2 = $<<5000*.2=1000>>1,000.\n#### 1,000."}
+GSM8K_REPLY = "Weng earns 12/60 = $0.2 per minute.\nIt is 5000 x 0.2 = $1,000.\n#### 1,000."
+TEXT = {"text": " A whole\ndocument. ", "meta": {"url": "x"}}
+SHORT, BRIEF = user("Cube 4."), system("Be brief.")
+TWO = ["64", "65"], [0, 1]
+
+CASES = [  # want, a row of a file, its format, the Row
+    ("demonstrations", ALPACA, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
+    ("demonstrations", DOLLY, "instructions", Row(user("Cube it."), ["64"], [0])),
+    ("demonstrations", DOLLY | {"context": "4"}, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
+    ("demonstrations", ALPACA | {"text": "Below is an instruction ..."}, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
+    ("demonstrations", HISTORY, "instructions", Row(BRIEF + user("Cube 4.", "64", "Sure?", "Yes", "And 5?"), ["125"], [0])),
+    ("demonstrations", SEEDS, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
+    ("demonstrations", COMPLETION, "instructions", Row(SHORT, ["64"], [0])),
+    ("demonstrations", COMPLETION_TURNS, "instructions", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
+    ("demonstrations", {"prompt": "Cube 4.", "response": "64"}, "instructions", Row(SHORT, ["64"], [0])),
+    ("demonstrations", ORCA, "instructions", Row(BRIEF + SHORT, ["64"], [0])),
+    ("demonstrations", MESSAGES, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
+    ("demonstrations", MESSAGES | {"prompt": "Cube 4.", "label": 1, "score": "A"}, "conversations",
+     Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
+    ("demonstrations", SHAREGPT, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
+    ("demonstrations", MESSAGES | {"system": "Other."}, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
+    ("demonstrations", SHAREGPT_NAMES, "conversations", Row(SHORT, ["64"], [0])),
+    ("demonstrations", PARTS, "conversations", Row(SHORT, ["64"], [0])),
+    ("demonstrations", POLITE | {"output": "Other."}, "preferences", Row(SHORT, ["Other."], [0])),
+    ("demonstrations", PAIR, "preferences", Row(SHORT, ["64"], [0], 2.0)),
+    ("demonstrations", RM_STATIC | {"response": " 66"}, "preferences", Row(user("Hi", "Ho", "Cube 4."), ["66"], [0])),
+    ("demonstrations", RANKING, "rankings", Row(SHORT, ["64"], [0])),
+    ("demonstrations", HH, "transcripts", Row(HH_PROMPT, ["I don’t know."], [0])),
+    ("demonstrations", KTO, "labelled replies", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
+    ("demonstrations", COMPLETION | {"label": True}, "labelled replies", Row(SHORT, ["64"], [0])),
+    ("demonstrations", RATED, "rated replies", Row(SHORT, ["64"], [0])),
+    ("demonstrations", GSM8K, "questions", Row(user(GSM8K["question"]), [GSM8K_REPLY], [0], answer="1000")),
+    ("demonstrations", {"question": "Why?", "answer": "So: 5 <<6 and 3>>2."}, "questions", Row(user("Why?"), ["So: 5 <<6 and 3>>2."], [0])),
+    ("demonstrations", TEXT, "plain text", Row([], [" A whole\ndocument. "], [0])),
+    ("preferences", POLITE, "preferences", Row(SHORT, ["It is 64.", "Obviously 64."], [0, 1])),
+    ("preferences", PAIR, "preferences", Row(SHORT, *TWO, 2.0)),
+    ("preferences", PAIR | {"system": "Be brief."}, "preferences", Row(BRIEF + SHORT, *TWO, 2.0)),
+    ("preferences", RM_STATIC, "preferences", Row(user("Hi", "Ho", "Cube 4."), *TWO)),
+    ("preferences", SHAREGPT_PAIR, "preferences", Row(BRIEF + SHORT, *TWO)),
+    ("preferences", TURNS_PAIR, "preferences", Row(SHORT, *TWO)),
+    ("preferences", ULTRA, "preferences", Row(SHORT, *TWO)),
+    ("preferences", WHOLE_PAIR, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
+    ("preferences", WHOLE_PAIR | {"prompt": "Cube 4."}, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
+    ("preferences", RANKING, "rankings", Row(SHORT, ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
+    ("preferences", HH, "transcripts", Row(HH_PROMPT, ["I don’t know.", "Ask Assistant: him."], [0, 1])),
+    ("prompts", {"prompt": "Cube 4.", "chosen": None}, "prompts", Row(SHORT)),
+    ("prompts", {"prompt": chat("Cube 4.")}, "prompts", Row(SHORT)),
+    ("prompts", {"instruction": "Cube it.", "input": "4"}, "prompts", Row(user("Cube it.\n\n4"))),
+    ("prompts", ALPACA, "instructions", Row(user("Cube it.\n\n4"))),
+    ("prompts", MESSAGES, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"))),
+    ("prompts", ASKED, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"))),
+    ("prompts", SEEDS, "instructions", Row(user("Cube it.\n\n4"))),
+    ("prompts", RANKING, "rankings", Row(SHORT)),
+    ("prompts", HH, "transcripts", Row(HH_PROMPT)),
+    ("prompts", SHAREGPT_PAIR, "preferences", Row(BRIEF + SHORT)),
+    ("prompts", KTO | {"label": False}, "labelled replies", Row(user("Hi", "Ho", "Cube 4."))),
+    ("prompts", GSM8K, "questions", Row(user(GSM8K["question"]), answer="1000")),
+]
 
 
-@pytest.mark.parametrize("want, source, expected", [
-    ("demonstrations", ALPACA, Row(user("Cube it.\n\n4"), ["64"], [0])),
-    ("demonstrations", DOLLY, Row(user("Cube it."), ["64"], [0])),
-    ("demonstrations", DOLLY | {"context": "4"}, Row(user("Cube it.\n\n4"), ["64"], [0])),
-    ("demonstrations", RATED | {"output": "Other."}, Row(user("Cube 4."), ["Other."], [0])),
-    ("demonstrations", PAIR, Row(user("Cube 4."), ["64"], [0], 2.0)),
-    ("demonstrations", RANKING, Row(user("Cube 4."), ["64"], [0])),
-    ("demonstrations", HH, Row(HH_PROMPT, ["I don’t know."], [0])),
-    ("preferences", RATED, Row(user("Cube 4."), ["It is 64.", "Obviously 64."], [0, 1])),
-    ("preferences", PAIR, Row(user("Cube 4."), ["64", "65"], [0, 1], 2.0)),
-    ("preferences", RANKING, Row(user("Cube 4."), ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
-    ("preferences", HH, Row(HH_PROMPT, ["I don’t know.", "Ask Assistant: him."], [0, 1])),
-    ("prompts", {"prompt": "Cube 4.", "chosen": None}, Row(user("Cube 4."))),
-    ("prompts", {"instruction": "Cube it.", "input": "4"}, Row(user("Cube it.\n\n4"))),
-    ("prompts", ALPACA, Row(user("Cube it.\n\n4"))),
-    ("prompts", RANKING, Row(user("Cube 4."))),
-    ("prompts", HH, Row(HH_PROMPT)),
-])
-def test_every_format_is_recognised_and_read_as_the_right_row(tmp_path, want, source, expected):
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([source]))
-    assert data.read_rows(path, want, SILENT) == [expected]
+def write(path, rows):
+    """A JSON Lines file, or an array if its name says so."""
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("want, source, form, expected", CASES)
+def test_every_format_is_recognised_and_read_as_the_right_row(tmp_path, want, source, form, expected):
+    said = []
+    assert formats.read_rows(write(tmp_path / "rows.json", [source]), want, said.append) == [expected]
+    assert len(said) == 1 and f"1 rows ({form}), 1 kept as {want}" in said[0] and "dropped" not in said[0]
+    nulls = dict.fromkeys(["system", "history", "messages", "label", "rating", "chosen", "question", "margin", "gold", "text", "instances"])
+    assert formats.read_rows(write(tmp_path / "rows.json", [nulls | source]), want, SILENT) == [expected]  # null is absent
+
+
+def test_every_want_takes_the_formats_that_can_serve_it_and_refuses_the_rest(tmp_path):
+    assert {form for _, _, form, _ in CASES} == set(formats.FORMATS)
+    for want in ("demonstrations", "preferences", "prompts"):
+        for _, source, form, _ in CASES:
+            path, said = write(tmp_path / "rows.jsonl", [source]), []
+            alone = form in ("labelled replies", "rated replies") if want == "preferences" else want == "demonstrations" and (
+                source is ASKED or source.get("label") is False)
+            if want in formats.FORMATS[form][1] and not alone:
+                assert len(formats.read_rows(path, want, said.append)) == 1 and f"({form})" in said[0]
+            else:
+                with pytest.raises(UserError, match=r"no usable row" if alone else rf":1 doesn't hold .*; its fields are {next(iter(source))}"):
+                    formats.read_rows(path, want, SILENT)
+
+
+def test_an_answer_can_be_checked_however_it_is_written(tmp_path):
+    for ending, answer in [("#### 72", "72"), ("####-1,234,567 ", "-1234567"),
+                           ("#### 3.5.", "3.5"), ("####", ""), ("72", ""), ("#### 1\n#### 2", "2")]:
+        row, = formats.read_rows(write(tmp_path / "a.jsonl", [{"question": "?", "answer": f"So\n{ending}"}]), "prompts", SILENT)
+        assert row.answer == answer
+
+
+def test_self_instruct_rows_give_a_row_for_each_instance(tmp_path):
+    path = write(tmp_path / "a.jsonl", [SEEDS | {"instances": [{"input": "4", "output": "64"}, {"input": "", "output": "?"}]}, SEEDS])
+    assert [(row.text, *row.replies) for row in formats.read_rows(path, "demonstrations", SILENT)] == [
+        ("Cube it.\n\n4", "64"), ("Cube it.", "?"), ("Cube it.\n\n4", "64")]
+
+
+def test_labels_and_ratings_become_a_ranking_of_each_prompt(tmp_path):
+    rated = lambda prompt, reply, rating: {"prompt": prompt, "completion": reply, "rating": rating}
+    path, said = tmp_path / "rows.jsonl", []
+    write(path, [rated("a", "good", 5), rated("b", "lonely", 3), rated("a", "bad", 1.5), rated("a", "fair", 3), rated("c", "x", 2),
+                 rated("a", " good ", 2), rated("c", "y", 2), rated("a", "too", 5), rated("d", "", 1)])
+    assert formats.read_rows(path, "preferences", said.append) == [Row(user("a"), ["good", "bad", "fair", "too"], [-5, -1.5, -3, -5])]
+    assert "9 rows (rated replies), 1 kept as preferences, one for all replies to a prompt" in said[0]
+    assert dropped(said[0]) == {"no second rating of the same prompt to compare with": 3, "empty reply": 1,
+                                "the same reply to the same prompt again": 1}
+    rows = formats.read_rows(path, "demonstrations", said.append)
+    assert rows == [Row(user("a"), ["good"], [0]), Row(user("b"), ["lonely"], [0]), Row(user("c"), ["x"], [0])]
+    assert dropped(said[1]) == {"rated no higher than another reply to the same prompt": 5, "empty reply": 1}
+    assert len(formats.read_rows(path, "prompts", SILENT)) == 9
+
+    labels = [COMPLETION | {"completion": "65", "label": False}, COMPLETION | {"label": True}, COMPLETION | {"completion": "?", "label": False},
+              COMPLETION | {"label": True, "system": "Be brief."}, KTO, KTO | {"messages": chat("Hi", "Ho", "Cube 4.", "65"), "label": False}]
+    assert formats.read_rows(write(path, labels), "preferences", said.append) == [
+        Row(SHORT, ["65", "64", "?"], [1, 0, 1]), Row(user("Hi", "Ho", "Cube 4."), ["64", "65"], [0, 1])]
+    assert dropped(said[2]) == {"no second rating of the same prompt to compare with": 1}  # another system turn, another prompt
+    assert [row.replies for row in formats.read_rows(path, "demonstrations", said.append)] == [["64"]] * 3
+    assert dropped(said[3]) == {"label false": 3}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.json.gz"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_rows_are_the_same_in_every_kind_of_file(tmp_path, name, bom, newline):
     sources = [ALPACA, ALPACA | {"output": "a\u2028b\u0085c"}, ALPACA | {"output": "日本"}]
-    if name == "rows.json":
-        text = json.dumps(sources, ensure_ascii=False, indent=1)
+    if ".jsonl" not in name:
+        text = "\n" + json.dumps(sources, ensure_ascii=False, indent=1) + "\n"
     else:
         text = "\n" + "\n\n  \n".join(json.dumps(source, ensure_ascii=False) for source in sources) + "\n\n"
     raw = bom + text.replace("\n", newline).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    rows = data.read_rows(tmp_path / name, "demonstrations", SILENT)
+    rows = formats.read_rows(tmp_path / name, "demonstrations", SILENT)
     assert [row.replies for row in rows] == [["64"], ["a\u2028b\u0085c"], ["日本"]]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfFirst:\r\n  Speak.\n\n\xe2\x80\x99Tis\n")
+    assert formats.read_rows(tmp_path / "a.txt", "demonstrations", SILENT) == [Row([], ["First:\n  Speak.\n\n’Tis\n"], [0])]
+
+
+def test_parquet_rows_are_those_of_json(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    sources = [ULTRA, ULTRA | {"chosen": chat("Hi", "日本"), "rejected": chat("Hi", "Ho"), "prompt": "Hi"}] * 700  # more than a batch
+    parquet.write_table(pyarrow.Table.from_pylist(sources), tmp_path / "a.parquet")
+    rows = formats.read_rows(tmp_path / "a.parquet", "preferences", SILENT)
+    assert rows == formats.read_rows(write(tmp_path / "a.jsonl", sources), "preferences", SILENT) and len(rows) == len(sources)
+    mixed = [ALPACA, MESSAGES, COMPLETION]
+    absent = dict.fromkeys([name for row in mixed for name in row])  # null in a table
+    parquet.write_table(pyarrow.Table.from_pylist([absent | row for row in mixed]), tmp_path / "b.parquet")
+    assert [row.replies for row in formats.read_rows(tmp_path / "b.parquet", "demonstrations", SILENT)] == [["64"], ["Yes"], ["64"]]
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(UserError, match="c.parquet can't be read"):
+        formats.read_rows(tmp_path / "c.parquet", "preferences", SILENT)
+
+
+@pytest.mark.parametrize("spec, expected", [("hf:org/name", ("org/name", None, "train")), ("hf:org/name:test", ("org/name", None, "test")),
+                                            ("hf:org/name/main:train[:10]", ("org/name", "main", "train[:10]")),
+                                            ("hf:org/name/main", ("org/name", "main", "train"))])
+def test_a_data_set_of_the_hub_comes_through_datasets(monkeypatch, spec, expected):
+    asked = []
+
+    def load_dataset(name, config=None, split=None):
+        asked.append((name, config, split))
+        if name == "org/gone":
+            raise ConnectionError("no\nnetwork " + "x" * 999)
+        return [ALPACA, DOLLY]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert [row.replies for row in formats.read_rows(spec, "demonstrations", SILENT)] == [["64"], ["64"]] and asked == [expected]
+    with pytest.raises(UserError, match=r"hf:org/name.*, row 1 doesn't hold a prompt, chosen and rejected"):
+        formats.read_rows(spec, "preferences", SILENT)
+    with pytest.raises(UserError, match=r"hf:org/gone can't be loaded \(ConnectionError: no network x{189}\)$"):
+        formats.read_rows("hf:org/gone", "demonstrations", SILENT)
+    with pytest.raises(UserError, match=r"hf:name: write hf:org/name"):
+        formats.read_rows("hf:name", "demonstrations", SILENT)
+    assert len(formats.read_rows(f"{spec}:0.25,hf:org/other:train:.25", "demonstrations", SILENT)) == 4  # with weights
+
+
+@pytest.mark.parametrize("name, package", [("rows.parquet", "pyarrow"), ("hf:org/name", "datasets")])
+def test_without_an_optional_library_the_message_names_it(tmp_path, monkeypatch, name, package):
+    for module in [package, *(module for module in sys.modules if module.startswith(package + "."))]:
+        monkeypatch.setitem(sys.modules, module, None)  # which makes the import fail
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=f"{name} needs {package}: pip install -r requirements-hf.txt"):
+        formats.read_rows(name if ":" in name else tmp_path / name, "demonstrations", SILENT)
+
+
+def dropped(said):
+    return dict((reason, int(n)) for n, reason in re.findall(r"dropped (\d+): ([^;]+)", said))
 
 
 def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
     turn = "\n\nHuman: Hi\n\nAssistant: Yes"
-    sources = [HH, {"chosen": turn, "rejected": "\n\nHuman: Ho\n\nAssistant: No"},  # prompts differ
-               {"chosen": turn, "rejected": "\n\nHuman: Hi\n\nAssistant: "},  # empty
-               {"chosen": turn, "rejected": turn + "\n"},  # equal
-               {"chosen": turn + "\n\nAssistant: No", "rejected": turn}, {"chosen": "\n\nAssistant: No", "rejected": turn},
-               {"chosen": turn + "\n\nHuman: Bye", "rejected": turn}, {"chosen": "Say" + turn, "rejected": turn},
-               {"chosen": "x", "rejected": turn}, PAIR | {"prompt": " "}, RANKING | {"ranks": [1, 1, 1, 1]},
+    sources = [HH, {"chosen": turn, "rejected": "\n\nHuman: Ho\n\nAssistant: No"}, ULTRA | {"prompt": "Cube 5."},
+               ULTRA | {"rejected": chat("Cube 5.", "1")},
+               {"chosen": turn, "rejected": "\n\nHuman: Hi\n\nAssistant: "},
+               {"chosen": turn, "rejected": turn + "\n"},
+               {"chosen": turn + "\n\nAssistant: No", "rejected": turn}, WHOLE_PAIR | {"chosen": chat("Hi", "Ho") + system("x")},
+               {"chosen": "\n\nAssistant: No", "rejected": "\n\nAssistant: Yes"}, PAIR | {"prompt": " "}, SHAREGPT_PAIR | {"conversations": []},
+               {"chosen": turn + "\n\nHuman: Bye", "rejected": turn}, WHOLE_PAIR | {"chosen": []},
+               {"chosen": "Say" + turn, "rejected": turn}, {"chosen": "x", "rejected": turn},
+               WHOLE_PAIR | {"chosen": chat("Hi", "", "Ho", "a"), "rejected": chat("Hi", "", "Ho", "b")},
+               TURNS_PAIR | {"prompt": chat("Cube 4.", "64")},
+               RANKING | {"ranks": [1, 1, 1, 1]},
                RANKING | {"ranks": [1]}, RANKING | {"completions": ["a"], "ranks": [1]},
                RANKING | {"completions": ["a", "", "b", "c"]}, RANKING | {"completions": ["a", "a", "b", "c"], "gold": None}]
-    path, said = tmp_path / "rows.jsonl", []
-    path.write_text("\n".join(map(json.dumps, sources)))
-    rows = data.read_rows(path, "preferences", said.append)
+    said = []
+    rows = formats.read_rows(write(tmp_path / "rows.jsonl", sources), "preferences", said.append)
     assert [row.replies[0] for row in rows] == ["I don’t know.", "a"]
-    assert len(said) == 1 and f"{len(sources)} rows (transcripts, pair, ranking), 2 kept as preferences" in said[0]
-    counts = dict((reason, int(n)) for n, reason in re.findall(r"dropped (\d+): ([^;]+)", said[0]))
-    assert counts == {"prompts differ": 1, "empty reply": 2, "chosen equals rejected": 1, "roles don't alternate": 2,
-                      "empty prompt": 1, "transcript doesn't end with the assistant": 3, "all replies tied": 1,
-                      "completions and ranks don't match, or fewer than two": 2}
+    assert len(said) == 1 and f"{len(sources)} rows (transcripts, preferences, rankings), 2 kept as preferences" in said[0]
+    assert said[0].endswith("; ...")  # the rarest reasons
+
+
+@pytest.mark.parametrize("want, source, reason", [
+    ("preferences", {"chosen": HH["chosen"], "rejected": "\n\nHuman: Ho\n\nAssistant: No"}, "prompts differ"),
+    ("preferences", ULTRA | {"prompt": "Cube 5."}, "prompts differ"),
+    ("preferences", ULTRA | {"rejected": chat("Cube 5.", "1")}, "prompts differ"),
+    ("preferences", {"chosen": HH_START, "rejected": HH["rejected"]}, "empty reply"),
+    ("demonstrations", ALPACA | {"output": " \n"}, "empty reply"),
+    ("demonstrations", {"text": "\n"}, "empty reply"),
+    ("preferences", HH | {"rejected": HH["chosen"] + "\n"}, "chosen equals rejected"),
+    ("preferences", RANKING | {"ranks": [1, 1, 1, 1]}, "all replies tied"),
+    ("preferences", RANKING | {"ranks": [1]}, "completions and ranks don't match, or fewer than two"),
+    ("preferences", RANKING | {"completions": ["a"], "ranks": [1]}, "completions and ranks don't match, or fewer than two"),
+    ("preferences", HH | {"chosen": HH["chosen"] + "\n\nAssistant: No"}, "roles don't alternate"),
+    ("preferences", HH | {"chosen": HH["chosen"] + "\n\nHuman: No\n\nHuman: No"}, "roles don't alternate"),
+    ("demonstrations", {"messages": chat("Hi", "Ho") + system("x") + chat("Hi", "Ho")}, "roles don't alternate"),
+    ("demonstrations", {"conversations": sharegpt("64", "Sure?", "Yes", names=("gpt", "human"))}, "roles don't alternate"),
+    ("demonstrations", {"conversations": sharegpt("Hi", "x", "64", names=("human", "observation", "gpt"))},
+     "a turn by 'observation', who is not system, user or assistant"),
+    ("demonstrations", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a turn with parts that are no text"),
+    ("demonstrations", {"messages": chat("Hi") + [{"role": "assistant", "content": None, "tool_calls": []}]}, "a turn without text"),
+    ("demonstrations", ASKED, "no reply by the assistant at the end"),
+    ("demonstrations", {"messages": []}, "no reply by the assistant at the end"),
+    ("preferences", HH | {"chosen": HH["chosen"] + "\n\nHuman: Bye"}, "no reply by the assistant at the end"),
+    ("preferences", HH | {"rejected": "Say" + HH["rejected"]}, "no transcript with Human: and Assistant: turns"),
+    ("preferences", {"chosen": "a", "rejected": "b"}, "no transcript with Human: and Assistant: turns"),
+    ("demonstrations", {"messages": chat("64", names=["assistant"])}, "empty prompt"),
+    ("preferences", PAIR | {"prompt": " "}, "empty prompt"),
+    ("preferences", SHAREGPT_PAIR | {"conversations": []}, "empty prompt"),
+    ("prompts", {"prompt": []}, "empty prompt"),
+    ("prompts", {"prompt": chat("Cube 4.", "64")}, "the prompt doesn't end with the user"),
+    ("prompts", {"messages": system("Be brief.")}, "the prompt doesn't end with the user"),
+    ("demonstrations", {"messages": chat("Hi", "", "Ho", "64")}, "empty turn"),
+    ("demonstrations", COMPLETION | {"label": False}, "label false"),
+    ("demonstrations", ALPACA | {"output": "\ud83d half"}, "a NUL character or half a surrogate pair, which is no text"),
+    ("prompts", {"messages": system("\udc00") + chat("Hi")}, "a NUL character or half a surrogate pair, which is no text"),
+    ("demonstrations", {"text": "a\0b"}, "a NUL character or half a surrogate pair, which is no text"),
+])
+def test_each_defect_of_a_row_has_its_reason(tmp_path, want, source, reason):
+    good = {"demonstrations": ALPACA, "preferences": PAIR, "prompts": {"prompt": "x"}}[want]
+    said = []
+    assert len(formats.read_rows(write(tmp_path / "rows.jsonl", [good, source, source]), want, said.append)) == 1
+    assert "3 rows (" in said[0] and dropped(said[0]) == {reason: 2}
 
 
 GOOD = json.dumps(PAIR).encode()
@@ -243,29 +345,65 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
 
 
 @pytest.mark.parametrize("name, raw, want, message", [
-    ("a.jsonl", GOOD + b"\n\n{bad\n", "preferences", r":3 is not valid JSON"),
+    ("a.jsonl", GOOD + b"\n\n{bad\n", "preferences", r":3 is not valid JSON: .* \(column 2\)"),
+    ("a.jsonl", GOOD + GOOD, "preferences", r":1 is not valid JSON: something follows"),
+    ("a.jsonl", GOOD + b'\n{"prompt": "raw \0 NUL"}', "preferences", r":2 is not valid JSON"),
+    ("a.jsonl", GOOD + b"\n\0\0\n", "preferences", r":2 is not valid JSON"),
     ("a.json", b"[\n" + GOOD + b",\n{bad\n]", "preferences", r":3 is not valid JSON"),
+    ("a.json", b"[" + GOOD + b",\n\n]", "preferences", r":3 is not valid JSON"),
+    ("a.json", b"[" + GOOD + b"\n" + GOOD + b"]", "preferences", r", row 1 is not valid JSON: neither a comma nor \]"),
+    ("a.json", b"[" + GOOD, "preferences", r", row 1 is not valid JSON: neither a comma nor \]"),
+    ("a.json", b"[", "preferences", r":1 is not valid JSON"),
+    ("a.json", b"[" + GOOD + b"] x", "preferences", r" is not valid JSON: something follows the array"),
+    ("a.jsonl", GOOD + b'\n{"prompt": "x", "chosen": "a", "rejected": "b", "chosen": "c"}', "preferences",
+     r":2 is not valid JSON: the field 'chosen' comes twice"),
+    ("a.json", b"[" + GOOD + b', {"messages": [{"role": "user", "role": "user"}]}]', "prompts",
+     r", row 2 is not valid JSON: the field 'role' comes twice"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [NaN, 1]}', "preferences", r":1 is not valid JSON: NaN is no JSON number"),
+    ("a.json", b'[{"prompt": "x", "score": -Infinity}]', "prompts", r", row 1 is not valid JSON: -Infinity is no JSON number"),
+    ("a.jsonl", GOOD + b'\n{"prompt": ' + b"[" * 200000, "preferences", r":2 is nested too deeply"),
+    ("a.json", b'[{"prompt": ' + b'{"a":' * 200000, "preferences", r", row 1 is nested too deeply"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [1e999, 1]}', "preferences",
+     r":1: a rank, a gold score or the margin is not"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [1' + b"0" * 400 + b", 1]}", "preferences", r":1: "),
     ("a.jsonl", b"\xef\xbb\xbf" + GOOD + b"\n\xff", "preferences", r":2 is not UTF-8"),
     ("a.jsonl", GOOD + b"\n" + GOOD + b'\n{"prompt": "\xe9"}', "preferences", r":3 is not UTF-8"),
-    ("a.json", b"", "preferences", r":1 is not valid JSON"),
+    ("a.json", b"[\n" + GOOD + b',\n{"prompt": "\xe9"}]', "preferences", r":3 is not UTF-8"),
+    ("a.txt", b"First\nSecond \xe9", "demonstrations", r":2 is not UTF-8"),
+    ("a.jsonl", GOOD.decode().encode("utf-16"), "preferences", r":1 is not UTF-8"),
+    ("a.json", b"", "preferences", r" holds no array of rows"),
+    ("a.txt", b"", "demonstrations", r" holds no usable row"),
     ("a.jsonl", b" \n\n", "preferences", r" holds no usable row"),
-    ("a.json", b"[]", "prompts", r" holds no usable row"),
-    ("a.json", GOOD, "preferences", r" holds no array of rows"),
+    ("a.json", b"[ ]\n", "prompts", r" holds no usable row"),
+    ("a.json", GOOD, "preferences", r" holds no array of rows at its top; .* name it .jsonl"),
     ("a.jsonl", GOOD + b"\n7", "preferences", r":2 is not a JSON object"),
     ("a.json", b"[" + GOOD + b", []]", "preferences", r", row 2 is not a JSON object"),
     ("a.json", b"[" + GOOD + b', {"question": "x", "answer": "y"}]', "preferences",
-     r", row 2 doesn't hold .* chosen and rejected; .* question, answer"),
-    ("a.jsonl", b"{}", "prompts", r":1 doesn't hold a prompt"),
-    ("a.jsonl", json.dumps(ALPACA).encode(), "preferences",
-     r":1 doesn't hold .* chosen and rejected; .* instruction, input, output"),
+     r", row 2 doesn't hold .* chosen and rejected .*; its fields are question, answer"),
+    ("a.jsonl", b"{}", "prompts", r":1 doesn't hold a prompt .*; its fields are none"),
+    ("a.jsonl", b'{"a\\n\\ud800' + b"b" * 99 + b'": 1}', "prompts", r":1 doesn't hold a prompt .*; its fields are a\\n\\ud800b{37}$"),
+    ("a.jsonl", json.dumps(ALPACA).encode(), "preferences", r":1 doesn't hold .* chosen and rejected .*; its fields are instruction, input, output"),
     ("a.jsonl", b'{"prompt": "x"}', "demonstrations", r":1 doesn't hold a prompt and a reply"),
+    ("a.jsonl", b'{"text": "x"}', "prompts", r":1 doesn't hold a prompt "),
     ("a.jsonl", GOOD + b'\n{"prompt": 5, "chosen": "a", "rejected": "b"}', "preferences", r":2: the prompt is not a string"),
-    ("a.jsonl", b'{"prompt": "x", "chosen": ["a"], "rejected": "b"}', "preferences", r":1: a reply .* not a string"),
-    ("a.jsonl", b'{"chosen": 5, "rejected": "b"}', "preferences", r":1: "),
-    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]}', "preferences", r":1: a rank, a gold score or the margin is not"),
+    ("a.jsonl", b'{"prompt": "x", "chosen": ["a"], "rejected": "b"}', "preferences", r":1: a conversation is not a list of objects"),
+    ("a.jsonl", b'{"prompt": "x", "chosen": 5, "rejected": "b"}', "preferences", r":1: a reply is missing or not a string"),
+    ("a.jsonl", b'{"instruction": "x", "output": 5}', "demonstrations", r":1: a reply is missing or not a string .read as instructions"),
+    ("a.jsonl", b'{"chosen": 5, "rejected": "b"}', "preferences", r":1: a reply is missing or not a string"),
+    ("a.jsonl", b'{"messages": [{"speaker": "user", "content": "x"}]}', "prompts", r":1: a message has no role"),
+    ("a.jsonl", b'{"messages": [{"role": "user", "content": 5}]}', "prompts", r":1: the text of a turn is not a string"),
+    ("a.jsonl", b'{"messages": "x"}', "prompts", r":1: a conversation is not a list of objects"),
+    ("a.jsonl", b'{"prompt": "x", "system": 5}', "prompts", r":1: the system field is not a string"),
+    ("a.jsonl", b'{"prompt": "x", "history": ["a"]}', "prompts", r":1: history is not a list"),
+    ("a.jsonl", b'{"instruction": "x", "instances": ["a"]}', "demonstrations", r":1: instances is not a list of objects"),
+    ("a.jsonl", b'{"question": "x", "answer": 5}', "demonstrations", r":1: the answer is not a string"),
+    ("a.jsonl", b'{"text": ["x"]}', "demonstrations", r":1: text is not a string"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]}', "preferences",
+     r":1: a rank, a gold score or the margin is not"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", 5], "ranks": [1, 2]}', "preferences", r":1: a reply is missing or not a string"),
     ("a.jsonl", b'{"prompt": "x", "completions": "ab", "ranks": [0, 1]}', "preferences", r":1: "),
     ("a.jsonl", GOOD.replace(b"2}", b'"2"}'), "preferences", r":1: a rank, a gold score or the margin is not a finite number"),
-    ("a.txt", GOOD, "preferences", r": only \.json, \.jsonl and \.jsonl\.gz"),
+    ("a.csv", GOOD, "preferences", r": only \.json, .* are read"),
     ("a.jsonl.gz", GOOD, "preferences", r" can't be read"),
     ("a.jsonl.gz", ZIPPED[:-9], "preferences", r" can't be read"),
     ("a.jsonl.gz", ZIPPED[:10] + b"\xff" * 50, "preferences", r" can't be read"),
@@ -275,7 +413,181 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(tmp_path, name, raw,
     if raw is not None:
         (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=re.escape(name) + message):
-        data.read_rows(tmp_path / name, want, SILENT)
+        formats.read_rows(tmp_path / name, want, SILENT)
+
+
+@pytest.mark.parametrize("name, where", [("a.jsonl", ":2"), ("a.json", ", row 2")])
+def test_a_row_of_endless_length_is_refused(tmp_path, monkeypatch, name, where):
+    monkeypatch.setattr(formats, "LONGEST", 2**20)
+    write(tmp_path / name, [PAIR, PAIR | {"chosen": "x" * (2**20 - 100)}])
+    assert len(formats.read_rows(tmp_path / name, "preferences", SILENT)) == 2
+    write(tmp_path / name, [PAIR, PAIR | {"chosen": "x" * 2**20}])
+    with pytest.raises(UserError, match=f"{name}{where} is longer than 1 "):
+        formats.read_rows(tmp_path / name, "preferences", SILENT)
+
+
+def test_hostile_text_is_parsed_in_linear_time(tmp_path):
+    for unit in ("\n\nHuman:", "\n\nAssistant:", "<<", "<<1", "####", "\n\n\n", ">>", "#### 1,"):
+        text = unit * (2**20 // len(unit))
+        for row in ({"chosen": text, "rejected": text}, {"question": text, "answer": text},
+                    RM_STATIC | {"prompt": text + "\n\nAssistant:"}, ALPACA | {"input": text}):
+            formats.read_rows(write(tmp_path / "a.jsonl", [{"prompt": "x"}, row]), "prompts", SILENT)  # seconds or years
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several files, mixtures, parts
+
+def questions(name, n):
+    return [{"prompt": f"{name} {i}"} for i in range(n)]
+
+
+def test_several_files_are_read_one_after_the_other_whatever_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a.jsonl", "b, c.json", "d:1.jsonl", "e.jsonl:2,f.jsonl"]
+    for name in names:
+        write(Path(name), questions(name, 3))
+    for name in names:
+        assert [row.text for row in formats.read_rows(name, "prompts", SILENT)] == [f"{name} {i}" for i in range(3)]
+        assert len(formats.read_rows(f"{name}:2", "prompts", SILENT)) == 3
+    for chosen in itertools.permutations(names):
+        assert [row.text for row in formats.read_rows(", ".join(chosen), "prompts", SILENT)] == [f"{name} {i}" for name in chosen for i in range(3)]
+    for spec, message in [("a.jsonl,a.jsonl", "names a.jsonl twice"), ("a.jsonl,", "names nothing"), ("", "names nothing"),
+                          ("a.jsonl:1,d:1.jsonl", "give every file a weight"), ("a.jsonl:0", "a weight must be > 0"), ("a.jsonl:-1", "a weight must"),
+                          ("a.jsonl:nan", "a weight must"), ("a.jsonl:inf", "a weight must"), ("a.jsonl:x", "a.jsonl:x: no such file")]:
+        with pytest.raises(UserError, match=message):
+            formats.read_rows(spec, "prompts", SILENT)
+
+
+@pytest.mark.parametrize("sizes, weights, expected", [
+    ((100, 100), (0.8, 0.2), (100, 25)), ((100, 100), (4, 1), (100, 25)), ((100, 10), (0.5, 0.5), (10, 10)),
+    ((30, 7, 50), (3, 0.7, 5), (30, 7, 50)), ((30, 3, 50), (0.1, 0.1, 0.2), (3, 3, 6)), ((9,), (0.3,), (9,)), ((100, 100), (1, 3), (33, 100)),
+])
+def test_a_mixture_has_its_shares_repeats_no_row_and_is_the_same_every_time(tmp_path, sizes, weights, expected):
+    paths = [write(tmp_path / f"{i}.jsonl", questions(i, n)) for i, n in enumerate(sizes)]
+    spec, said = ",".join(f"{path}:{weight}" for path, weight in zip(paths, weights)), []
+    texts = [row.text for row in formats.read_rows(spec, "prompts", said.append)]
+    assert tuple(sum(text.startswith(f"{i} ") for text in texts) for i in range(len(sizes))) == expected
+    assert len(set(texts)) == len(texts) and texts == [row.text for row in formats.read_rows(spec, "prompts", SILENT)]
+    assert f"mixture of {sum(expected)} rows: {expected[0]} of {paths[0]}" in said[-1]
+    chosen = [int(text.split()[1]) for text in texts if text.startswith("0 ")]
+    assert chosen == sorted(chosen) and (len(chosen) > sizes[0] / 2 or max(chosen) > sizes[0] / 2)  # not the first rows
+
+
+def test_a_share_of_less_than_a_row_is_refused(tmp_path):
+    a, b = (write(tmp_path / name, questions(name, 5)) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(UserError, match=r"the share of .*b.jsonl is less than a row"):
+        formats.read_rows(f"{a}:0.9,{b}:0.1", "prompts", SILENT)
+
+
+def test_parts_are_disjoint_cover_everything_and_know_nothing_of_the_held_out_prompts(tmp_path):
+    path = write(tmp_path / "a.jsonl", questions("a", 4000) + questions("a", 500))
+    parts = [[row.text for row in formats.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")] for i in (1, 2, 3)]
+    assert sorted(sum(parts, [])) == sorted(row["prompt"] for row in questions("a", 4000) + questions("a", 500))
+    assert not set(parts[0]) & set(parts[1]) and not set(parts[1]) & set(parts[2]) and not set(parts[0]) & set(parts[2])
+    for part, share in zip(parts, (0.2, 0.4, 0.4)):
+        assert len(set(part)) / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+        held_out = formats.split_by_prompt([Row(user(text)) for text in set(part)], 0.1)[1]
+        assert len(held_out) / len(set(part)) == pytest.approx(0.1, abs=4 * (0.09 / len(set(part))) ** 0.5)
+    assert len(formats.read_rows(path, "prompts", SILENT, "1:1")) == 4500
+    assert [row.text for row in formats.read_rows(path, "prompts", SILENT, "0.5/1/1.:3")] == parts[2]
+    texts = write(tmp_path / "text.jsonl", [{"text": f"document {i}"} for i in range(400)])
+    rows = [formats.read_rows(texts, "demonstrations", SILENT, f"1/1:{i}") for i in (1, 2)]
+    assert 150 < len(rows[0]) < 250 and len(rows[0]) + len(rows[1]) == 400  # plain text goes by itself
+    train, heldout = formats.split_by_prompt(rows[0] + rows[1], 0.5)
+    assert 150 < len(train) < 250 and len(train) + len(heldout) == 400
+
+
+@pytest.mark.parametrize("part", ["2/4/4", "2/4/4:0", "2/4/4:4", ":1", "a/b:1", "2//4:1", "2/0:1", "0:1", "-1/2:1", "nan/1:1", "1/1:1.5", "1/1:"])
+def test_a_malformed_part_is_shown_the_form(tmp_path, part):
+    path = write(tmp_path / "a.jsonl", questions("a", 3))
+    with pytest.raises(UserError, match="write the shares of the stages and the number of this one, as in 2/4/4:1"):
+        formats.read_rows(path, "prompts", SILENT, part)
+
+
+def test_a_part_of_a_mixture_keeps_its_shares(tmp_path):
+    a, b = (write(tmp_path / name, questions(name, 1000)) for name in ("a.jsonl", "b.jsonl"))
+    parts = [[row.text for row in formats.read_rows(f"{a}:3,{b}:1", "prompts", SILENT, f"1/1:{i}")] for i in (1, 2)]
+    for part in parts:
+        assert sum("a" in text[:1] for text in part) == pytest.approx(3 * sum("b" in text[:1] for text in part), abs=3)
+    assert not set(parts[0]) & set(parts[1])
+    with pytest.raises(UserError, match="has no row in part"):
+        for i in (1, 2):  # a single prompt is in one of them
+            formats.read_rows(write(tmp_path / "c.jsonl", questions("c", 1)), "prompts", SILENT, f"1/1:{i}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows to token ids and masks
+
+def masked(tokenizer, ids, mask):
+    """The texts of the runs that a mask selects, which all end with the end token."""
+    runs = [[i for i, _ in run] for chosen, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if chosen]
+    assert all(run[-1] == tokenizer.eos for run in runs)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("want, source, form, expected", [case for case in CASES if case[0] != "prompts"])
+def test_masks_select_the_replies_of_every_format(tmp_path, want, source, form, expected):
+    tokenizer = toy.tokenizer()
+    row, = formats.read_rows(write(tmp_path / "rows.json", [source]), want, SILENT)
+    if want == "preferences":
+        group = data.encode_group(tokenizer, row)
+        assert [masked(tokenizer, *example) for example in group] == [[reply] for reply in expected.replies]
+        prompts = [[i for i, chosen in zip(*example) if not chosen] for example in group]
+        assert all(prompt == encode_prompt(tokenizer, row.prompt) == ids[:len(prompt)] for prompt, (ids, _) in zip(prompts, group))
+    else:
+        ids, mask = data.encode_demonstration(tokenizer, row)
+        said = [turn["content"] for turn in expected.prompt if turn["role"] == "assistant"] + expected.replies
+        assert masked(tokenizer, ids, mask) == said
+        assert len(ids) == len(mask) and tokenizer.decode(ids) == "".join(turn["content"] for turn in expected.prompt) + expected.replies[0]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7, 10, 11, 12, 100])
+def test_plain_text_is_cut_into_pieces_that_count_every_token_once(limit):
+    tokenizer, said = toy.tokenizer(), []
+    rows = [Row([], ["abcdefghij"], [0]), Row(user("a"), ["b"], [0]), Row(user("a" * 200), ["b"], [0]),
+            Row([], ["Another <|endoftext|> text."], [0])]
+    if limit < 5:
+        rows = [rows[0], rows[3]]
+    examples = data.encode_demonstrations(tokenizer, rows, limit, said.append)
+    assert all(2 <= len(ids) <= limit and len(ids) == len(mask) for ids, mask in examples)
+    pieces = examples[1:] if limit >= 5 else examples
+    for row in (rows[0], rows[-1]):
+        whole, counted = data.encode_demonstration(tokenizer, row)
+        tokens, count = [], []
+        while len(tokens) < len(whole) - 1:
+            ids, mask = pieces.pop(0)
+            assert mask == [False] + counted[len(tokens) + 1:len(tokens) + len(ids)] and ids[0] == whole[len(tokens)]
+            tokens += ids[1:]
+            count += mask[1:]
+        assert tokens == whole[1:] and count == counted[1:] and all(count)
+    assert not pieces
+    assert any("dropped 1 of 2 rows" in line for line in said) == (limit >= 5)
+    assert any("cut 2 plain texts" in line for line in said) == (limit < 20)
+
+
+def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
+    tokenizer = toy.tokenizer()
+    rows = [Row(user("a", "b", "c"), ["d"], [0]), Row(user("e"), ["f"], [0])]
+    assert data.encode_demonstrations(tokenizer, rows, 50, SILENT) == [data.encode_demonstration(tokenizer, row) for row in rows]
+    assert data.encode_demonstrations(tokenizer, [], 50, SILENT) == []
+    with pytest.raises(UserError, match="every row is longer"):
+        data.encode_demonstrations(tokenizer, rows, 3, SILENT)
+
+
+def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
+    tokenizer, said = toy.tokenizer(), []
+    path = write(tmp_path / "a.jsonl", [PAIR | {"prompt": f"Cube {i}."} for i in range(300)] + [PAIR | {"prompt": "Cube 4." * 99}])
+    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, part="1/2:2", seed=0)
+    train, val = data.preference_groups(config, tokenizer, 60, said.append)
+    rows = [row for row, _ in train + val]
+    assert 160 < len(rows) < 240 and 20 < len(val) < 60 and not {row.text for row, _ in train} & {row.text for row, _ in val}
+    assert all(group == data.encode_group(tokenizer, row) for row, group in train + val)
+    assert {row.text for row in rows} == {row.text for row in formats.read_rows(path, "preferences", SILENT, "1/2:2") if len(row.text) < 99}
+    config.val_data, config.part = str(path), ""
+    assert [len(groups) for groups in data.preference_groups(config, tokenizer, 60, said.append)] == [300, 300]
+    config.part, config.data = "1/2:2", "toy"
+    with pytest.raises(UserError, match="--part is for files"):
+        data.preference_groups(config, tokenizer, 60, SILENT)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -283,12 +595,12 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(tmp_path, name, raw,
 
 def test_split_keeps_a_prompt_on_one_side_whatever_the_order():
     rows = [Row(user(f"question {i % 3000}"), [str(i)]) for i in range(4000)]
-    train, heldout = data.split_by_prompt(rows, 0.1)
+    train, heldout = formats.split_by_prompt(rows, 0.1)
     assert sorted(int(row.replies[0]) for row in train + heldout) == list(range(4000))
     assert not {row.text for row in train} & {row.text for row in heldout}
     assert 0.08 < len({row.text for row in heldout}) / 3000 < 0.12  # 3.6 standard deviations
-    assert data.split_by_prompt(rows[::-1], 0.1) == (train[::-1], heldout[::-1])
-    assert data.split_by_prompt(rows, 0.0) == (rows, []) and data.split_by_prompt(rows, 1.0) == ([], rows)
+    assert formats.split_by_prompt(rows[::-1], 0.1) == (train[::-1], heldout[::-1])
+    assert formats.split_by_prompt(rows, 0.0) == (rows, []) and formats.split_by_prompt(rows, 1.0) == ([], rows)
 
 
 def test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one():

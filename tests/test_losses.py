@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Row, ranked_pairs
+from data import ranked_pairs
+from formats import Row
 from dpo import preference_loss
 from ppo import adapt_kl_coef, gae, kl_estimate, policy_loss, shaped_rewards, value_loss, whiten
 from reward import evaluate, ranking_loss

@@ -78,8 +78,8 @@ def score_lost_when_cut_off(monkeypatch):
 
 
 def reference_that_is_the_policy(monkeypatch):
-    right = copy.deepcopy
-    monkeypatch.setattr(ppo.copy, "deepcopy", lambda model: model if isinstance(model, ppo.GPT) else right(model))
+    right = ppo.twin
+    monkeypatch.setattr(ppo, "twin", lambda model, share: model if isinstance(model, ppo.GPT) else right(model, share))
     monkeypatch.setattr(ppo.GPT, "requires_grad_", lambda self, flag: self)
 
 

@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 import ppo
+from checkpoint import load_model
 import reward
 import runtime
 import sft
-from data import collate, encode_group, endless_batches, pad_rows, read_rows
-from model import GPT, Generation, ScalarModel, load_model
+from data import collate, encode_group, endless_batches, pad_rows
+from formats import read_rows
+from model import GPT, Generation, ScalarModel
 from ppo import adapt_kl_coef, adapt_penalty, diagnose, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
 from ppo import shaped_rewards, steps_mask, update_moments, value_loss, whiten
 from runtime import scheduled_lr
@@ -930,7 +932,7 @@ def test_resume_refuses_when_a_later_reward_or_the_demonstrations_have_changed(f
     demonstrations = tmp_path / "demonstrations.json"
     demonstrations.write_bytes((root / "demonstrations.json").read_bytes())
     (tmp_path / "other").mkdir()
-    for file in ("config.json", "model.safetensors", "bpe.json"):
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "other" / file).write_bytes((root / "other" / file).read_bytes())
     flags = f"--ptx-coef 1 --ptx-data {demonstrations}", f"--reward {{root}}/reward {tmp_path}/other"
     train(root, tmp_path / "run", flags[0], "--steps 1", reward=flags[1])
@@ -1127,7 +1129,7 @@ def test_overwriting_a_run_does_not_delete_the_average_that_it_starts_from(root,
 
 def test_the_reward_model_of_the_default_is_guarded_like_one_that_is_named(root, tmp_path, monkeypatch):
     (tmp_path / "runs" / "reward").mkdir(parents=True)
-    for file in ("config.json", "model.safetensors", "bpe.json"):
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "runs" / "reward" / file).write_bytes((root / "reward" / file).read_bytes())
     monkeypatch.chdir(tmp_path)
     with pytest.raises(runtime.UserError, match="would delete the --reward"):

@@ -28,7 +28,9 @@ import reward
 import runtime
 import sft
 import toy
-from data import encode_group, read_rows
+from checkpoint import load_model
+from data import encode_group
+from formats import read_rows
 from tokenizer import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +111,7 @@ def run_here(name, *flags):
 def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
     root, said = chain
     for stage in TRAINERS:
-        assert {"config.json", "model.safetensors", "bpe.json", "metrics.jsonl", "run.json", "resume.safetensors"} <= {p.name for p in (root / stage).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "run.json", "resume.safetensors"} <= {p.name for p in (root / stage).iterdir()}
         assert [row["step"] for row in metrics(root / stage)] == [1, 2, 3]
         assert not list((root / stage).glob("*.tmp"))
     summary = json.loads((root / "summary.json").read_text())
@@ -134,7 +136,7 @@ def test_ppo_logs_what_one_watches_and_starts_at_ratio_1(chain):
 
 def test_reward_model_scores_demonstrations_zero_on_average(chain):
     root = chain[0]
-    scorer, tokenizer = model.load_model(root / "reward", model.ScalarModel)
+    scorer, tokenizer = load_model(root / "reward", model.ScalarModel)
     scores = []
     for row in toy.World(0).demonstrations("train", per_prompt=1):
         ids = torch.tensor([encode_prompt(tokenizer, row.prompt) + tokenizer.encode(row.replies[0]) + [tokenizer.eos]])
@@ -171,7 +173,7 @@ def test_the_pipeline_learns_what_is_preferred(tmp_path):
              "--rollout-batch 32 --max-new-tokens 12 --lr 0.0005 --kl-coef 0.3")
 
     def share_good(name):
-        policy, tokenizer = model.load_model(tmp_path / name, model.GPT)
+        policy, tokenizer = load_model(tmp_path / name, model.GPT)
         ids = [encode_prompt(tokenizer, [{"role": "user", "content": p}]) for p in prompts for _ in range(25)]
         got = model.generate(policy, ids, 12, tokenizer, generator=torch.Generator().manual_seed(1))
         return sum(text == "It is good." for text in got.texts(tokenizer)) / len(ids), got.ended.float().mean().item()
@@ -249,7 +251,7 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
     run_here(name, f"{ALL_AT_ONCE} --model {small}/sft --data {small}/{file}.json --micro-batch-tokens 80 --lr 0.01 --steps 2 --out {tmp_path}/run")
     (weights, gradient), network = steps[1], networks[0].eval()
     network.load_state_dict(weights)
-    loss = formula(name, network, *model.load_model(small / "sft", model.GPT), small)
+    loss = formula(name, network, *load_model(small / "sft", model.GPT), small)
     loss.backward()
     assert metrics(tmp_path / "run")[1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for key, p in network.named_parameters():
@@ -257,7 +259,7 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
 
 
 def test_the_held_out_loss_is_a_mean_over_reply_tokens(small):
-    network, tokenizer = model.load_model(small / "sft", model.GPT)
+    network, tokenizer = load_model(small / "sft", model.GPT)
     examples = [encode_group(tokenizer, row)[0] for row in read_rows(small / "demonstrations.json", "demonstrations", str)]
     run = object.__new__(runtime.Run)
     run.rank, run.world_size, run.device, run.dtype = 0, 1, torch.device("cpu"), torch.float32
@@ -338,10 +340,10 @@ def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first
     run_here("evaluate", f"--models {' '.join(folders)} --data {tmp_path}/prompts.json --reward {small}/reward --temperature 0.7 --max-new-tokens 10 "
              f"--micro-batch-tokens 80 --threads 1 --out {tmp_path}/evaluation.json")
     results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
-    reference, scorer = model.load_model(small / "sft", model.GPT)[0], model.load_model(small / "reward", model.ScalarModel)[0]
+    reference, scorer = load_model(small / "sft", model.GPT)[0], load_model(small / "reward", model.ScalarModel)[0]
     baseline = None
     for folder, (_, rollout) in zip(folders, rollouts):
-        policy, result = model.load_model(folder, model.GPT)[0], results[folder]
+        policy, result = load_model(folder, model.GPT)[0], results[folder]
         with torch.no_grad():
             rows = [(ids[:length], mask[:length]) for ids, mask, length in zip(rollout.ids, rollout.mask, rollout.lengths)]
             kl = [(reply_logprob(policy, *row, 0.7) - reply_logprob(reference, *row, 0.7)).item() for row in rows]
@@ -356,7 +358,7 @@ def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first
 def test_ppo_samples_at_its_temperature(small, tmp_path, monkeypatch):
     rollouts = recorded(monkeypatch, ppo, "generate")["generate"]
     run_here("ppo", f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward {PLAN['ppo']} --threads 1 --steps 1 --temperature 0.001 --out {tmp_path}/run")
-    policy, tokenizer = model.load_model(small / "sft", model.GPT)
+    policy, tokenizer = load_model(small / "sft", model.GPT)
     rollout = rollouts[0][1]
     prompts = [ids[:mask.nonzero()[0]].tolist() for ids, mask in zip(rollout.ids, rollout.mask)]
     assert torch.equal(model.generate(policy, prompts, 12, tokenizer, temperature=0).ids, rollout.ids)  # near 0 the likeliest tokens alone
@@ -432,7 +434,7 @@ def test_resume_after_an_interrupt_equals_never_stopping_bit_for_bit(name, flags
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as f:
         f.write('{"step": 3, "loss": 9.9}\n{"step": 4, "lo')  # what a kill leaves behind
     run_here(name, flags[name], f"--out {tmp_path}/parts --resume")
-    for file in ("model.safetensors", "config.json", "bpe.json"):
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert timeless(metrics(tmp_path / "parts")) == timeless(metrics(tmp_path / "whole"))
 
@@ -476,7 +478,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume goes on" in said and "Traceback" not in said
     step = metrics(tmp_path / "run")[-1]["step"]
-    model.load_model(tmp_path / "run", model.GPT)
+    load_model(tmp_path / "run", model.GPT)
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     for change, said in (("--lr 0.1", "lr was 0.005, now 0.1"), ("--heads 1", "heads was 2, now 1"), ("--layers 2", "layers was 1, now 2")):
         run = command("sft", TINY, f"--batch-tokens 512 --steps 100000 --out {tmp_path}/run --resume", change)
@@ -609,8 +611,8 @@ def test_ppo_feeds_its_losses_what_one_row_at_a_time_gives(chain, tmp_path, monk
     root = chain[0]
     run_here("ppo", f"--model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 10 "
              f"--temperature 0.7 --kl-coef 0.5 --whiten none --missing-eos-penalty 0 --micro-batch-tokens 10000 --out {tmp_path}/run")
-    policy, _ = model.load_model(root / "sft", model.GPT)
-    scorer, _ = model.load_model(root / "reward", model.ScalarModel)
+    policy, _ = load_model(root / "sft", model.GPT)
+    scorer, _ = load_model(root / "reward", model.ScalarModel)
     rollout = seen["generate"][1]
     values, rewards = seen["gae"][0][1], seen["gae"][0][0]
     old_logprobs = seen["policy_loss"][0][1]  # of the minibatch's rows, sorted by length
