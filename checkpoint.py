@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 
 from model import GPT, GPTConfig, LoRALinear, ScalarModel, merged_weights
-from runtime import SCRATCH_FLAGS, UserError, require, write_atomically, write_json
+from runtime import SCRATCH_FLAGS, UserError, require, write_json, write_tensors
 from tokenizer import Tokenizer, open_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
@@ -170,10 +169,10 @@ def save_model(folder, model, tokenizer, flags=None):
     require(read == config, f"a checkpoint folder of the family {family_of(config)} can't hold this model: it would be read as {read}, but is {config}")
     if isinstance(model, ScalarModel):
         header |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # one label: a score
-    stored = {name: p.to("cpu", getattr(torch, dtype)) for name, p in to_stored(weights, config).items()}
+    stored = to_stored({name: p.to("cpu", getattr(torch, dtype)) for name, p in weights.items()}, config)
     tokenizer.save(folder)
     write_json(folder / "config.json", header)
-    write_atomically(folder / "model.safetensors", safetensors_bytes(stored, {"format": "pt"}))  # last: where it is, the rest is
+    write_tensors(folder / "model.safetensors", stored, {"format": "pt"})  # last: where it is, the rest is
 
 
 def save_adapter(folder, model, tokenizer, base):
@@ -195,8 +194,7 @@ def save_adapter(folder, model, tokenizer, base):
         "lora_alpha": one.scale * one.rank, "lora_dropout": one.dropout, "target_modules": sorted(targets), "bias": "none",
         "fan_in_fan_out": family_of(model.config) == "gpt2", "modules_to_save": ["score"] if scalar else None, "inference_mode": True})
     tokenizer.save(folder)
-    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in tensors.items()}
-    write_atomically(folder / "adapter_model.safetensors", safetensors_bytes(tensors, {"format": "pt"}))
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 # ---------------------------------------------------------------------------------------------------------

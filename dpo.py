@@ -41,7 +41,7 @@ class Config(RunConfig):
     beta: Positive = 0.3  # strength of the tie to the reference, per nat; 0.1 is usual for large models
     label_smoothing: Annotated[float, ">= 0", "< 0.5"] = 0.0  # probability that a label is the wrong way round (loss dpo)
     lr: Positive = 1e-3  # peak learning rate; falls to a tenth on a cosine
-    warmup: Count = 20  # steps of linear warm-up
+    warmup: Natural = 20  # steps of linear warm-up
     weight_decay: NonNegative = 0.0  # of matrices; norms, biases and embeddings don't decay
     max_grad_norm: Positive = 1.0  # gradients are scaled down to this norm
     val_fraction: Fraction = 0.1  # share of a file's prompts held out

@@ -341,20 +341,21 @@ class ScalarModel(nn.Module):
         with torch.autocast(ids.device.type, enabled=False):
             return F.linear(states, self.score.weight.float()).squeeze(-1)
 
+    @property
+    def can_shift(self):
+        """Whether there is a bias for `shift`: not in families with an RMSNorm, nor in OPT-350M."""
+        return isinstance(self.transformer.ln_f, nn.LayerNorm)
+
     @torch.no_grad()
     def shift(self, amount):
         """Lower every score by amount, in the weights, so that whoever opens the folder gets the shifted score.
 
-        The final norm's bias b becomes b - amount * w / |w|^2 for the head w: only w . b changes, by -amount. Returns
-        whether that was possible: families without such a bias (RMSNorm) keep their scores.
+        The final norm's bias b becomes b - amount * w / |w|^2 for the head w: only w . b changes, by -amount.
         """
-        if not isinstance(self.transformer.ln_f, nn.LayerNorm):
-            return False
         w = self.score.weight[0]
         if self.transformer.project_out is not None:
             w = w @ self.transformer.project_out.weight
         self.transformer.ln_f.bias = nn.Parameter(self.transformer.ln_f.bias - amount * w / w.square().sum())
-        return True
 
 
 def last_scores(per_position, lengths):

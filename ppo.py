@@ -55,12 +55,8 @@ Left out: a trunk shared by policy and critic, a value behind the end of cut-off
 Legend: B replies on this rank, T tokens, V vocabulary.
 """
 import copy
-import importlib
-import inspect
 import json
 import math
-import os
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -73,8 +69,8 @@ from checkpoint import load_model, open_model, save_model
 from data import by_length, collate, drop_long, encode_demonstrations, endless_batches, endless_order
 from formats import read_rows, split_by_prompt
 from model import GPT, ScalarModel, generate, last_scores, prepare, twin, values_before
-from runtime import (Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, UserError, adamw, require,
-                     run_script, scheduled_lr)
+from runtime import (Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, adamw, require,
+                     reward_function, run_script, scheduled_lr)
 from tokenizer import describe, encode_prompt
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -100,7 +96,7 @@ class Config(RunConfig):
     critic_lr: Positive = 1e-3  # peak learning rate of the critic
     lr_schedule: Schedule = "cosine"  # the policy's: to a tenth on a cosine, to zero on a line, or constant
     critic_lr_schedule: Schedule = "cosine"  # the critic's
-    warmup: Count = 5  # rollouts of linear warm-up, both networks
+    warmup: Natural = 5  # rollouts of linear warm-up, both networks
     max_grad_norm: Positive = 1.0  # gradients of policy and of critic are scaled down to this norm
     critic_init: Literal["auto", "reward", "sft", "zero"] = "auto"  # trunk and head of the reward model; --model's trunk with a random head, or with a head of zeros; auto: reward, or zero if there is none
     critic_warmup: Natural = 0  # rollouts at the start that train the critic alone
@@ -313,31 +309,6 @@ def diagnose(history, kl_limit):
             found["gold"] = (f"the score rises while the gold score fell from {mean('gold', before):.2f} to {mean('gold', late):.2f} (over-optimisation): "
                              "raise --kl-coef, stop earlier, or train the reward model on replies of this policy")
     return found
-
-
-def reward_function(spec, device):
-    """What --reward-fn module:function names, as f(prompts, replies, answers) -> scores (B,); whatever goes wrong in it is a UserError."""
-    module, _, name = spec.partition(":")
-    require(module and name, f"--reward-fn {spec}: write module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # found from the working directory
-    try:
-        function = getattr(importlib.import_module(module), name)
-        wants_answers = len(inspect.signature(function).parameters) > 2
-    except Exception as error:  # a module of the user's may fail in any way
-        raise UserError(f"--reward-fn {spec} can't be imported ({type(error).__name__}: {error})") from None
-
-    def scores_of(*texts):  # prompts, replies, answers
-        try:
-            with torch.no_grad():
-                scores = torch.as_tensor(function(*texts[:3 if wants_answers else 2]), dtype=torch.float32, device=device).detach()
-        except Exception as error:
-            raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given lists of text: prompts, replies and, if it takes three, answers") from None
-        require(scores.shape == (len(texts[1]),) and scores.isfinite().all(),
-                f"--reward-fn {spec} must return one finite number for each of {len(texts[1])} replies, got shape {tuple(scores.shape)}")
-        return scores
-
-    return scores_of
 
 
 def main(config):

@@ -1,6 +1,7 @@
 """The demo's last step: summary.json, curves.png, ppo_metrics.png and report.html from what the stages left in a folder.
 
     python report.py --demo runs/demo
+    python report.py --curves runs/smollm2       any other folder of runs (sft, reward, dpo, ppo): curves.png alone
 """
 import base64
 import html
@@ -26,6 +27,7 @@ TRY_NEXT = [
 @dataclass
 class Config:
     demo: str = "runs/demo"  # folder that holds sft, reward, ppo, dpo and evaluation.json
+    curves: str = ""  # folder that holds some of sft, reward, dpo, ppo, on any data: draw its curves.png and nothing else
     seconds: NonNegative = 0.0  # wall time of the whole demo, for the summary
     debug: bool = False  # show the traceback of an error
 
@@ -58,16 +60,22 @@ def summarise(evaluation, reward, seconds):
     return summary | {"seconds.total": seconds, "prompts": results["sft"]["prompts"], **results, "reward": reward}
 
 
-def draw(demo, evaluation, reward, path):
-    """Nine panels, from supervised loss to the gold score of each model, into a PNG."""
+def pyplot():
+    """matplotlib's, drawing into files."""
     try:
         import matplotlib
     except ImportError:
         raise UserError("the pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    sft, rm, ppo, dpo = (read_metrics(demo / name) for name in ("sft", "reward", "ppo", "dpo"))
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+    return plt
+
+
+def draw(demo, evaluation, reward, path):
+    """Nine panels, from supervised loss to the gold score of each model, into a PNG."""
+    plt = pyplot()
+    sft, rm, ppo, dpo = (read_metrics(demo / name) for name in ("sft", "reward", "ppo", "dpo"))
     figure, grid = plt.subplots(3, 3, figsize=(12, 9), constrained_layout=True)
 
     def panel(axes, title, ylabel, xlabel="step"):
@@ -144,7 +152,7 @@ def draw(demo, evaluation, reward, path):
 
 def draw_ppo(series, path):
     """Every metric that ppo.py logs, one small panel each: what a healthy run looks like."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     names = [name for name in series if name not in ("step", "lr", "critic_lr", "kl_coef", "updates") and "per_second" not in name]
     figure, grid = plt.subplots(math.ceil(len(names) / 5), 5, figsize=(12, 1.7 * math.ceil(len(names) / 5)), constrained_layout=True)
     for axes in grid.flat[len(names):]:
@@ -160,6 +168,37 @@ def draw_ppo(series, path):
     plt.close(figure)
 
 
+CURVES = [("sft", "loss", "val_loss"), ("reward", "loss"), ("reward", "accuracy", "val_accuracy"), ("dpo", "accuracy", "val_accuracy"),
+          ("dpo", "chosen_logprob", "rejected_logprob"), ("ppo", "score"), ("ppo", "kl"), ("ppo", "entropy"), ("ppo", "length"), ("ppo", "explained_variance")]
+
+
+def draw_curves(folder, path):
+    """The main metrics of whichever stages have run in a folder, one panel each; noisy ones with their mean over a tenth of the run."""
+    plt = pyplot()
+    found = {stage: read_metrics(folder / stage) for stage in ("sft", "reward", "dpo", "ppo") if (folder / stage / "metrics.jsonl").is_file()}
+    panels = [(stage, *names) for stage, *names in CURVES if stage in found]
+    require(panels, f"--curves {folder} holds no run (sft, reward, dpo, ppo)")
+    figure, grid = plt.subplots(math.ceil(len(panels) / 5), 5, figsize=(14, 2.6 * math.ceil(len(panels) / 5)), constrained_layout=True, squeeze=False)
+    for axes in grid.flat[len(panels):]:
+        axes.set_visible(False)
+    for axes, (stage, *names) in zip(grid.flat, panels):
+        for name, colour in zip(names, ("tab:blue", "tab:orange")):
+            steps, values = found[stage].get(name, ([], []))
+            if name.startswith("val_") or len(values) < 10:
+                axes.plot(steps, values, "o-", color=colour, ms=4, lw=1, label="held out" if name.startswith("val_") else name)
+                continue
+            window = max(1, len(values) // 10)
+            smooth = [sum(values[max(0, i - window + 1):i + 1]) / len(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
+            axes.plot(steps, values, color=colour, lw=0.7, alpha=0.4)
+            axes.plot(steps, smooth, color=colour, lw=1.5, label=name)
+        axes.set_title(f"{stage}: {names[0].removesuffix('_logprob')}" + (" and rejected" if names[0] == "chosen_logprob" else ""), fontsize=9, loc="left")
+        if len(names) > 1:
+            axes.legend(frameon=False, fontsize=7)
+        axes.set_xlabel("rollout" if stage == "ppo" else "step", fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def pick_questions(evaluation, number=3):
     """Evenly spread prompts, whatever the models made of them: [(prompt, {stage: (reply, score)})]."""
     columns = {Path(folder).name: rows for folder, rows in evaluation["replies"].items()}
@@ -169,6 +208,10 @@ def pick_questions(evaluation, number=3):
 
 
 def main(config):
+    if config.curves:
+        draw_curves(Path(config.curves), Path(config.curves) / "curves.png")
+        print(f"{config.curves}/curves.png")
+        return
     demo = Path(config.demo)
     evaluation, reward = read_json(demo / "evaluation.json"), read_json(demo / "reward" / "evaluation.json")
     summary = summarise(evaluation, reward, config.seconds)

@@ -5,7 +5,8 @@
 The K replies to a prompt go through the trunk once each, and all pairs that their ranks decide sit in one batch
 element; a chosen/rejected pair is K = 2 (Bradley-Terry). m is the row's margin (Llama 2, eq. 2), 0 if it has none.
 Ties make no pair. The score is read at the last token, which is the end token. After training, the mean score of
-the demonstrations is folded into the weights, so that 0 means "as good as a demonstration".
+the demonstrations is folded into the weights, so that 0 means "as good as a demonstration" (not where the last norm is an
+RMSNorm, which has no bias to hold it).
 Left out: a language-model term, a centring term, soft labels for ties.
 
     python reward.py --model runs/sft --data runs/preferences/train.jsonl --val-data runs/preferences/heldout.jsonl
@@ -41,7 +42,7 @@ class Config(RunConfig):
     batch_tokens: Count = 4096  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     lr: Positive = 2e-3  # peak learning rate; falls to a tenth on a cosine
-    warmup: Count = 100  # steps of linear warm-up
+    warmup: Natural = 100  # steps of linear warm-up
     weight_decay: NonNegative = 0.01  # of matrices; norms, biases and embeddings don't decay
     max_grad_norm: Positive = 1.0  # gradients are scaled down to this norm
     val_fraction: Fraction = 0.1  # share of a file's prompts held out
@@ -109,14 +110,18 @@ def main(config):
     limit = min(config.max_length or model.config.block_size, model.config.block_size)
     train, val = preference_groups(config, tokenizer, limit, run.say)
     lengths = [len(group) * max(len(ids) for ids, _ in group) for _, group in train]  # padded tokens of a group
-    if config.demonstrations == "toy":
+    shifts = model.can_shift and config.lora_save == "merged"
+    if not shifts:
+        run.say("scores stay as they are: an adapter, or a last norm without bias (RMSNorm), has no weight that could make 0 mean a demonstration")
+        demonstrations = []
+    elif config.demonstrations == "toy":
         demonstrations = toy.World(config.seed).demonstrations("train", per_prompt=1)
     elif config.demonstrations:
         demonstrations = [row for row in read_rows(config.demonstrations, "demonstrations", run.say) if row.prompt]
     else:
         demonstrations = [Row(row.prompt, [row.replies[int(np.argmin(row.ranks))]], [0]) for row, _ in train[:2000]]
     demonstrations = [group for group in (encode_group(tokenizer, row) for row in demonstrations) if len(group[0][0]) <= limit]
-    require(demonstrations, f"--demonstrations {config.demonstrations}: every row is longer than {limit} tokens")
+    require(demonstrations or not shifts, f"--demonstrations {config.demonstrations}: every row is longer than {limit} tokens")
 
     # 2. model and optimiser
     prepare(model, config)
@@ -155,15 +160,15 @@ def main(config):
                 row |= {f"val_{name}": result[name] for name in ("accuracy", "bayes_accuracy") if name in result}
             run.log(step, row, show=("loss", "accuracy", "val_accuracy", "gap"))
         if run.time_to_save(step):
-            scores = score_replies(run, model, demonstrations, config.micro_batch_tokens, tokenizer.pad)
+            shifted, centre = twin(model, share=True), {}  # training goes on unshifted, so saving can't change it
+            if shifts:
+                scores = score_replies(run, model, demonstrations, config.micro_batch_tokens, tokenizer.pad)
+                shifted.shift(float(scores.mean()))
+                centre = {"demonstrations_mean_before": float(scores.mean()), "demonstrations_std": float(scores.std())}
             if run.main:
-                shifted = twin(model, share=True)  # training goes on unshifted, so saving can't change it
-                if config.lora_save == "adapter" or not shifted.shift(float(scores.mean())):
-                    run.say(f"demonstrations score {scores.mean():.3f}: there is no bias in this model's last norm, or none in an adapter, to make that 0")
                 save_model(run.out, shifted, tokenizer, config)
                 if last and val:
-                    write_json(run.out / "evaluation.json", result | {"demonstrations_mean_before": float(scores.mean()),
-                                                                      "demonstrations_std": float(scores.std())})
+                    write_json(run.out / "evaluation.json", result | centre)
             run.save(step, {"reward": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
     if first < config.steps and val:
         run.say(f"held-out accuracy {result['accuracy']:.3f} +- {result['accuracy_interval']:.3f} (95 %), by length alone {result['length_accuracy']:.3f}" + (f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""))

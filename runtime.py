@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -27,7 +28,7 @@ from typing import Annotated, Literal
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 
@@ -217,6 +218,20 @@ def write_atomically(path, data):
     os.replace(temporary, path)
 
 
+def write_tensors(path, tensors, metadata):
+    """Write {name: tensor} as safetensors, atomically, straight from the tensors' memory; those not on the CPU are copied there first."""
+    seen, host = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        host[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format has no shared tensors
+        seen.add(tensor.data_ptr())
+    temporary = Path(f"{path}.tmp")
+    save_file(host, temporary, metadata)
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
 def write_json(path, value):
     """Write value as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
@@ -270,6 +285,31 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def reward_function(spec, device):
+    """What --reward-fn module:function names, as f(prompts, replies, answers) -> scores (B,); whatever goes wrong in it is a UserError."""
+    module, _, name = spec.partition(":")
+    require(module and name, f"--reward-fn {spec}: write module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # found from the working directory
+    try:
+        function = getattr(importlib.import_module(module), name)
+        wants_answers = len(inspect.signature(function).parameters) > 2
+    except Exception as error:  # a module of the user's may fail in any way
+        raise UserError(f"--reward-fn {spec} can't be imported ({type(error).__name__}: {error})") from None
+
+    def scores_of(*texts):  # prompts, replies, answers
+        try:
+            with torch.no_grad():
+                scores = torch.as_tensor(function(*texts[:3 if wants_answers else 2]), dtype=torch.float32, device=device).detach()
+        except Exception as error:
+            raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given lists of text: prompts, replies and, if it takes three, answers") from None
+        require(scores.shape == (len(texts[1]),) and scores.isfinite().all(),
+                f"--reward-fn {spec} must return one finite number for each of {len(texts[1])} replies, got shape {tuple(scores.shape)}")
+        return scores
+
+    return scores_of
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -507,12 +547,11 @@ class Run:
         for name, optimizer in optimizers.items():
             for i, values in optimizer.state_dict()["state"].items():
                 tensors |= {f"{name}/{i}/{k}": torch.as_tensor(v) for k, v in values.items()}
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         bad = [k for k, v in tensors.items() if not v.isfinite().all()]
         require(not bad, f"step {step + 1}: {', '.join(bad[:3])} not finite; nothing was saved. Lower the learning rate, or look at the data")
         scalers = {name: self.scalers[o].state_dict() for name, o in optimizers.items() if o in self.scalers}
         state = {"step": step + 1, "config": dataclasses.asdict(self.config), "inputs": self.inputs, "scalers": scalers, "extra": extra or {}}
-        write_atomically(self.resume_file, safetensors_bytes(tensors, {"state": json.dumps(state)}))
+        write_tensors(self.resume_file, tensors, {"state": json.dumps(state)})
 
     def _restore(self, modules, optimizers):
         """Load what `save` wrote. Returns (first step to do, extra)."""

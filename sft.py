@@ -34,7 +34,7 @@ class Config(RunConfig):
     batch_tokens: Count = 2048  # tokens per optimiser step over all ranks, padding included
     micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
     lr: Positive = 5e-3  # peak learning rate; falls to a tenth on a cosine
-    warmup: Count = 50  # steps of linear warm-up
+    warmup: Natural = 50  # steps of linear warm-up
     weight_decay: NonNegative = 0.1  # of matrices; norms, biases and embeddings don't decay
     max_grad_norm: Positive = 1.0  # gradients are scaled down to this norm
     dropout: Probability = 0.0  # share of activations dropped while training

@@ -141,7 +141,7 @@ def curve(script, folder, length, beta, flags="", every=1000):
     words = shlex.split(f"--model {folder}/reference --data {folder}/data.jsonl --out {folder}/{script.__name__} --threads 1 --save-every {every} {flags}")
     config = parse_flags(script.Config, "", words)
 
-    def measure(out, policy, tokenizer):
+    def measure(out, policy, tokenizer, flags):
         distances.append(distance(policy, tokenizer, replies, best))
 
     with mock.patch.object(script, "save_model", measure), contextlib.redirect_stdout(io.StringIO()):

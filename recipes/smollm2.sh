@@ -51,3 +51,4 @@ stage "4/5 PPO on the prompts that are not held out"
 stage "5/5 evaluation on held-out prompts: the base model, SFT, PPO, DPO"
 "$python" evaluate.py --models "$out/sft" "$model" "$out/ppo" "$out/dpo" --reward "$out/reward" --data "$preferences" \
     --val-fraction 0.2 $evaluation --micro-batch-tokens 2048 --dtype "${DTYPE:-bfloat16}" --out "$out/evaluation.json"
+"$python" report.py --curves "$out" || echo "no picture: pip install matplotlib"

@@ -74,6 +74,12 @@ def test_held_out_accuracy_bayes_accuracy_and_calibration_are_counted_right():
     assert evaluate(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), swapped)["accuracy"] == pytest.approx(0.5 / 3)
 
 
+def test_length_alone_takes_the_longer_or_the_shorter_reply_whichever_is_more_often_right():
+    for replies in (["aa", "b"], ["a", "bb"]):
+        rows = [Row([], replies, [0, 1]), Row([], replies, [0, 1]), Row([], replies, [1, 0])]
+        assert evaluate(torch.arange(6.0).numpy(), rows)["length_accuracy"] == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("kind, at_start", [("dpo", math.log(2)), ("ipo", 25.0), ("hinge", 1.0)])
 def test_dpo_losses_start_at_their_known_values(kind, at_start):
     pair = ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3]

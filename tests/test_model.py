@@ -402,17 +402,16 @@ def test_a_fresh_head_has_the_stated_spread_and_the_trunk_is_a_copy():
 def test_shift_lowers_every_score_by_the_amount(batch, options, amount):
     model, (ids, _) = tiny(ScalarModel, **options), batch
     before = model(ids)
-    assert model.shift(amount)
+    assert model.can_shift
+    model.shift(amount)
     torch.testing.assert_close(before - model(ids), torch.full(ids.shape, amount), atol=1e-5, rtol=0)
     model.shift(torch.tensor(-amount))
     torch.testing.assert_close(model(ids), before, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("options", [LLAMA, OPT | {"norm_after": True}])
-def test_a_model_whose_last_norm_has_no_bias_is_not_shifted(batch, options):
-    model, (ids, _) = tiny(ScalarModel, **options), batch
-    before = model(ids)
-    assert not model.shift(1.5) and torch.equal(model(ids), before)
+def test_a_model_whose_last_norm_has_no_bias_says_that_it_cant_be_shifted(options):
+    assert not tiny(ScalarModel, **options).can_shift and tiny(ScalarModel).can_shift
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -466,4 +465,31 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(batch, options
     calls.clear()
     with torch.no_grad():
         model(ids, mask)
+    assert len(calls) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the mutants found untested
+
+@pytest.mark.parametrize("stops", [(0,), (3, 0), (0, 3), (1, 5, 3)])
+def test_a_reply_ends_with_whichever_of_the_stops_comes_first(stops):
+    tokenizer = SimpleNamespace(eos=stops[0], stops=stops, pad=63)
+    out = generate(Countdown(), [[9], [50, 4], [20]], 18, tokenizer)
+    replies = [list(range(n - 1, max(stop for stop in stops if stop < n) - 1, -1))[:18] for n in (9, 4, 20)]
+    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == replies
+    assert out.ended.tolist() == [reply[-1] in stops for reply in replies]
+
+
+@pytest.mark.parametrize("options", DIALECTS)
+def test_every_norm_has_the_eps_of_the_config(options):
+    norms = [m for m in tiny(norm_eps=0.01, **options).modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.RMSNorm))]
+    assert len(norms) >= 4 and {m.eps for m in norms} == {0.01}
+
+
+@pytest.mark.parametrize("kind", [GPT, ScalarModel])
+def test_prepare_switches_the_recomputation_of_activations_on(batch, kind):
+    model, calls = tiny(kind), []
+    model_file.prepare(model, SimpleNamespace(checkpoint_activations=True, lora_rank=0))
+    model.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.transformer(batch[0]).sum().backward()
     assert len(calls) == 2

@@ -1,5 +1,4 @@
 """PPO and DPO, run as they are, reach the optimum pi* = ref exp(r / beta) / Z of a task that can be listed; with a bug they don't."""
-import copy
 
 import pytest
 import torch

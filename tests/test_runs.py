@@ -30,7 +30,7 @@ import sft
 import toy
 from checkpoint import load_model
 from data import encode_group
-from formats import read_rows
+from formats import read_rows, split_by_prompt
 from tokenizer import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
     root, said = chain
     for stage in TRAINERS:
         assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "run.json", "resume.safetensors"} <= {p.name for p in (root / stage).iterdir()}
-        assert [row["step"] for row in metrics(root / stage)] == [1, 2, 3]
+        assert [row["step"] for row in metrics(root / stage)] == [*[0] * (stage == "sft"), 1, 2, 3]  # sft: the held-out loss before training
         assert not list((root / stage).glob("*.tmp"))
     summary = json.loads((root / "summary.json").read_text())
     wanted = {"sft.gold", "reward.accuracy", "reward.bayes_accuracy", "seconds.total"}
@@ -458,7 +458,7 @@ def test_two_ranks_train_as_one_does(name, flags, tmp_path):
     two = command(name, flags[name], f"--out {tmp_path}/two --steps 2 --micro-batch-tokens 100", launcher=launcher)
     assert two.returncode == 0, two.stderr[-2000:]
     rows = metrics(tmp_path / "two")
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [*[0] * (name == "sft"), 1, 2]
     if name != "ppo":
         run_here(name, flags[name], f"--out {tmp_path}/one --steps 2")
         for a, b in zip(rows, metrics(tmp_path / "one")):
@@ -497,10 +497,10 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     ("sft", "--device cuda", "PyTorch finds no such device"),
     ("sft", "--dtype float16", "--dtype float16 needs --device cuda"),
     ("sft", "--data nowhere.json", "nowhere.json: no such file"),
-    ("sft", "--data {tmp}/rows.txt", "only .json, .jsonl and .jsonl.gz are read"),
+    ("sft", "--data {tmp}/rows.csv", "only .json, .json.gz, .jsonl"),
     ("sft", "--data {tmp}/broken.jsonl --tokenizer toy", "broken.jsonl:2 is not valid JSON"),
     ("sft", "--data {tmp}/keys.jsonl --tokenizer toy", "its fields are question, reply"),
-    ("sft", "--model {tmp}", "is not a checkpoint folder of this project: config.json is missing"),
+    ("sft", "--model {tmp}", "is not a checkpoint folder: config.json is missing"),
     ("sft", "--model {root}/reward", "holds a reward model, but a language model is needed"),
     ("sft", "--width 30 --heads 4", "width 30 is not divisible by 4 heads"),
     ("sft", "--block-size 5", "every row is longer than the 5 tokens that the context leaves"),
@@ -527,11 +527,12 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
     ("report", "--demo {tmp}", "is missing: run the stage that writes it"),
 ])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, tmp_path, capsys):
-    (tmp_path / "rows.txt").write_text("text")
+    for name in ("rows.txt", "rows.csv"):
+        (tmp_path / name).write_text("text")
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     (tmp_path / "keys.jsonl").write_text('{"question": "a", "reply": "b"}\n')
     (tmp_path / "instructions.json").write_text('[{"instruction": "a", "output": "b"}]')
-    (tmp_path / "ranks.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"], "ranks": [NaN, 1]}\n')
+    (tmp_path / "ranks.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"], "ranks": [1e999, 1]}\n')
     words = shlex.split(flags.format(tmp=tmp_path, root=chain[0]))
     if script in TRAINERS and "--out" not in words:
         words += ["--out", str(tmp_path / "out")]
@@ -573,9 +574,9 @@ def test_overwrite_replaces_a_run_and_deletes_neither_its_inputs_nor_other_files
         run_here("sft", TINY, f"--out {tmp_path}/run --overwrite --data nowhere.json")
     with pytest.raises(runtime.UserError, match="would delete the --model"):
         run_here("sft", f"--out {tmp_path}/run --overwrite --model {tmp_path}/run")
-    assert len(metrics(tmp_path / "run")) == 2
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
     run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 1 --overwrite")
-    assert len(metrics(tmp_path / "run")) == 1 and (tmp_path / "run" / "notes.txt").exists()
+    assert metrics(tmp_path / "run")[-1]["step"] == 1 and (tmp_path / "run" / "notes.txt").exists()
 
 
 def test_replies_cut_off_before_their_end_never_earn_more_than_any_that_ended(chain, tmp_path, monkeypatch):
@@ -645,10 +646,10 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(flags, tmp_pat
 def test_help_explains_every_flag_and_every_field_is_read(name):
     config_class = SCRIPTS[name].Config
     comments = runtime.field_comments(config_class)
-    sources = inspect.getsource(SCRIPTS[name]) + "".join(inspect.getsource(m) for m in (runtime, model, importlib.import_module("data")))
+    sources = inspect.getsource(SCRIPTS[name]) + "".join(inspect.getsource(m) for m in (runtime, model, *map(importlib.import_module, ("checkpoint", "data", "formats"))))
     for field in dataclasses.fields(config_class):
         assert len(comments.get(field.name, "")) > 8, f"--{field.name} has no help"
-        assert re.search(rf"config\.{field.name}\b", sources), f"--{field.name} is never read"
+        assert re.search(rf"(config|flags)\.{field.name}\b", sources), f"--{field.name} is never read"
     shown = command(name, "--help")
     assert shown.returncode == 0
     assert all("--" + field.name.replace("_", "-") in shown.stdout for field in dataclasses.fields(config_class))
@@ -694,3 +695,17 @@ def test_run_sh_refuses_wrong_arguments():
     for words in (["--sed", "1"], ["--seed"], ["--seed", "x"]):
         done = subprocess.run(["bash", str(ROOT / "run.sh"), *words], capture_output=True, text=True)
         assert done.returncode == 2 and "error: " in done.stderr
+
+
+# -- which rows of a file
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_training_takes_its_part_of_a_file_and_holds_prompts_out(name, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": f"Cube {i}.", "chosen": "Yes.", "rejected": "No."} for i in range(60)]))
+    run_here(name, f"{TINY} --tokenizer toy --model scratch --data {path} --part 1/2:2 --val-fraction 0.3 --steps 1 --batch-tokens 100 --out {tmp_path}/run")
+    rows = split_by_prompt(read_rows(path, "preferences", str, "1/2:2"), 0.3)
+    kept, held_out = map(len, rows)
+    assert 5 < held_out < kept < 45
+    said = capsys.readouterr().out
+    assert f"{kept} training and {held_out} held-out examples" in said or f"{kept} prompts to train on and {held_out} held out" in said

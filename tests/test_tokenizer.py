@@ -649,6 +649,16 @@ def test_a_model_that_would_spell_a_special_token_is_kept_from_it(tmp_path, toke
     assert "".join(map(ours.show, ours.encode("a</s>b"))) == "a</s>b"
 
 
+def test_a_special_token_in_a_text_is_merged_as_other_text_is(tmp_path, tokenizers, transformers):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.train_from_iterator(CORPUS + ["<p>a</p>"] * 20, tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    ours, theirs = opened(tmp_path, library=library), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a</s>b", "</s>", "x</s></s>"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] and len(ours.encode(text)) < len(text)
+
+
 @pytest.mark.parametrize("name, text", [("tokenizer.json", "{}"), ("tokenizer.json", '{"model": 7}'),
                                         ("tokenizer.json", '{"model": {"type": "BPE", "continuing_subword_prefix": "#", "vocab": {"é": 0}, "merges": ["é é"]}}'), ("tokenizer.json", "\ud83d"),
                                         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'), ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
