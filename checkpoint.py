@@ -215,7 +215,7 @@ def read_json(path):
 def fetch(name, allow_pickle=False):
     """The folder that --model names: itself, or a hub name (org/model), fetched through huggingface_hub."""
     folder = Path(name)
-    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir() or folder.parts[0] == "runs":  # where our own runs go
         require(folder.is_dir(), f"{name}: no such checkpoint folder")
         return folder
     try:
