@@ -88,17 +88,6 @@ def close(a, b, tolerance=1e-4):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
-@pytest.fixture(scope="session")
-def peers():
-    """transformers, without network and noise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        found = pytest.importorskip("transformers", reason="the peer that checkpoint folders are compared with")
-        found.logging.set_verbosity_error()
-        getattr(found.logging, "disable_progress_bar", lambda: None)()
-        yield found
-
-
 def auto(peers, kind):
     return peers.AutoModelForCausalLM if kind is GPT else peers.AutoModelForSequenceClassification
 

@@ -1,5 +1,6 @@
 """Low-rank adapters: against the base, against their merged weights, against transformers, and in whole runs of the scripts."""
 import contextlib
+import copy
 import io
 import json
 import math
@@ -21,7 +22,7 @@ import sft
 from checkpoint import load_model, save_model
 from model import GPT, LORA_TARGETS, LoRALinear, ScalarModel, merged_weights, prepare, twin
 from runtime import UserError, adamw
-from test_checkpoint import ATTENTION, IDS, TOKENIZER, auto, close, open_with, outputs, peer_outputs, peers, tiny  # noqa: F401 (peers: a fixture)
+from test_checkpoint import ATTENTION, IDS, TOKENIZER, auto, close, open_with, outputs, peer_outputs, tiny
 from tokenizer import Tokenizer
 
 KINDS = [(kind, name) for kind in (GPT, ScalarModel) for name in ("gpt2", "llama3", "opt")] + [(GPT, "qwen3"), (ScalarModel, "opt-350m")]
@@ -414,7 +415,7 @@ def test_adapters_that_could_not_be_saved_are_refused_at_the_start(root, tmp_pat
 
 def test_adapters_cannot_be_saved_alone_where_tokens_were_added(root, tmp_path, monkeypatch):
     def added(folder):
-        tokenizer = Tokenizer.named("toy")
+        tokenizer = copy.copy(Tokenizer.named("toy"))  # it is one object for all
         tokenizer.added = 3
         return tokenizer
 
