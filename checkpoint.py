@@ -359,7 +359,8 @@ def load_adapter(folder, kind, dropout, allow_pickle):
     base, rank, alpha = h.get("base_model_name_or_path"), h.get("r"), h.get("lora_alpha")
     require(isinstance(base, str) and isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float)) and abs(alpha) < 1e15,
             f"{folder}/adapter_config.json is damaged")
-    require(not (fetch(base, allow_pickle) / "adapter_config.json").is_file(), f"{folder} is an adapter of {base}, which is an adapter itself; only those of a whole model are supported")
+    require(not (fetch(base, allow_pickle) / "adapter_config.json").is_file(),
+            f"{folder} is an adapter of {base}, which is an adapter itself; only those of a whole model are supported")
     model, tokenizer = load_model(base, GPT, dropout, allow_pickle)
     if kind is ScalarModel:
         model = ScalarModel.from_trunk(model, share=True)

@@ -171,7 +171,9 @@ def main(config):
                     write_json(run.out / "evaluation.json", result | centre)
             run.save(step, {"reward": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
     if first < config.steps and val:
-        run.say(f"held-out accuracy {result['accuracy']:.3f} +- {result['accuracy_interval']:.3f} (95 %), by length alone {result['length_accuracy']:.3f}" + (f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""))
+        bayes = f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""
+        run.say(f"held-out accuracy {result['accuracy']:.3f} +- {result['accuracy_interval']:.3f} (95 %), "
+                f"by length alone {result['length_accuracy']:.3f}{bayes}")
         run.say("calibration (predicted -> came true): " + "  ".join(f"{b['predicted']:.2f} -> {b['observed']:.2f}" for b in result["calibration"]))
 
 

@@ -507,6 +507,19 @@ def test_a_reward_function_gets_prompts_and_replies_as_text_in_order(root, tmp_p
         assert run.calls["judge_missing_eos"][number].scores.tolist() == pytest.approx([i / 7 for i in range(16)])
 
 
+def test_a_reward_function_of_three_parameters_gets_the_answers_of_its_rows(root, tmp_path, monkeypatch):
+    """Rows with a checkable result: a question, and an answer that ends in #### and the result."""
+    (tmp_path / "questions.json").write_text(json.dumps([{"question": f"How many are {n}?", "answer": f"{n} it is #### {n},000"} for n in range(20)]))
+    (tmp_path / "checks_of_mine.py").write_text("calls = []\n\ndef score(prompts, replies, answers):\n    calls.append((prompts, answers))\n"
+                                                "    return [float(answer in reply) for reply, answer in zip(replies, answers)]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    train(root, tmp_path / "run", f"--data {tmp_path}/questions.json", reward="--reward-fn checks_of_mine:score")
+    trial, *calls = sys.modules.pop("checks_of_mine").calls
+    assert len(trial[1]) == 1 and len(calls) == 2
+    assert all(answers == [prompt.split()[-1][:-1] + "000" for prompt in prompts] for prompts, answers in calls)
+
+
 def test_a_reward_function_that_fails_later_ends_in_one_line_and_saves_nothing(root, tmp_path, monkeypatch):
     def moody(prompts, replies):
         return [1.0] if len(replies) == 1 else 1 / 0
