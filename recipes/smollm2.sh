@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct aligned on real data: SFT on instructions, a reward model on HH-RLHF, PPO and DPO, evaluation.
 #
-#   bash recipes/smollm2.sh            on 2 CPU cores: about an hour and a half; results as in docs/smollm2.md
+#   bash recipes/smollm2.sh            on 2 CPU cores: about an hour; results as in docs/smollm2.md
 #   SIZE=full bash recipes/smollm2.sh  whole data, longer texts, for a GPU
 #
 # From the hub by default (pip install -r requirements-hf.txt); to use what you have, set any of
@@ -25,15 +25,18 @@ small)  # texts of up to 192 tokens, a fraction of an epoch
     sft="--val-fraction 0.1 --steps 40 --batch-tokens 2048 --warmup 4 --lr 2e-5"
     reward="--steps 60 --batch-tokens 2560 --warmup 6 --lr 3e-5"
     dpo="--steps 40 --batch-tokens 2048 --warmup 4 --lr 1e-5"
-    ppo="--steps 16 --rollout-batch 16 --minibatches 2 --max-length 136 --max-new-tokens 40 --lr 1e-5 --critic-lr 2e-5 --warmup 2"
-    evaluation="--prompts 64 --max-length 136 --max-new-tokens 40" ;;
+    # most replies are cut off at 40 tokens: with a penalty for that, PPO would learn to be brief and little else
+    ppo="--steps 16 --rollout-batch 32 --minibatches 2 --max-length 136 --max-new-tokens 40 --lr 2e-5 --critic-lr 3e-5 --warmup 1
+        --kl-coef 0.01 --lr-schedule constant --missing-eos subtract --missing-eos-penalty 0"
+    evaluation="--val-fraction 0.2 --micro-batch-tokens 2048 --prompts 126 --max-length 136 --max-new-tokens 40" ;;
 full)
     common="--max-length 1024 --micro-batch-tokens 16384 --val-fraction 0.02"
     sft="--steps 1500 --batch-tokens 32768 --warmup 50 --lr 2e-5"
     reward="--steps 1500 --batch-tokens 32768 --warmup 50 --lr 1e-5"
     dpo="--steps 1500 --batch-tokens 32768 --warmup 50 --lr 2e-6"
-    ppo="--steps 300 --rollout-batch 256 --minibatches 4 --max-length 640 --max-new-tokens 128 --lr 3e-6 --critic-lr 1e-5 --warmup 10"
-    evaluation="--prompts 512 --max-length 640 --max-new-tokens 128" ;;
+    ppo="--steps 300 --rollout-batch 256 --minibatches 4 --max-length 640 --max-new-tokens 128 --lr 3e-6 --critic-lr 1e-5 --warmup 10
+        --kl-coef 0.02"
+    evaluation="--val-fraction 0.02 --prompts 512 --max-length 640 --max-new-tokens 128" ;;
 *) echo "error: SIZE must be small or full, got $SIZE" >&2; exit 2 ;;
 esac
 every="--dtype ${DTYPE:-bfloat16} --resume --eval-every 100000"
@@ -46,9 +49,9 @@ stage "2/5 reward model on comparisons"
 stage "3/5 DPO on the same comparisons"
 "$python" dpo.py --data "$preferences" --model "$out/sft" --out "$out/dpo" --beta 0.1 $common $dpo $every
 stage "4/5 PPO on the prompts that are not held out"
-"$python" ppo.py --data "$preferences" --model "$out/sft" --reward "$out/reward" --out "$out/ppo" --kl-coef 0.02 --epochs 2 \
+"$python" ppo.py --data "$preferences" --model "$out/sft" --reward "$out/reward" --out "$out/ppo" --epochs 2 \
     $common $ppo --dtype "${DTYPE:-bfloat16}" --resume --sample-every 4
 stage "5/5 evaluation on held-out prompts: the base model, SFT, PPO, DPO"
 "$python" evaluate.py --models "$out/sft" "$model" "$out/ppo" "$out/dpo" --reward "$out/reward" --data "$preferences" \
-    --val-fraction 0.2 $evaluation --micro-batch-tokens 2048 --dtype "${DTYPE:-bfloat16}" --out "$out/evaluation.json"
+    $evaluation --dtype "${DTYPE:-bfloat16}" --out "$out/evaluation.json"
 "$python" report.py --curves "$out" || echo "no picture: pip install matplotlib"
