@@ -74,7 +74,7 @@ def compare(values, baseline):
     Scores within 1e-4 tie: a reply's score depends that much on the batch it was padded with.
     """
     wins, losses = float(np.mean(values > baseline + 1e-4)), float(np.mean(values < baseline - 1e-4))
-    ties = 1.0 - wins - losses
+    ties = max(0.0, 1.0 - wins - losses)
     return {"wins": wins, "ties": ties, "losses": losses, "win_rate": wins + ties / 2}
 
 

@@ -195,6 +195,7 @@ def draw_curves(folder, path):
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=7)
         axes.set_xlabel("rollout" if stage == "ppo" else "step", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -26,7 +26,7 @@ small)  # texts of up to 192 tokens, a fraction of an epoch
     reward="--steps 60 --batch-tokens 2560 --warmup 6 --lr 3e-5"
     dpo="--steps 40 --batch-tokens 2048 --warmup 4 --lr 1e-5"
     # most replies are cut off at 40 tokens: with a penalty for that, PPO would learn to be brief and little else
-    ppo="--steps 16 --rollout-batch 32 --minibatches 2 --max-length 136 --max-new-tokens 40 --lr 2e-5 --critic-lr 3e-5 --warmup 1
+    ppo="--steps 12 --rollout-batch 32 --minibatches 4 --max-length 136 --max-new-tokens 40 --lr 6e-5 --critic-lr 6e-5 --warmup 1
         --kl-coef 0.01 --lr-schedule constant --missing-eos subtract --missing-eos-penalty 0"
     evaluation="--val-fraction 0.2 --micro-batch-tokens 2048 --prompts 126 --max-length 136 --max-new-tokens 40" ;;
 full)
