@@ -224,21 +224,21 @@ class FolderTokenizer:
                  if (word := content_of(config.get(key)) or content_of(names.get(key)))}
         extra = [content_of(word) for source in (config, names) for key in ("additional_special_tokens", "extra_special_tokens")
                  for word in (source.get(key) if isinstance(source.get(key), list) else [])]
-        self.library = load_library(folder, files, saved, config, [*words.values(), *filter(None, extra)])
-        size = self.n_vocab = max(self.library.get_vocab().values(), default=-1) + 1
+        self.engine = load_library(folder, files, saved, config, [*words.values(), *filter(None, extra)])
+        size = self.n_vocab = max(self.engine.get_vocab().values(), default=-1) + 1
 
         def ids(*values):  # token ids as configurations give them: none, one or a list
             return [i for value in values for i in (value if isinstance(value, list) else [value]) if type(i) is int and 0 <= i < size]
 
         def named(key):  # an id by its word or, failing that, by number
-            number = self.library.token_to_id(words.get(key, ""))
+            number = self.engine.token_to_id(words.get(key, ""))
             return next(iter(ids(number, generation.get(key + "_id"), model.get(key + "_id"))), None)
 
         eos, bos = named("eos_token"), named("bos_token")
         endings = ids(eos, generation.get("eos_token_id"), None if "generation_config.json" in files else model.get("eos_token_id"))
-        self._make_special([self.library.id_to_token(i) for i in ids(endings, bos)])
+        self._make_special([self.engine.id_to_token(i) for i in ids(endings, bos)])
         source = find_template(folder, files, config)
-        ours = source is None or eos is not None and source == own_template(self.library.id_to_token(eos))
+        ours = source is None or eos is not None and source == own_template(self.engine.id_to_token(eos))
         self.template = None if ours else ChatTemplate(folder, source, words, self.specials)
         if self.template:
             eos = self.specials.get(self.template.ending, eos)
@@ -260,19 +260,19 @@ class FolderTokenizer:
 
     def _make_special(self, words):
         """Have words as special tokens, new ones at the end; UserError if the library gives them other ids."""
-        tokens = {token.content: token for token in self.library.get_added_tokens_decoder().values()}
+        tokens = {token.content: token for token in self.engine.get_added_tokens_decoder().values()}
         for word in words:
             if word not in tokens or not tokens[word].special:
-                known = self.library.token_to_id(word)
-                self.library.add_special_tokens([optional("tokenizers").AddedToken(word, special=True, normalized=False)])
-                i = self.library.token_to_id(word)
+                known = self.engine.token_to_id(word)
+                self.engine.add_special_tokens([optional("tokenizers").AddedToken(word, special=True, normalized=False)])
+                i = self.engine.token_to_id(word)
                 require(i == (self.n_vocab if known is None else known), f"{self.folder}: its tokenizer has gaps in its ids, so {word} can't be added")
                 self.n_vocab = max(self.n_vocab, i + 1)
-        self.specials = {token.content: i for i, token in sorted(self.library.get_added_tokens_decoder().items()) if token.special}
+        self.specials = {token.content: i for i, token in sorted(self.engine.get_added_tokens_decoder().items()) if token.special}
 
     def _learn_spaces(self):
         """Find out which special tokens the model makes of their own text, and where the library puts a space before text."""
-        library, tokens = self.library, self.library.get_added_tokens_decoder().values()
+        library, tokens = self.engine, self.engine.get_added_tokens_decoder().values()
         self.eaten = {side: {token.content for token in tokens if getattr(token, side)} for side in ("lstrip", "rstrip")}
         after_special = self._raw(library.id_to_token(self.eos) + "a")[1:]
         library.encode_special_tokens = True  # as ordinary text, from here on
@@ -282,7 +282,7 @@ class FolderTokenizer:
         self.special = re.compile(f"({either(self.specials)})")
 
     def _raw(self, text):
-        return self.library.encode(text, add_special_tokens=False).ids
+        return self.engine.encode(text, add_special_tokens=False).ids
 
     def encode(self, text, after="start"):
         """Text to ids; special tokens in the text are encoded as the characters they are.
@@ -304,19 +304,19 @@ class FolderTokenizer:
 
     def decode(self, ids):
         """Ids to text, without special tokens and ids that don't exist."""
-        return self.library.decode([i for i in ids if 0 <= i < self.n_vocab], skip_special_tokens=True)
+        return self.engine.decode([i for i in ids if 0 <= i < self.n_vocab], skip_special_tokens=True)
 
     def show(self, *ids):
         """Ids as readable text, special tokens included."""
         if not all(0 <= i < self.n_vocab for i in ids):
             return "".join(self.show(i) if 0 <= i < self.n_vocab else f"<id {i}>" for i in ids)
-        once, twice = (self.library.decode(ids * n, skip_special_tokens=False) for n in (1, 2))
+        once, twice = (self.engine.decode(ids * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once):]  # a space before the first word would be lost at the start of a text
 
     def same_as(self, other):
         """Whether other gives the same ids for the same text and dialogue."""
         def known(t):
-            return t.library.to_str(), t.template and t.template.source, t.eos, t.pad, t.document, set(t.stops)
+            return t.engine.to_str(), t.template and t.template.source, t.eos, t.pad, t.document, set(t.stops)
         return isinstance(other, FolderTokenizer) and known(self) == known(other)
 
     def save(self, folder):
@@ -326,20 +326,20 @@ class FolderTokenizer:
     def _amend(self, saved, config, names, generation, words):
         """Bring the files in line with pad, stops, added tokens and our template, so that transformers opens the same tokenizer."""
         decoder = {i: {key: getattr(token, key) for key in ("content", "single_word", "lstrip", "rstrip", "normalized", "special")}
-                   for i, token in sorted(self.library.get_added_tokens_decoder().items())}
+                   for i, token in sorted(self.engine.get_added_tokens_decoder().items())}
         if "tokenizer.json" in self.files:
             tokens = [{"id": i, **token} for i, token in decoder.items()]
             if sorted(saved.get("added_tokens") or [], key=lambda token: token["id"]) != tokens:
                 self.files["tokenizer.json"] = json_bytes(saved | {"added_tokens": tokens})
-        special = {"pad_token": self.library.id_to_token(self.pad)}
+        special = {"pad_token": self.engine.id_to_token(self.pad)}
         changes = {"tokenizer_config.json": dict(special), "special_tokens_map.json": special,
                    "generation_config.json": {"pad_token_id": self.pad, "eos_token_id": list(self.stops) if self.stops[1:] else self.eos}}
         if self.roles or self.added:  # with added_tokens_decoder, transformers reads no other file's tokens
             changes["tokenizer_config.json"] |= {key: words[key] for key in ("bos_token", "unk_token") if key in words}
-            changes["tokenizer_config.json"] |= {"eos_token": words.get("eos_token", self.library.id_to_token(self.eos)),
+            changes["tokenizer_config.json"] |= {"eos_token": words.get("eos_token", self.engine.id_to_token(self.eos)),
                                                  "added_tokens_decoder": {str(i): token for i, token in decoder.items()}}
         if self.roles and "chat_template.jinja" not in self.files:
-            changes["tokenizer_config.json"]["chat_template"] = own_template(self.library.id_to_token(self.eos))
+            changes["tokenizer_config.json"]["chat_template"] = own_template(self.engine.id_to_token(self.eos))
         kind = "PreTrainedTokenizerFast" if "tokenizer.json" in self.files else "GPT2Tokenizer"
         for name, before in (("tokenizer_config.json", config), ("special_tokens_map.json", names), ("generation_config.json", generation)):
             if (name in self.files or name == "tokenizer_config.json") and before != (after := before | changes[name]):
@@ -363,7 +363,7 @@ class FolderTokenizer:
                     before = ""
             if reply and ids[start:][-1:] != [self.eos]:  # the template ends a turn with no special token
                 ids.append(self.eos)
-                before = self.library.id_to_token(self.eos)
+                before = self.engine.id_to_token(self.eos)
             mask += [reply] * (len(ids) - start)
         return ids, mask
 

@@ -125,7 +125,7 @@ MUTANTS = [
            "return turn"),
     Mutant("special tokens: the end token pads", "tokenizer.py", CHOSEN,
            "pad = (pads or [CONTROLS[1]])[0]",
-           "pad = self.library.id_to_token(eos)"),
+           "pad = self.engine.id_to_token(eos)"),
     Mutant("special tokens: replies end with one of them alone", "tokenizer.py", CHOSEN,
            "self.eos, self.stops = eos, tuple(dict.fromkeys([eos, *endings]))",
            "self.eos, self.stops = eos, (eos,)"),

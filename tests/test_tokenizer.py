@@ -561,7 +561,7 @@ def test_a_folder_without_an_end_token_is_refused(tmp_path, tokenizers):
 
 
 def test_an_end_token_that_is_no_special_token_becomes_one(tmp_path, tokenizers):
-    library = open_tokenizer(write(tmp_path / "a")).library
+    library = open_tokenizer(write(tmp_path / "a")).engine
     library.add_tokens(["<end>"])
     ours = opened(tmp_path / "b", library=library, words={"eos_token": "<end>"})
     assert ours.eos not in ours.encode("an <end>") and ours.decode([ours.eos]) == ""
@@ -627,7 +627,7 @@ def test_spaces_before_text_are_put_where_transformers_puts_them(tmp_path, token
 
 @pytest.mark.parametrize("eos", ["</s>", "<|b|>"])
 def test_tokens_that_swallow_the_space_beside_them_do_so(tmp_path, tokenizers, transformers, eos):
-    library = opened(tmp_path / "a").library
+    library = opened(tmp_path / "a").engine
     library.add_special_tokens([tokenizers.AddedToken("<|a|>", rstrip=True, special=True), tokenizers.AddedToken("<|b|>", lstrip=True, special=True)])
     template = ("{% for m in messages %}{{ m.role + '<|a|>\n' + m.content + ' <|b|>\n' }}{% endfor %}"
                 "{% if add_generation_prompt %}{{ 'assistant<|a|>\n' }}{% endif %}")
