@@ -397,13 +397,13 @@ LORA_TARGETS = {"attention": ("attn.c_attn", "attn.c_proj"), "mlp": ("mlp.c_fc",
 
 
 def add_lora(model, rank, alpha, dropout, targets):
-    """Freeze the model but for a scalar head, and put adapters on the matrices of every block that targets names (see LORA_TARGETS).
+    """Freeze the model but for a scalar head, and put adapters on the matrices of every block that `targets` names (see LORA_TARGETS).
 
     Query, key and value are one matrix here, so they share A; each has rows of B of its own. Works in place.
     """
     model.requires_grad_(False)
-    if isinstance(model, ScalarModel):
-        model.score.requires_grad_(True)
+    if isinstance(model, ScalarModel):  # a head of its own: what this model was made from as a `twin` keeps the old one
+        model.score.weight = nn.Parameter(model.score.weight.detach().clone())
     for block in model.transformer.h:
         for target in LORA_TARGETS[targets]:
             part, name = target.split(".")
