@@ -31,7 +31,7 @@ from runtime import Count, Fraction, Natural, NonNegative, Positive, Run, RunCon
 class Config(RunConfig):
     data: str = "toy"  # toy, or files of preferences: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data (toy holds out its own)
-    model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
+    model: str = "runs/sft"  # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
     out: str = "runs/dpo"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 500  # optimiser steps
     epochs: Natural = 0  # passes over the data, instead of --steps; 0 goes by --steps

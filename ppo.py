@@ -79,7 +79,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 @dataclass
 class Config(RunConfig):
     data: str = "toy"  # toy, or files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
-    model: str = "runs/sft"  # checkpoint folder of the policy to start from, which is also the reference; or scratch
+    model: str = "runs/sft"  # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
     reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, called with lists of prompts and replies (and, if it takes three, of the answers in --data) for one number per reply
     reward_weights: list[float] = field(default_factory=list)  # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)

@@ -35,7 +35,7 @@ class Config(RunConfig):
     data: str = "toy"  # toy, or files of preferences: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data (toy holds out its own)
     demonstrations: str = ""  # toy, or a file, whose mean score becomes 0; without it: the best reply of every training row
-    model: str = "runs/sft"  # checkpoint folder of a language model whose trunk to start from, or scratch
+    model: str = "runs/sft"  # checkpoint folder or hub name of a language model whose trunk to start from, or scratch
     out: str = "runs/reward"  # folder for the checkpoint, metrics.jsonl and evaluation.json
     steps: Count = 1200  # optimiser steps; more than one pass over the data overfits
     epochs: Natural = 0  # passes over the data, instead of --steps; 0 goes by --steps
