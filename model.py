@@ -129,6 +129,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x, layer, angles=None, cache=None, positions=None, upto=None):
+        """x (B, T, C) -> (B, T, C). angles: see `rotary_angles`; cache, positions (B,), upto: see `Transformer.forward`."""
         B, T, _ = x.shape
         heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)

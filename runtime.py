@@ -72,7 +72,7 @@ class RunConfig:
     lora_dropout: Probability = 0.0  # share of the adapters' inputs dropped while training (sft, reward)
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # the matrices that get an adapter
     lora_save: Literal["merged", "adapter"] = "merged"  # write a model with the adapters merged, or the adapters alone (a PEFT folder)
-    checkpoint_activations: bool = False  # keep less in memory for the backward pass and compute it again: slower by a third
+    checkpoint_activations: bool = False  # keep less in memory for the backward pass and compute it again: one more forward pass
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in the checkpoint
     seed: Seed = 0  # seed of every random draw
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works

@@ -431,7 +431,8 @@ def test_hostile_text_is_parsed_in_linear_time(tmp_path):
         text = unit * (2**20 // len(unit))
         for row in ({"chosen": text, "rejected": text}, {"question": text, "answer": text},
                     RM_STATIC | {"prompt": text + "\n\nAssistant:"}, ALPACA | {"input": text}):
-            formats.read_rows(write(tmp_path / "a.jsonl", [{"prompt": "x"}, row]), "prompts", SILENT)  # seconds or years
+            rows = formats.read_rows(write(tmp_path / "a.jsonl", [{"prompt": "x"}, row]), "prompts", SILENT)  # in seconds, or in years
+            assert rows[0].text == "x" and len(rows) <= 2
 
 
 # ---------------------------------------------------------------------------------------------------------
