@@ -39,8 +39,8 @@ class Config:
 def main(config):
     folders = config.compare or [config.model]
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     loaded = [load_model(folder, GPT, allow_pickle=config.allow_pickle) for folder in folders]
+    dtype = pick_dtype(config.dtype, device, loaded[0][0].config.n_embd)
     for model, _ in loaded:
         model.to(device).eval()
         require(config.max_new_tokens < model.config.block_size, f"--max-new-tokens {config.max_new_tokens} fills the context of {model.config.block_size}")

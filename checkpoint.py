@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from model import GPT, GPTConfig, LoRALinear, ScalarModel, merged_weights
-from runtime import SCRATCH_FLAGS, UserError, require, write_json, write_tensors
+from adapters import LoRALinear, merged_weights
+from model import GPT, GPTConfig, ScalarModel
+from runtime import SCRATCH_FLAGS, UserError, keep_heap, require, write_json, write_tensors
 from tokenizer import Tokenizer, open_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
@@ -330,6 +331,8 @@ def load_model(name, kind, dropout=0.0, allow_pickle=False):
     require(not extra, f"{stored.path} holds weights that a model of this config.json has no place for: {', '.join(extra[:3])}")
     model.load_state_dict(weights, assign=True)
     grow_vocabulary(folder, model, tokenizer)
+    del stored, weights
+    keep_heap()  # what reading took is given back first
     return model, tokenizer
 
 

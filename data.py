@@ -166,15 +166,15 @@ def by_length(examples, lengths, budget):
 
 
 def pad_rows(rows, fill, device=None):
-    """Lists of numbers -> (B, T) right-padded tensor and lengths (B,), on device."""
+    """Lists of numbers -> (B, T) right-padded tensor on device, and lengths (B,) on the CPU."""
     lengths = torch.tensor([len(row) for row in rows])
     padded = torch.full((len(rows), int(lengths.max())), fill)
     for i, row in enumerate(rows):
         padded[i, :len(row)] = torch.as_tensor(row)
-    return padded.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+    return padded.to(device, non_blocking=True), lengths
 
 
 def collate(examples, pad, device):
-    """Examples [(ids, mask)] -> ids (B, T) on device, mask (B, T) bool on the CPU (see token_index), lengths (B,) on device."""
+    """Examples [(ids, mask)] -> ids (B, T) on device, mask (B, T) bool and lengths (B,) on the CPU (see token_index)."""
     ids, lengths = pad_rows([ids for ids, _ in examples], pad, device)
     return ids, pad_rows([mask for _, mask in examples], False)[0], lengths

@@ -21,9 +21,10 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 
+from adapters import prepare
 from checkpoint import open_model, save_model
 from data import by_length, collate, count_steps, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
-from model import GPT, prepare, show_samples, twin
+from model import GPT, show_samples, twin
 from runtime import Count, Fraction, Natural, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, run_script
 
 

@@ -54,7 +54,8 @@ def answer(model, reference, reward, tokenizer, prompts, config, device):
     for start in range(0, len(prompts), config.batch):
         got = generate(model, prompts[start:start + config.batch], config.max_new_tokens, tokenizer, config.temperature, generator=generator)
         texts += got.texts(tokenizer)
-        size, mask = got.lengths.tolist(), got.mask.cpu()
+        lengths, mask = got.lengths.cpu(), got.mask.cpu()
+        size = lengths.tolist()
         kl, score = (torch.zeros(len(size), device=device) for _ in range(2))
         for piece in by_length(range(len(size)), size, config.micro_batch_tokens):
             rows_here, T = torch.tensor(piece).to(device, non_blocking=True), max(size[i] for i in piece)
@@ -62,7 +63,7 @@ def answer(model, reference, reward, tokenizer, prompts, config, device):
             temperature = config.temperature or 1.0
             kl[rows_here] = (model(ids, part_mask, temperature)[0] - reference(ids, part_mask, temperature)[0]).sum(1)
             if reward is not None:
-                score[rows_here] = last_scores(reward(ids), got.lengths[rows_here])
+                score[rows_here] = last_scores(reward, ids, lengths[piece])
         rows.append(torch.stack([got.ended.float(), got.mask.sum(1).float(), kl, score], 1).cpu())
     ended, length, kl, score = torch.cat(rows).numpy().T
     return texts, ended, length, kl, score if reward is not None else None
@@ -86,9 +87,9 @@ def main(config):
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     loaded = [load_model(folder, GPT, allow_pickle=config.allow_pickle) for folder in config.models]
     models, tokenizer = [model.to(device).eval() for model, _ in loaded], loaded[0][1]
+    dtype = pick_dtype(config.dtype, device, models[0].config.n_embd)
     reward = None
     if config.reward:
         reward, reward_tokenizer = load_model(config.reward, ScalarModel, allow_pickle=config.allow_pickle)

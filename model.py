@@ -1,10 +1,13 @@
-"""A GPT in plain PyTorch: the transformer in its dialects, its heads, low-rank adapters, generation.
+"""A GPT in plain PyTorch: the transformer in its dialects, its heads, generation.
 
 Shapes: B batch, T sequence, C width, V vocabulary, H heads, D head width, N selected tokens.
 Sequences are right-padded, positions count from 0 and attention is causal, so padding can't reach a real token.
 """
+import contextlib
 import copy
+import itertools
 import math
+import platform
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,30 +70,35 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of all layers, preallocated for `length` positions; row b decodes at its own position."""
+    """Keys and values of all layers for the rows that are being decoded, preallocated; each row is at its own position."""
 
-    def __init__(self, config, batch, length, device, dtype):
-        shape = (config.n_layer, 2, batch, config.n_kv_head, length, config.head_dim)
+    def __init__(self, config, rows, length, device, dtype):
+        shape = (config.n_layer, 2, rows, config.n_kv_head, length, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows = torch.arange(batch, device=device)
         self.slots = torch.arange(length, device=device)
 
-    def prefill(self, layer, k, v):
-        """Store the keys and values of positions 0..T-1, each (B, H_kv, T, D)."""
-        self.kv[layer, 0, :, :, :k.shape[2]] = k
-        self.kv[layer, 1, :, :, :v.shape[2]] = v
+    def prefill(self, rows, source):
+        """The next forward pass is over whole prompts: prompt source[i] goes to row rows[i]."""
+        self.rows, self.source, self.positions = rows, source, None
+
+    def step(self, positions, upto):
+        """The next forward pass is over one token per row, at positions (n,), all below upto."""
+        self.rows, self.positions, self.upto = torch.arange(len(positions), device=positions.device), positions, upto
+        self.visible = (self.slots[:upto] <= positions[:, None])[:, None, None]  # (n, 1, 1, upto)
 
     def keep(self, rows):
         """Forget all rows but these (n,)."""
         self.kv = self.kv[:, :, rows]
-        self.rows = self.rows[:len(rows)]
 
-    def extend(self, layer, k, v, positions, upto):
-        """Store one position per row; return keys, values (B, H_kv, upto, D) and which of them each row may see."""
-        self.kv[layer, 0, self.rows, :, positions] = k[:, :, 0].to(self.kv.dtype)
-        self.kv[layer, 1, self.rows, :, positions] = v[:, :, 0].to(self.kv.dtype)
-        visible = self.slots[:upto] <= positions[:, None]  # (B, upto)
-        return self.kv[layer, 0, :, :, :upto], self.kv[layer, 1, :, :, :upto], visible[:, None, None]
+    def attend(self, layer, q, k, v):
+        """Store k and v (B, H_kv, T, D), attend with q (B, H, T, D) to all that a query may see -> (B, H, T, D)."""
+        keys, values = self.kv[layer]  # (rows, H_kv, length, D)
+        grouped = q.shape[1] != k.shape[1]
+        if self.positions is None:
+            keys[self.rows, :, :k.shape[2]], values[self.rows, :, :v.shape[2]] = (x[self.source].to(keys.dtype) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        keys[self.rows, :, self.positions], values[self.rows, :, self.positions] = (x[:, :, 0].to(keys.dtype) for x in (k, v))
+        return F.scaled_dot_product_attention(q.to(keys.dtype), keys[:, :, :self.upto], values[:, :, :self.upto], attn_mask=self.visible, enable_gqa=grouped)
 
 
 def rotary_angles(config, positions):
@@ -128,25 +136,24 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
 
-    def forward(self, x, layer, angles=None, cache=None, positions=None, upto=None):
-        """x (B, T, C) -> (B, T, C). angles: see `rotary_angles`; cache, positions (B,), upto: see `Transformer.forward`."""
-        B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
+    def forward(self, x, layer, layout, angles=None, cache=None):
+        """x (B, T, C) or (M, C) -> the same, or (N, C); layout: see `Layout`; angles: see `rotary_angles`; cache: see `Transformer.forward`."""
+        B, T, inside, wanted = layout[:4]
+        heads = self.c_attn(x)
+        if inside is not None:
+            heads = heads.new_zeros(B * T, heads.shape[-1]).index_copy(0, inside, heads)
+        heads = heads.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if self.q_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        grouped = self.n_kv_head != self.n_head
-        if positions is None:  # a whole sequence: training, scoring, prefill
-            if cache is not None:
-                cache.prefill(layer, k, v)
+        if cache is not None:
+            y = cache.attend(layer, q, k, v)
+        else:
             dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-        else:  # one new token per row
-            k, v, visible = cache.extend(layer, k, v, positions, upto)
-            y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=visible, enable_gqa=grouped)
-        y = y.transpose(1, 2).reshape(B, T, -1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=self.n_kv_head != self.n_head)
+        y = select(y.transpose(1, 2).reshape(B, T, -1), wanted)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -182,12 +189,40 @@ class Block(nn.Module):
         self.ln_1, self.attn = NORMS[config.norm](config), Attention(config)
         self.ln_2, self.mlp = NORMS[config.norm](config), MLP(config)
 
-    def forward(self, x, *attention):
+    def forward(self, x, layer, layout, *attention):
         if self.norm_after:
-            x = self.ln_1(x + self.attn(x, *attention))
+            x = self.ln_1(select(x, layout.kept) + self.attn(x, layer, layout, *attention))
             return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x), *attention)
+        x = select(x, layout.kept) + self.attn(self.ln_1(x), layer, layout, *attention)
         return x + self.mlp(self.ln_2(x))
+
+
+class Layout(NamedTuple):
+    """Which positions of a batch (B, T) a block computes. All of them (None), or those inside alone, laid end to end: then
+    nothing is multiplied for padding, which exists in attention only. The last block drops what nobody wants."""
+    B: int
+    T: int
+    inside: torch.Tensor | None = None  # (M,) flat positions of the block's input
+    wanted: torch.Tensor | None = None  # (N,) flat positions of its output; None: all of (B, T)
+    kept: torch.Tensor | None = None  # (N,) where the output's positions are in the input; None: they are the same
+
+
+def select(x, index):
+    """Rows index of x (..., C), flat -> (N, C); x itself for None."""
+    return x if index is None else x.reshape(-1, x.shape[-1]).index_select(0, index)
+
+
+def layouts(B, T, index, device):
+    """(Layout of all blocks but the last, of the last) for states at flat positions index (N,), on the CPU and ascending, or None: at all."""
+    if index is None:
+        return Layout(B, T), Layout(B, T)
+    last = torch.full((B,), -1).scatter_reduce(0, index // T, index % T, "amax")  # what is behind a row's last wanted position
+    inside = (torch.arange(T) <= last[:, None]).flatten().nonzero().squeeze(1)  # can't reach any
+    if len(inside) > 0.97 * B * T:  # moving rows to attention and back takes as long as computing a few for nothing
+        index = index.to(device, non_blocking=True)
+        return Layout(B, T), Layout(B, T, None, index, index)
+    inside, index, kept = (t.to(device, non_blocking=True) for t in (inside, index, torch.searchsorted(inside, index)))
+    return Layout(B, T, inside, inside), Layout(B, T, inside, index, kept)
 
 
 class Transformer(nn.Module):
@@ -210,35 +245,44 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, ids, cache=None, positions=None, upto=None):
-        """ids (B, T) to hidden states (B, T, C). With positions (B,): one token per row, appended to the cache."""
-        T, limit = ids.shape[1], self.config.block_size
+    def forward(self, ids, cache=None, index=None):
+        """ids (B, T) to hidden states (B, T, C), or to those at flat positions index (N,) alone (N, C), which costs less: see `Layout`.
+
+        index: on the CPU, ascending, each once. cache: keys and values go there; after its `step`, T is 1 and the cache
+        holds what came before.
+        """
+        (B, T), limit = ids.shape, self.config.block_size
         require(T <= limit, f"a sequence of {T} tokens is longer than the model's context of {limit}")
+        positions = None if cache is None else cache.positions
         at = torch.arange(T, device=ids.device) if positions is None else positions[:, None]  # (T,) or (B, 1)
-        x, angles = self.wte(ids), None
+        inner, outer = layouts(B, T, index, ids.device)
+        if inner.inside is not None:
+            ids, at = ids.flatten()[inner.inside], inner.inside % T  # (M,)
+        x, angles = self.wte(ids), None  # (B, T, C) or (M, C)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.wpe is not None:
             x = x + self.wpe(at + self.config.position_offset)
         else:
-            angles = rotary_angles(self.config, at if positions is None else at[:, None])  # (T, D) or (B, 1, 1, D)
+            angles = rotary_angles(self.config, torch.arange(T, device=ids.device) if positions is None else at[:, None])  # (T, D) or (B, 1, 1, D)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
+            layout = outer if layer + 1 == len(self.h) else inner
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, angles, use_reentrant=False)
+                x = checkpoint(block, x, layer, layout, angles, use_reentrant=False)
             else:
-                x = block(x, layer, angles, cache, positions, upto)
+                x = block(x, layer, layout, angles, cache)
         if self.ln_f is not None:
             x = self.ln_f(x)
         return x if self.project_out is None else self.project_out(x)
 
 
-def states_before(states, index):
-    """Rows of states (B, T, C) that predict the tokens at flat positions index (N,): each token's predecessor.
+def before(index):
+    """Flat positions (N,) of the tokens before those at index (N,): where a token is predicted, and its state valued.
 
     The project's only shift-by-one. A sequence's first token has no predecessor and must not be asked for.
     """
-    return states.flatten(0, 1)[index - 1]  # (N, C)
+    return index - 1
 
 
 def token_index(mask):
@@ -246,30 +290,113 @@ def token_index(mask):
     return mask.flatten().nonzero().squeeze(1)
 
 
-LOGITS_AT_ONCE = 1 << 25  # fp32 logits held at any time: 128 MiB
+LOGITS_AT_ONCE = 1 << 26  # logits held at any time: 256 MiB in fp32
+IN_CACHE = 1 << 20  # numbers that a CPU's cache holds, so that several passes over them cost one
 
 
-def token_logprobs(states, weight, targets, temperature=1.0, with_entropy=False):
+class Head(torch.autograd.Function):
+    """States and head to log-probabilities: product, softmax and their gradients in one buffer, a chunk of rows at a time.
+
+    The gradient needs q, the softmax, and gets it the cheapest way there is. summed: all tokens weigh the same, so it is
+    computed at once, while q is at hand. Few tokens: q is kept. Else the logits are computed again, a fourth product.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, with_entropy, summed, dtype, learning):
+        N, most = len(targets), max(1, LOGITS_AT_ONCE // len(weight))
+        rows = -(-N // -(-N // most)) if N > 0 else 1  # chunks of equal size
+        x, w, q = states.to(dtype), weight.to(dtype), None
+        logprobs, entropy = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
+        gradients = [torch.zeros_like(t, dtype=torch.float32) if summed and learning and need else None for t, need in zip((x, w), ctx.needs_input_grad)]
+        for at, q in chunks_of_softmax(x, w, rows, targets, logprobs, entropy if with_entropy else None):
+            if summed and learning:
+                add_head_gradients(gradients, at, q, x, w, targets, x.new_ones(N, dtype=torch.float32))
+        ctx.rows, ctx.dtypes = rows, (states.dtype, weight.dtype)
+        ctx.save_for_backward(*gradients if summed else (x, w, targets, entropy, q if rows == N else None))
+        return logprobs.sum() if summed else logprobs, entropy if with_entropy else None
+
+    @staticmethod
+    def backward(ctx, g, h):
+        """g, h: gradients of logprobs and entropy, (N,) each; summed: g ()."""
+        if len(ctx.saved_tensors) == 2:
+            gradients = [None if d is None else d * g for d in ctx.saved_tensors]
+        else:
+            x, w, targets, entropy, kept = ctx.saved_tensors
+            gradients = [torch.zeros_like(t, dtype=torch.float32) if need else None for t, need in zip((x, w), ctx.needs_input_grad)]
+            for at, q in chunks_of_softmax(x, w, ctx.rows, targets) if kept is None else [(slice(None), kept)]:
+                add_head_gradients(gradients, at, q, x, w, targets, g, h, entropy)
+        return *(None if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes)), None, None, None, None, None
+
+
+def chunks_of_softmax(x, w, rows, targets, logprobs=None, entropy=None):
+    """Yield (slice, q = softmax(x[slice] @ w.T) (n, V')) for x (N, C) and w (V, C), all in the same memory.
+
+    On the way write the log-probabilities of the targets (N,) and the entropies to logprobs and entropy (N,), if given.
+    V' is V rounded up to 64, by columns of no probability: products with rows of 50,257 numbers can take 1.4 times as
+    long as with 50,304.
+    """
+    V, width = len(w), -(-len(w) // 64) * 64
+    buffer = x.new_empty(rows, width)
+    block = max(1, IN_CACHE // width) if x.device.type == "cpu" else rows
+    for start in range(0, len(x), rows):
+        q = buffer[:len(x) - start]
+        torch.mm(x[start:start + rows], w.T, out=q[:, :V])
+        q[:, V:] = -1e4
+        for part, first in zip(q.split(block), range(start, len(x), block)):
+            at = slice(first, first + len(part))
+            z = part.float()  # (n, V'); for fp32 this is q itself, and the softmax is written over it
+            if logprobs is None:
+                part.copy_(torch.softmax(z, -1, out=z))
+                continue
+            top, logits = z.amax(-1), z.gather(1, targets[at, None]).squeeze(1)  # (n,)
+            copy = z.clone() if entropy is not None else None
+            torch.softmax(z, -1, out=z)
+            normaliser = top - z.amax(-1).log()  # from the most likely token, whose probability can't underflow
+            logprobs[at] = logits - normaliser
+            if entropy is not None:
+                entropy[at] = normaliser - torch.linalg.vecdot(z, copy)
+            part.copy_(z)
+        yield slice(start, start + len(q)), q
+
+
+def add_head_gradients(gradients, at, q, x, w, targets, g, h=None, entropy=None):
+    """Add a chunk's to the gradients [of x (N, C), of w (V, C)], where not None. q (n, V') is overwritten.
+
+    g, h (N,): gradients of logprobs and entropy. d logprob / d logits = onehot - q;  d entropy / d logits = -q (log q + entropy).
+    """
+    each, scale = torch.arange(len(q), device=x.device), -g[at, None]
+    if h is None:  # g multiplies what is narrow below, not all of q
+        q[each, targets[at]] -= 1
+    else:
+        d = q * g[at, None] + (torch.xlogy(q, q) + q * entropy[at, None]) * h[at, None]
+        d[each, targets[at]] -= g[at]
+        q, scale = d.to(q.dtype), -torch.ones_like(scale)
+    V, C = w.shape
+    of_x, of_w = gradients
+    if of_x is not None:
+        of_x[at] = (q[:, :V] @ w) * scale
+    if of_w is not None:
+        x = (x[at] * scale).to(x.dtype)
+        block = V if x.dtype == torch.float32 or x.device.type != "cpu" else IN_CACHE // C + 1
+        for v in (slice(v, v + block) for v in range(0, V, block)):
+            if x.dtype == torch.float32:
+                of_w[v].addmm_(q[:, :V].T, x)
+            else:
+                of_w[v] += q[:, :V][:, v].T @ x
+
+
+def token_logprobs(states, weight, targets, temperature=1.0, with_entropy=False, summed=False):
     """Log-probabilities of targets under softmax(states @ weight.T / temperature), in fp32.
 
-    states (N, C), weight (V, C), targets (N,) -> logprobs (N,) and entropy (N,) in nats, or None.
-    Runs in chunks whose logits are computed again in the backward pass, so that (N, V) never exists at once.
+    states (N, C), weight (V, C), targets (N,) -> logprobs (N,) and entropy (N,) in nats, or None; with summed, the sum ()
+    of the logprobs instead, whose gradient costs less. The logits (N, V) never exist at once unless they are few.
     """
-    def chunk_logprobs(states, weight, targets):
-        logits = F.linear(states, weight).float() / temperature  # (chunk, V)
-        normaliser = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-        if not with_entropy:
-            return logprobs, None
-        return logprobs, normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-
-    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    if len(targets) <= rows:
-        return chunk_logprobs(states, weight, targets)
-    chunks = [checkpoint(chunk_logprobs, s, weight, t, use_reentrant=False, preserve_rng_state=False)
-              for s, t in zip(states.split(rows), targets.split(rows))]
-    logprobs, entropies = zip(*chunks)
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if temperature != 1:
+        states = states / temperature
+    with torch.autocast(device, enabled=False):
+        return Head.apply(states, weight, targets, with_entropy, summed, dtype, torch.is_grad_enabled())
 
 
 def unpack(values, mask, index):
@@ -290,16 +417,19 @@ class GPT(nn.Module):
         """(V, C)"""
         return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, ids, mask, temperature=1.0, with_entropy=False):
+    def forward(self, ids, mask, temperature=1.0, with_entropy=False, summed=False):
         """Per-token log-probabilities of the tokens that mask selects, each given all tokens before it.
 
         ids (B, T); mask (B, T) bool, True for tokens to score (never the first of a row).
         Returns logprobs (B, T) fp32, zero outside the mask, and the entropy of the distribution that each
-        token was drawn from, likewise (or None). No logits are computed outside the mask.
+        token was drawn from, likewise (or None). No logits are computed outside the mask. With summed: the sum () of the
+        logprobs, which is cheaper to differentiate, and None.
         """
-        index = token_index(mask).to(ids.device, non_blocking=True)
-        states = states_before(self.transformer(ids), index)
-        logprobs, entropy = token_logprobs(states, self.head_weight, ids.flatten()[index], temperature, with_entropy)
+        at = token_index(mask)
+        states, index = self.transformer(ids, index=before(at)), at.to(ids.device, non_blocking=True)  # (N, C), (N,)
+        logprobs, entropy = token_logprobs(states, self.head_weight, ids.flatten()[index], temperature, with_entropy, summed)
+        if summed:
+            return logprobs, None
         return unpack(logprobs, mask, index), unpack(entropy, mask, index) if with_entropy else None
 
     @property
@@ -336,9 +466,9 @@ class ScalarModel(nn.Module):
     def device(self):
         return self.score.weight.device
 
-    def forward(self, ids):
-        """ids (B, T) -> one number per position (B, T), fp32."""
-        states = self.transformer(ids).float()
+    def forward(self, ids, index=None):
+        """ids (B, T) -> one number per position (B, T), or per flat position in index (N,), fp32. index: see `Transformer.forward`."""
+        states = self.transformer(ids, index=index).float()
         with torch.autocast(ids.device.type, enabled=False):
             return F.linear(states, self.score.weight.float()).squeeze(-1)
 
@@ -359,74 +489,20 @@ class ScalarModel(nn.Module):
         self.transformer.ln_f.bias = nn.Parameter(self.transformer.ln_f.bias - amount * w / w.square().sum())
 
 
-def last_scores(per_position, lengths):
-    """Values (B, T) read at each row's last token -> (B,). lengths (B,) counts prompt and response."""
-    return per_position.gather(1, lengths[:, None] - 1).squeeze(1)
+def last_scores(model, ids, lengths):
+    """A reward model's scores (B,) of ids (B, T), read at each row's last token. lengths (B,), on the CPU, counts prompt and response."""
+    return model(ids, torch.arange(len(ids)) * ids.shape[1] + lengths - 1)
 
 
-def values_before(per_position, mask):
-    """A critic's values (B, T) as (B, T) aligned with tokens: V(state before token t) where mask, zero elsewhere."""
-    index = token_index(mask).to(per_position.device, non_blocking=True)
-    return unpack(states_before(per_position.unsqueeze(-1), index).squeeze(-1), mask, index)
+def values_before(model, ids, mask):
+    """A critic's values (B, T) aligned with tokens: V(state before token t) where mask (B, T) is True, zero elsewhere."""
+    at = token_index(mask)
+    return unpack(model(ids, before(at)), mask, at.to(ids.device, non_blocking=True))
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Copies that share their weights, and low-rank adapters
 
 def twin(module, share=False):
     """A copy of a module; with share its parameters are the very tensors of the original, and take no memory."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters()} if share else {})
-
-
-class LoRALinear(nn.Linear):
-    """x W^T + b + (alpha / rank) dropout(x) A^T B^T with W and b frozen (Hu et al. 2021, eq. 3). B starts at zero."""
-
-    def __init__(self, linear, rank, alpha, dropout):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias, self.rank, self.scale, self.dropout = linear.weight, linear.bias, rank, alpha / rank, dropout
-        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=self.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x):
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., rank)
-        return super().forward(x) + self.scale * F.linear(low, self.lora_B)
-
-
-LORA_TARGETS = {"attention": ("attn.c_attn", "attn.c_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj"),
-                "all": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-
-
-def add_lora(model, rank, alpha, dropout, targets):
-    """Freeze the model but for a scalar head, and put adapters on the matrices of every block that `targets` names (see LORA_TARGETS).
-
-    Query, key and value are one matrix here, so they share A; each has rows of B of its own. Works in place.
-    """
-    model.requires_grad_(False)
-    if isinstance(model, ScalarModel):  # a head of its own: what this model was made from as a `twin` keeps the old one
-        model.score.weight = nn.Parameter(model.score.weight.detach().clone())
-    for block in model.transformer.h:
-        for target in LORA_TARGETS[targets]:
-            part, name = target.split(".")
-            setattr(getattr(block, part), name, LoRALinear(getattr(getattr(block, part), name), rank, alpha, dropout))
-
-
-def prepare(model, flags):
-    """What --lora-rank and --checkpoint-activations ask for, done to a model that is about to be trained."""
-    model.transformer.checkpoint_activations = flags.checkpoint_activations
-    if flags.lora_rank > 0:
-        torch.manual_seed(flags.seed)
-        add_lora(model, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_targets)
-
-
-@torch.no_grad()
-def merged_weights(model):
-    """{name: tensor} of a model as its adapters, if it has any, make it: W + (alpha / rank) B A, and no adapter left."""
-    weights = {name: p.detach() for name, p in model.state_dict().items() if ".lora_" not in name}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            weights[name + ".weight"] = (module.weight + module.scale * module.lora_B @ module.lora_A).detach()
-    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -447,64 +523,125 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     """Draw one token per row of logits (B, V) fp32. Temperature 0 takes the largest."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:  # keep the fewest tokens whose probability reaches top_p
         ordered, order = logits.softmax(-1).sort(descending=True)
         drop = ordered.cumsum(-1) - ordered >= top_p
         logits = logits.masked_fill(drop.gather(-1, order.argsort(-1)), -math.inf)
-    # argmax(p / Exp(1)) draws from p without the wait for the GPU that torch.multinomial has
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
+    # first a group of tokens, then one in it: less to add up than over the whole vocabulary
+    groups = F.pad(logits.softmax(-1), (0, -logits.shape[-1] % 256)).unflatten(-1, (-1, 256))  # (B, V / 256, 256)
+    group = draw(groups.sum(-1), generator)  # (B,)
+    return 256 * group + draw(groups[torch.arange(len(logits), device=logits.device), group], generator)
+
+
+def draw(weights, generator):
+    """Draw one index per row of weights (B, n), in proportion to them: where a uniform number falls among their running sums.
+
+    It takes one random number per row; torch.multinomial takes one per weight (26 times as long on a CPU, and a GPU waits for it).
+    """
+    sums = weights.double().cumsum(-1)
+    uniform = torch.rand(len(weights), 1, dtype=sums.dtype, device=weights.device, generator=generator)
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).squeeze(1)
+
+
+@contextlib.contextmanager
+def decoding_weights(model, dtype, rows):
+    """While it lasts, the matrices of a model are copies made for decoding: of one dtype, adapters merged. Yields the head as a function.
+
+    A decoding step multiplies each matrix with a few rows, so its time is that of reading the matrix. On x86 CPUs oneDNN
+    lays it out in the order of reading, which takes a half to a quarter of the time of `F.linear`.
+    """
+    onednn = (model.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+              and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())))
+
+    def multiplier(weight, bias=None):
+        weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        if onednn:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "")
+        return lambda x: F.linear(x.to(dtype), weight, bias)
+
+    linears = [module for module in model.transformer.modules() if isinstance(module, nn.Linear)]
+    try:
+        for module in linears:
+            module.forward = multiplier(module.merged() if hasattr(module, "merged") else module.weight, module.bias)
+        yield multiplier(model.head_weight)
+    finally:
+        for module in linears:
+            vars(module).pop("forward", None)
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0, top_p=1.0, generator=None, rows=0):
     """Sample one response per prompt.
 
-    prompts: non-empty lists of ids. Each row decodes at its own position right behind its prompt and ends with
-    the end token or after max_new_tokens; generation stops when every row has ended. Returns a Generation.
+    prompts: non-empty lists of ids; equal ones share the pass over them. Each row decodes at its own position right behind
+    its prompt and ends with the end token or after max_new_tokens. At most `rows` are decoded at once (0: all); the
+    other prompts wait until enough of those have ended. Returns a Generation.
     Raises UserError when prompt and response don't fit the model's context.
     """
-    device = next(model.parameters()).device
-    prompt_ids, lengths = pad_rows(prompts, tokenizer.pad, device)  # (B, P), (B,)
+    device = model.device
+    prompt_ids, prompt_lengths = pad_rows(prompts, tokenizer.pad, device)  # (B, P), (B,)
+    prompt_lengths = prompt_lengths.to(device)
     B, P = prompt_ids.shape
-    limit = model.config.block_size
-    require(P + max_new_tokens <= limit, f"a prompt of {P} tokens and {max_new_tokens} new ones don't fit the model's context "
-                                         f"of {limit}; shorten the prompt or lower --max-new-tokens")
+    limit, last = model.config.block_size, P + max_new_tokens
+    require(last <= limit, f"a prompt of {P} tokens and {max_new_tokens} new ones don't fit the model's context "
+                           f"of {limit}; shorten the prompt or lower --max-new-tokens")
     was_training = model.training
     model.eval()
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
-    cache = KVCache(model.config, B, P + max_new_tokens, device, dtype)
-    ids = torch.full((B, P + max_new_tokens), tokenizer.pad, device=device)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.head_weight.dtype
+    rows = min(rows or B, B)
+    # CPUs attend to one query in float32 five times as fast as in bfloat16
+    cache = KVCache(model.config, rows, last, device, torch.float32 if device.type == "cpu" else dtype)
+    ids = torch.full((B, last), tokenizer.pad, device=device)
     ids[:, :P] = prompt_ids
-    states = model.transformer(prompt_ids, cache)[cache.rows, lengths - 1]  # (B, C)
-    prompt_lengths, ended = lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)
-    live, at, done = cache.rows, lengths, ended  # (n,) of the rows in the cache: which, next position, ended
-    stops = torch.tensor(tokenizer.stops, device=device)
-    check_every = 1 if device.type == "cpu" else 8  # asking a GPU which rows have ended waits for it
-    for step in range(max_new_tokens):
-        token = sample_token(model.logits(states).float(), temperature, top_k, top_p, generator)
-        ids[live, at] = torch.where(done, tokenizer.pad, token)
-        at = at + ~done
-        done = done | (token[:, None] == stops).any(1)
-        last = step + 1 == max_new_tokens
-        if last or step % check_every == 0:
-            left = (~done).nonzero().squeeze(1)
-            if last or 2 * len(left) <= len(live):
-                lengths, ended = lengths.index_copy(0, live, at), ended.index_copy(0, live, done)
-                if last or len(left) == 0:
-                    break
-                live, at, done = live[left], at[left], done[left]  # go on with the unfinished rows alone
-                cache.keep(left)
-        # a row that has ended, but is still in the cache, repeats its last token for nobody
-        states = model.transformer(ids[live, at - 1][:, None], cache, at - 1, P + step + 1)[:, 0]
+    lengths, stopped = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
+    ends, stops = prompt_lengths + max_new_tokens, torch.tensor(tokenizer.stops, device=device)
+    live = torch.arange(rows, device=device)  # (n,) the prompt that each row of the cache belongs to
+    done = torch.ones_like(live, dtype=torch.bool)  # (n,) nothing is to be decoded there, or no more
+    admitted, check_every = 0, 1 if device.type == "cpu" else 8  # asking a GPU which rows are done waits for it
+
+    with torch.autocast(device.type, enabled=False), decoding_weights(model, dtype, rows) as head:
+        for step in itertools.count():
+            if step % check_every == 0:
+                free = done.nonzero().squeeze(1)
+                if 4 * len(free) >= len(live):
+                    # rows that are done make room for prompts that wait, or leave
+                    new = range(admitted, min(admitted + len(free), B))
+                    if new:
+                        first = {}  # {prompt: its place among the different ones}
+                        source = torch.tensor([first.setdefault(tuple(prompts[i]), len(first)) for i in new], device=device)
+                        cache.prefill(free[:len(new)], source)
+                        padded, sizes = pad_rows(list(first), tokenizer.pad, device)
+                        model.transformer(padded, cache, torch.arange(len(sizes)) * padded.shape[1] + sizes - 1)
+                        live[free[:len(new)]] = torch.tensor(new, device=device)
+                        done[free[:len(new)]] = False
+                        admitted = new.stop
+                    if len(new) < len(free):
+                        left = (~done).nonzero().squeeze(1)
+                        if len(left) == 0:
+                            break
+                        live, done = live[left], done[left]
+                        cache.keep(left)
+                reach = int(lengths[live].max())
+            # each row's last token once more if it has just been admitted: its prompt's pass asked for no logits
+            at = lengths[live]  # (n,)
+            cache.step(at - 1, min(reach + step % check_every, last))
+            states = model.transformer(ids[live, at - 1][:, None], cache)[:, 0]  # (n, C)
+            token = sample_token(head(states).float(), temperature, top_k, top_p, generator)
+            ids[live, at.clamp(max=last - 1)] = torch.where(done, ids[live, at.clamp(max=last - 1)], token)
+            lengths[live] = at + ~done
+            stop = ~done & (token[:, None] == stops).any(1)
+            stopped[live] |= stop
+            done = done | stop | (lengths[live] >= ends[live])
     model.train(was_training)
     T = int(lengths.max())
     slots = torch.arange(T, device=device)
     mask = (slots >= prompt_lengths[:, None]) & (slots < lengths[:, None])
-    return Generation(ids[:, :T], mask, lengths, ended)
+    return Generation(ids[:, :T], mask, lengths, stopped)
 
 
 def show_samples(run, model, tokenizer, rows, max_new_tokens, generator, number=3):

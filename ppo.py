@@ -57,7 +57,6 @@ Legend: B replies on this rank, T tokens, V vocabulary.
 import copy
 import json
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -65,10 +64,11 @@ import torch
 import torch.nn.functional as F
 
 import toy
+from adapters import prepare
 from checkpoint import load_model, open_model, save_model
 from data import by_length, collate, drop_long, encode_demonstrations, endless_batches, endless_order
 from formats import read_rows, split_by_prompt
-from model import GPT, ScalarModel, generate, last_scores, prepare, twin, values_before
+from model import GPT, ScalarModel, generate, last_scores, twin, values_before
 from runtime import (Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, adamw, require,
                      reward_function, run_script, scheduled_lr)
 from tokenizer import describe, encode_prompt
@@ -87,6 +87,7 @@ class Config(RunConfig):
     steps: Count = 80  # rollouts, each followed by an update
     val_fraction: Fraction = 0.0  # share of a file's prompts left out; take that of the other stages, and evaluate.py has prompts that none has seen
     rollout_batch: Count = 256  # prompts per rollout over all ranks
+    rollout_rows: Natural = 0  # replies that a rank samples at the same time, the other prompts wait for a place; 0: all. Lower it when keys and values take too much memory
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: Positive = 1.0  # of sampling; all log-probabilities are taken at it
     epochs: Count = 2  # passes over each rollout
@@ -392,20 +393,21 @@ def main(config):
 
     for step in run.steps(first, config.steps):
         generator = run.seed_step(step)
-        began = time.perf_counter()
+        clock = [run.clock()]
 
         # 1. rollout
         chosen = [next(order) for _ in range(config.rollout_batch)][run.rank::run.world_size]
         with run.autocast():
             rollout = generate(policy_model, [prompts[i][1] for i in chosen], config.max_new_tokens, tokenizer,
-                               config.temperature, generator=generator)
+                               config.temperature, generator=generator, rows=config.rollout_rows)
         ids, mask, lengths, ended = rollout  # (B, T), (B, T), (B,), (B,)
         texts, questions = rollout.texts(tokenizer), [prompts[i][0].text for i in chosen]
         if config.reward_at == "next":
             ids, mask = F.pad(ids, (0, 1), value=tokenizer.pad), F.pad(mask, (0, 1))
         steps = steps_mask(mask, config.reward_at)  # (B, T)
         size = (lengths + steps.sum(1) - mask.sum(1)).tolist()
-        host_mask, host_steps = mask.cpu(), steps.cpu()  # see token_index
+        host_mask, host_steps, host_lengths = mask.cpu(), steps.cpu(), lengths.cpu()  # see token_index
+        clock.append(run.clock())
 
         # 2. score: what the losses call old is computed here, by the forward pass that trains, not by the sampler
         old_logprobs, ref_logprobs, old_values, entropy = (torch.zeros(ids.shape, device=run.device) for _ in range(4))  # (B, T)
@@ -416,9 +418,9 @@ def main(config):
                 part, part_mask = ids[rows, :T], host_mask[piece, :T]
                 old_logprobs[rows, :T], entropy[rows, :T] = policy_model(part, part_mask, config.temperature, with_entropy=True)
                 ref_logprobs[rows, :T] = reference(part.to(reference.device), part_mask, config.temperature)[0].to(run.device)
-                old_values[rows, :T] = values_before(critic_model(part), host_steps[piece, :T])
+                old_values[rows, :T] = values_before(critic_model, part, host_steps[piece, :T])
                 for source, reward_model in enumerate(reward_models):
-                    parts[source, rows] = last_scores(reward_model(part.to(reward_model.device)).to(run.device), lengths[rows])
+                    parts[source, rows] = last_scores(reward_model, part.to(reward_model.device), host_lengths[piece]).to(run.device)
         for source, function in enumerate(reward_fns, len(reward_models)):
             parts[source] = function(questions, texts, [prompts[i][0].answer for i in chosen])
         scores = weights @ parts  # (B,)
@@ -438,7 +440,7 @@ def main(config):
             advantages = whiten(advantages, mask, run.all_sum, config.whiten)
         if config.advantage_clip > 0:
             advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
+        clock.append(run.clock())
 
         # 5. update
         totals, off_by, stopped = {}, torch.zeros((), device=run.device), False
@@ -466,7 +468,7 @@ def main(config):
                 if kind == "ptx":  # its gradients are summed with those of PPO: one step for both
                     part, part_mask, _ = collate([ptx[i] for i in piece], tokenizer.pad, run.device)
                     with run.autocast():
-                        ptx_loss = -policy(part, part_mask)[0].sum() * ptx_weight
+                        ptx_loss = -policy(part, part_mask, summed=True)[0] * ptx_weight
                     run.backward(ptx_loss, policy_optimizer)
                     add("ptx_loss", ptx_loss / config.ptx_coef)
                     continue
@@ -488,7 +490,7 @@ def main(config):
                         off_by = torch.maximum(off_by, (logprobs.detach() - old).abs().max())
                     run.backward(objective, policy_optimizer)
                 with run.autocast():
-                    values = values_before(critic(part), host_steps[piece, :T])
+                    values = values_before(critic, part, host_steps[piece, :T])
                 losses["value_loss"], value_stats = value_loss(values, old_values[rows, :T], returns[rows, :T], steps[rows, :T], config.value_clip, value_tokens)
                 run.backward(losses["value_loss"], critic_optimizer)
                 for name, value in {**losses, **stats, **value_stats}.items():
@@ -525,7 +527,8 @@ def main(config):
         names, values = zip(*totals.items())
         means |= {name: value * updates / (number + 1) for name, value in zip(names, run.all_sum(torch.stack(values)).tolist())}
         means |= {"ref_perplexity": math.exp(min(means.pop("ref_nll"), 700.0)), "updates": number + 1 - stopped}
-        update_seconds = time.perf_counter() - began
+        clock.append(run.clock())
+        seconds = {name: after - before for name, before, after in zip(("rollout", "score", "update"), clock, clock[1:])}
         tokens, off_by = all_tokens.item(), -run.all_min(-off_by)  # the largest of all ranks
         if off_by > RATIO_TOLERANCE[run.dtype]:
             run.say(f"warning: step {step + 1}: log-probabilities of an unchanged policy moved by {off_by:.2g}; the ratio should be 1, so something "
@@ -539,8 +542,9 @@ def main(config):
                 run.say(f"warning: step {step + 1}: {advice}")
         if run.time_to_log(step):
             run.log(step, means | {"kl_coef": kl_coef, "lr": lr * train_policy, "critic_lr": critic_lr, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
-                                   "ratio_error": off_by, "rollout_tokens_per_second": tokens / rollout_seconds,
-                                   "update_tokens_per_second": tokens * config.epochs * (number + 1) / updates / update_seconds}
+                                   "ratio_error": off_by}
+                    | {f"{name}_tokens_per_second": tokens * (config.epochs * (number + 1) / updates if name == "update" else 1) / s for name, s in seconds.items()}
+                    | {f"{name}_share": s / (clock[-1] - clock[0]) for name, s in seconds.items()}
                     | ({"penalty_coef": penalty_coef} if config.policy_loss == "penalty" else {}),
                     show=("score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance"))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:

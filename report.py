@@ -153,7 +153,7 @@ def draw(demo, evaluation, reward, path):
 def draw_ppo(series, path):
     """Every metric that ppo.py logs, one small panel each: what a healthy run looks like."""
     plt = pyplot()
-    names = [name for name in series if name not in ("step", "lr", "critic_lr", "kl_coef", "updates") and "per_second" not in name]
+    names = [name for name in series if name not in ("step", "lr", "critic_lr", "kl_coef", "updates") and not name.endswith(("_per_second", "_share"))]
     figure, grid = plt.subplots(math.ceil(len(names) / 5), 5, figsize=(12, 1.7 * math.ceil(len(names) / 5)), constrained_layout=True)
     for axes in grid.flat[len(names):]:
         axes.set_visible(False)

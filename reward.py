@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 
 import toy
+from adapters import prepare
 from checkpoint import open_model, save_model
 from data import by_length, collate, count_steps, encode_group, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
 from formats import Row, read_rows
-from model import GPT, ScalarModel, last_scores, prepare, twin
+from model import GPT, ScalarModel, last_scores, twin
 from runtime import Count, Fraction, Natural, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, require, run_script, write_json
 
 
@@ -70,7 +71,7 @@ def score_replies(run, model, groups, budget, pad):
     for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, budget):
         ids, _, ends = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
-            scores[torch.tensor(piece).to(run.device, non_blocking=True)] = last_scores(model(ids), ends)
+            scores[torch.tensor(piece).to(run.device, non_blocking=True)] = last_scores(model, ids, ends)
     model.train()
     return run.all_sum(scores).cpu().numpy()
 
@@ -142,7 +143,7 @@ def main(config):
             ids, _, ends = collate([example for i in piece for example in train[i][1]], tokenizer.pad, run.device)  # (B, T)
             better, worse, weight, margin = (t.to(run.device, non_blocking=True) for t in ranked_pairs([train[i][0] for i in piece]))
             with run.autocast():
-                scores = last_scores(reward(ids), ends)  # (B,)
+                scores = last_scores(reward, ids, ends)  # (B,)
             loss, metrics = ranking_loss(scores, better, worse, weight * share / len(batch), margin)
             run.backward(loss, optimizer)
             for name, value in {"loss": loss, **metrics}.items():

@@ -2,9 +2,10 @@
 # bash run.sh [--seed N]           set up, then SFT, reward model, PPO, DPO and evaluation of the toy task in runs/demo
 # bash run.sh test [pytest flags]  set up, then the tests
 # bash run.sh parity               set up .venv-parity, then our numbers against those of transformers and TRL (bench/parity.py)
+# bash run.sh bench [flags]        set up .venv-parity, then our speed beside theirs (bench/bench.py; bash run.sh bench --help)
 set -euo pipefail
 cd "$(dirname "$0")"
-usage() { echo "error: $1; usage: bash run.sh [--seed N] | bash run.sh test [pytest flags] | bash run.sh parity" >&2; exit 2; }
+usage() { echo "error: $1; usage: bash run.sh [--seed N] | bash run.sh test [pytest flags] | bash run.sh parity | bash run.sh bench [flags]" >&2; exit 2; }
 
 command=demo
 seed=0
@@ -14,12 +15,15 @@ if [ "${1:-}" = test ]; then
 elif [ "${1:-}" = parity ]; then
     command=parity
     [ $# -eq 1 ] || usage "parity takes no arguments"
+elif [ "${1:-}" = bench ]; then
+    command=bench
+    shift
 else
     while [ $# -gt 0 ]; do
         case "$1" in
             --seed=*) seed="${1#--seed=}"; shift ;;
             --seed) [ $# -ge 2 ] || usage "--seed needs a number"; seed="$2"; shift 2 ;;
-            -h | --help) sed -n '2,4s/^# //p' run.sh; exit 0 ;;
+            -h | --help) sed -n '2,5s/^# //p' run.sh; exit 0 ;;
             *) usage "unknown argument $1" ;;
         esac
     done
@@ -35,8 +39,8 @@ make_venv() {  # folder, oldest Python as "3, 10"
     "$python" -m venv "$1" || { echo "error: no virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 2; }
 }
 
-# -- parity: an environment of its own; `installed`, written last, says that it is complete, and of what
-if [ "$command" = parity ]; then
+# -- parity and bench: an environment of their own; `installed`, written last, says that it is complete, and of what
+if [ "$command" = parity ] || [ "$command" = bench ]; then
     venv=.venv-parity
     ppo_trl=1.12.0  # the last TRL with PPO; the current one, without it, is in bench/requirements-parity.txt
     wanted="$(cat requirements.txt bench/requirements-parity.txt) trl==$ppo_trl"
@@ -47,6 +51,7 @@ if [ "$command" = parity ]; then
         "$venv/bin/python" -m pip install --quiet --no-deps --target "$venv/trl-$ppo_trl" "trl==$ppo_trl"
         echo "$wanted" >"$venv/installed"
     fi
+    [ "$command" = parity ] || exec "$venv/bin/python" bench/bench.py "$@"
     OMP_NUM_THREADS=1 exec "$venv/bin/python" bench/parity.py
 fi
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 
 import toy
+from adapters import prepare
 from checkpoint import open_model, save_model
 from data import by_length, collate, count_steps, encode_demonstrations, endless_batches
 from formats import read_rows, split_by_prompt
-from model import GPT, prepare, show_samples
+from model import GPT, show_samples
 from runtime import Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, adamw, scheduled_lr, require, run_script
 from tokenizer import describe
 
@@ -51,8 +52,8 @@ def validation_loss(run, model, examples, lengths, config, pad):
     for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, config.micro_batch_tokens):
         ids, mask, _ = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
-            logprobs, _ = model(ids, mask)
-        total += torch.stack([-logprobs.sum(), mask.sum().to(run.device)])
+            logprob, _ = model(ids, mask, summed=True)
+        total += torch.stack([-logprob, mask.sum().to(run.device)])
     model.train()
     total = run.all_sum(total)
     return total[0] / total[1]
@@ -97,8 +98,8 @@ def main(config):
         for piece in run.micro_batches(by_length(mine, lengths, config.micro_batch_tokens), policy):
             ids, mask, _ = collate([train[i] for i in piece], tokenizer.pad, run.device)  # (B, T)
             with run.autocast():
-                logprobs, _ = policy(ids, mask)  # (B, T), zero outside the mask
-            piece_loss = -logprobs.sum() * weight / tokens
+                logprob, _ = policy(ids, mask, summed=True)  # ()
+            piece_loss = -logprob * weight / tokens
             run.backward(piece_loss, optimizer)
             loss += piece_loss.detach()
         lr = scheduled_lr(step, config.steps, config.warmup, config.lr)

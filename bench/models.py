@@ -61,7 +61,7 @@ def compare(ours, tokenizer, folder, config, rows, texts):
     auto = transformers.AutoModelForCausalLM if language else transformers.AutoModelForSequenceClassification
     theirs = auto.from_pretrained(folder, dtype=torch.float32).eval()
     ids, lengths = pad_rows(rows, tokenizer.pad)
-    padded = ours.transformer(ids) if language else last_scores(ours(ids), lengths)
+    padded = ours.transformer(ids) if language else last_scores(ours, ids, lengths)
     alone_off = padded_off = differ = 0
     for i, row in enumerate(rows):
         one = torch.tensor([row])

@@ -139,7 +139,7 @@ def transformers_rows(folder):
         found = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T - 1)
         table.add("log-probabilities per token", model(ids, mask)[0][:, 1:], found * mask[:, 1:])
         scores = theirs(folder, "reward")(input_ids=ids, attention_mask=attention.long()).logits.squeeze(-1)
-        table.add("scores of the reward model", last_scores(ours(folder, "reward")(ids), lengths), scores)
+        table.add("scores of the reward model", last_scores(ours(folder, "reward"), ids, lengths), scores)
     return table.rows
 
 
@@ -215,7 +215,7 @@ def reward_rows(folder):
     model = ours(folder, "reward")
     ids, _, lengths = collate([example for row in rows for example in encode_group(TOKENIZER, row)], TOKENIZER.pad, "cpu")  # (B, T)
     better, worse, weight, margin = ranked_pairs(rows)
-    mine, _ = ranking_loss(last_scores(model(ids), lengths), better, worse, weight / len(rows), margin)
+    mine, _ = ranking_loss(last_scores(model, ids, lengths), better, worse, weight / len(rows), margin)
     mine.backward()
     table.add("reward model's loss, with margins", mine, loss)
     table.add("reward model's gradient", *gradients(model, trainer.model))
@@ -280,7 +280,7 @@ class Rollout:
         return policy(self.ids, self.in_rows(self.mask), temperature)[0].gather(1, self.columns)
 
     def values(self, critic):
-        return values_before(critic(self.ids), self.row_steps).gather(1, self.columns)
+        return values_before(critic, self.ids, self.row_steps).gather(1, self.columns)
 
 
 def ppo_rows(folder):
@@ -295,7 +295,7 @@ def ppo_rows(folder):
         mask, steps = rollout.mask, rollout.steps
         with torch.no_grad():
             old_logprobs, ref_logprobs = (rollout.logprobs(model, args.temperature) for model in (policy, reference))  # (B, R)
-            old_values, scores = rollout.values(critic), last_scores(reward(rollout.ids), rollout.ends)  # (B, R), (B,)
+            old_values, scores = rollout.values(critic), last_scores(reward, rollout.ids, rollout.ends)  # (B, R), (B,)
         judged = judge_missing_eos(scores, rollout.ended, "subtract", args.missing_eos_penalty, scores.min())
         rewards = shaped_rewards(judged, kl_estimate(old_logprobs, ref_logprobs, kl), steps, args.kl_coef)
         advantages, returns = gae(rewards, old_values, steps, args.gamma, args.lam)

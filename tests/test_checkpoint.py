@@ -74,7 +74,7 @@ def outputs(model, ids=IDS):
     """Of one of ours: logits (N, V) of the batch's real positions, or scores (B,)."""
     with torch.no_grad():
         model.eval()
-        return last_scores(model(ids), LENGTHS) if isinstance(model, ScalarModel) else model.logits(model.transformer(ids))[ATTENTION.bool()]
+        return last_scores(model, ids, LENGTHS) if isinstance(model, ScalarModel) else model.logits(model.transformer(ids))[ATTENTION.bool()]
 
 
 def peer_outputs(peer, kind, ids=IDS):

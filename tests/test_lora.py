@@ -20,7 +20,8 @@ import reward
 import runtime
 import sft
 from checkpoint import load_model, save_model
-from model import GPT, LORA_TARGETS, LoRALinear, ScalarModel, merged_weights, prepare, twin
+from adapters import LORA_TARGETS, LoRALinear, merged_weights, prepare
+from model import GPT, ScalarModel, twin
 from runtime import UserError, adamw
 from test_checkpoint import ATTENTION, IDS, TOKENIZER, auto, close, open_with, outputs, peer_outputs, tiny
 from tokenizer import Tokenizer
@@ -303,7 +304,7 @@ def run(name, root, out, *flags, model="sft"):
     words, script = words + f" --reward {root}/reward" * (name == "ppo"), SCRIPTS[name]
     with contextlib.redirect_stdout(io.StringIO()):
         script.main(runtime.parse_flags(script.Config, "", shlex.split(" ".join([words, *flags]))))
-    return [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(("_per_second", "_share"))} for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -413,7 +413,7 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         ppo.main(runtime.parse_flags(ppo.Config, "", words))
     run.said = said.getvalue()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    run.rows = [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+    run.rows = [{k: v for k, v in row.items() if not k.endswith(("_per_second", "_share"))} for row in rows]
     return run
 
 
@@ -680,7 +680,7 @@ def kl_term(kind):
 OBJECTIVES = {
     "": clipped,
     "--clip 0.05": lambda q: clipped(q, 0.05),
-    "--dual-clip 1.3": lambda q: torch.where(q.advantages < 0, torch.minimum(clipped(q), -1.3 * q.advantages), clipped(q)),
+    "--dual-clip 1.3 --seed 2": lambda q: torch.where(q.advantages < 0, torch.minimum(clipped(q), -1.3 * q.advantages), clipped(q)),
     "--policy-loss penalty --penalty-coef 0.7": lambda q: -q.ratio * q.advantages + 0.7 * (q.ratio - 1 - q.ratio.log()),
     "--entropy-coef 0.3": lambda q: clipped(q) - 0.3 * q.entropy,
     "--kl-in loss --kl k1 --kl-coef 0.4": kl_term("k1"),

@@ -53,7 +53,7 @@ def metrics(folder):
 
 
 def timeless(rows):
-    return [{k: v for k, v in row.items() if "per_second" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if not k.endswith(("_per_second", "_share"))} for row in rows]
 
 
 @pytest.fixture(scope="module")

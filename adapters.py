@@ -1,0 +1,63 @@
+"""Low-rank adapters: train a few rows beside matrices that stay as they are (LoRA, Hu et al. 2021)."""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import ScalarModel
+
+
+class LoRALinear(nn.Linear):
+    """x W^T + b + (alpha / rank) dropout(x) A^T B^T with W and b frozen (Hu et al. 2021, eq. 3). B starts at zero."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias, self.rank, self.scale, self.dropout = linear.weight, linear.bias, rank, alpha / rank, dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=self.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., rank)
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B)
+
+    def merged(self):
+        """(out, in)"""
+        return (self.weight + self.scale * self.lora_B @ self.lora_A).detach()
+
+
+LORA_TARGETS = {"attention": ("attn.c_attn", "attn.c_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj"),
+                "all": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+
+
+def add_lora(model, rank, alpha, dropout, targets):
+    """Freeze the model but for a scalar head, and put adapters on the matrices of every block that `targets` names (see LORA_TARGETS).
+
+    Query, key and value are one matrix here, so they share A; each has rows of B of its own. Works in place.
+    """
+    model.requires_grad_(False)
+    if isinstance(model, ScalarModel):  # a head of its own: what this model was made from as a `twin` keeps the old one
+        model.score.weight = nn.Parameter(model.score.weight.detach().clone())
+    for block in model.transformer.h:
+        for target in LORA_TARGETS[targets]:
+            part, name = target.split(".")
+            setattr(getattr(block, part), name, LoRALinear(getattr(getattr(block, part), name), rank, alpha, dropout))
+
+
+def prepare(model, flags):
+    """What --lora-rank and --checkpoint-activations ask for, done to a model that is about to be trained."""
+    model.transformer.checkpoint_activations = flags.checkpoint_activations
+    if flags.lora_rank > 0:
+        torch.manual_seed(flags.seed)
+        add_lora(model, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_targets)
+
+
+@torch.no_grad()
+def merged_weights(model):
+    """{name: tensor} of a model as its adapters, if it has any, make it: W + (alpha / rank) B A, and no adapter left."""
+    weights = {name: p.detach() for name, p in model.state_dict().items() if ".lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            weights[name + ".weight"] = module.merged()
+    return weights
