@@ -46,11 +46,14 @@ def add_lora(model, rank, alpha, dropout, targets):
 
 
 def prepare(model, flags):
-    """What --lora-rank and --checkpoint-activations ask for, done to a model that is about to be trained."""
+    """What --lora-rank, --checkpoint-activations and --compile ask for, done to a model that is about to be trained."""
     model.transformer.checkpoint_activations = flags.checkpoint_activations
     if flags.lora_rank > 0:
         torch.manual_seed(flags.seed)
         add_lora(model, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, flags.lora_targets)
+    if flags.compile:
+        for block in model.transformer.h:  # alike, so that they share what is compiled; dynamic: for any number of rows and tokens
+            block.compile(dynamic=True)
 
 
 @torch.no_grad()

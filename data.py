@@ -167,8 +167,8 @@ def by_length(examples, lengths, budget):
 
 def pad_rows(rows, fill, device=None):
     """Lists of numbers -> (B, T) right-padded tensor on device, and lengths (B,) on the CPU."""
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.full((len(rows), int(lengths.max())), fill)
+    lengths, pinned = torch.tensor([len(row) for row in rows]), device is not None and torch.device(device).type == "cuda"
+    padded = torch.full((len(rows), int(lengths.max())), fill, pin_memory=pinned)  # pinned memory is copied while the CPU goes on
     for i, row in enumerate(rows):
         padded[i, :len(row)] = torch.as_tensor(row)
     return padded.to(device, non_blocking=True), lengths

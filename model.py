@@ -75,7 +75,7 @@ class KVCache:
     def __init__(self, config, rows, length, device, dtype):
         shape = (config.n_layer, 2, rows, config.n_kv_head, length, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.slots = torch.arange(length, device=device)
+        self.slots, self.layer = torch.arange(length, device=device), 0  # layer: which one `attend` is called by
 
     def prefill(self, rows, source):
         """The next forward pass is over whole prompts: prompt source[i] goes to row rows[i]."""
@@ -90,9 +90,9 @@ class KVCache:
         """Forget all rows but these (n,)."""
         self.kv = self.kv[:, :, rows]
 
-    def attend(self, layer, q, k, v):
+    def attend(self, q, k, v):
         """Store k and v (B, H_kv, T, D), attend with q (B, H, T, D) to all that a query may see -> (B, H, T, D)."""
-        keys, values = self.kv[layer]  # (rows, H_kv, length, D)
+        keys, values = self.kv[self.layer]  # (rows, H_kv, length, D)
         grouped = q.shape[1] != k.shape[1]
         if self.positions is None:
             keys[self.rows, :, :k.shape[2]], values[self.rows, :, :v.shape[2]] = (x[self.source].to(keys.dtype) for x in (k, v))
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
 
-    def forward(self, x, layer, layout, angles=None, cache=None):
+    def forward(self, x, layout, angles=None, cache=None):
         """x (B, T, C) or (M, C) -> the same, or (N, C); layout: see `Layout`; angles: see `rotary_angles`; cache: see `Transformer.forward`."""
         B, T, inside, wanted = layout[:4]
         heads = self.c_attn(x)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
-            y = cache.attend(layer, q, k, v)
+            y = cache.attend(q, k, v)
         else:
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=self.n_kv_head != self.n_head)
@@ -189,11 +189,11 @@ class Block(nn.Module):
         self.ln_1, self.attn = NORMS[config.norm](config), Attention(config)
         self.ln_2, self.mlp = NORMS[config.norm](config), MLP(config)
 
-    def forward(self, x, layer, layout, *attention):
+    def forward(self, x, layout, *attention):
         if self.norm_after:
-            x = self.ln_1(select(x, layout.kept) + self.attn(x, layer, layout, *attention))
+            x = self.ln_1(select(x, layout.kept) + self.attn(x, layout, *attention))
             return self.ln_2(x + self.mlp(x))
-        x = select(x, layout.kept) + self.attn(self.ln_1(x), layer, layout, *attention)
+        x = select(x, layout.kept) + self.attn(self.ln_1(x), layout, *attention)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -268,10 +268,14 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
             layout = outer if layer + 1 == len(self.h) else inner
+            if cache is not None:
+                cache.layer = layer
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, layout, angles, use_reentrant=False)
-            else:
-                x = block(x, layer, layout, angles, cache)
+                x = checkpoint(block, x, layout, angles, use_reentrant=False)
+            elif cache is None:
+                x = block(x, layout, angles)
+            else:  # not what --compile made of it
+                x = block.forward(x, layout, angles, cache)
         if self.ln_f is not None:
             x = self.ln_f(x)
         return x if self.project_out is None else self.project_out(x)

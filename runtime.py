@@ -74,6 +74,7 @@ class RunConfig:
     lora_targets: Literal["all", "attention", "mlp"] = "all"  # the matrices that get an adapter
     lora_save: Literal["merged", "adapter"] = "merged"  # write a model with the adapters merged, or the adapters alone (a PEFT folder)
     checkpoint_activations: bool = False  # keep less in memory for the backward pass and compute it again: one more forward pass
+    compile: bool = False  # let torch.compile fuse what lies between matrix products, once for all lengths: for a GPU; on a CPU it needs a C++ compiler and a minute, and gains nothing
     save_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in the checkpoint
     seed: Seed = 0  # seed of every random draw
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
@@ -95,7 +96,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
 RUN_FILES = (*CHECKPOINT_FILES, *(f"ema/{name}" for name in CHECKPOINT_FILES), "resume.safetensors", "metrics.jsonl", "evaluation.json")  # what a run writes
 PLUMBING = {"out", "device", "threads", "resume", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug",
-            "checkpoint_activations", "save_dtype", "lora_save", "allow_pickle"}  # may change on --resume
+            "checkpoint_activations", "compile", "save_dtype", "lora_save", "allow_pickle"}  # may change on --resume
 
 
 def field_comments(config_class):

@@ -231,7 +231,7 @@ def our_generate(job):
 def our_script(job):
     config, what = job.config, "sft" if job.what == "nanogpt" else job.what
     flags = (f"--device cpu --dtype {config.dtype} --threads {config.threads} --model {job.models}/policy --data {job.folder}/rows.jsonl"
-             f" --val-fraction 0 --lr {LR} --warmup 1 --steps {job.steps} --out {job.folder}/run")
+             f" --micro-batch-tokens 2048 --val-fraction 0 --lr {LR} --warmup 1 --steps {job.steps} --out {job.folder}/run")
     if what == "ppo":
         flags += (f" --reward {job.models}/reward --rollout-batch {job.size} --max-new-tokens {job.new} --epochs {EPOCHS} --minibatches 1"
                   f" --critic-lr {LR} --sample-every {NEVER}")
@@ -448,7 +448,7 @@ def compare(what, root, config, tokenizer):
     """One line of the result."""
     folder = root / what
     folder.mkdir()
-    rows, (gemm, copy), ragged, sides = write_rows(folder, what, config, tokenizer), machine_rates(config), bool(config.rows), []
+    rows, rates, ragged, sides = write_rows(folder, what, config, tokenizer), machine_rates(config), bool(config.rows), []
     try:
         for name in ("ours", "peer"):
             sides.append(Side(name, what, folder, config))
@@ -464,6 +464,7 @@ def compare(what, root, config, tokenizer):
     finally:
         for side in sides:
             side.stop()
+    gemm, copy = map(max, rates, machine_rates(config))  # before and after: neighbours may have been at work
     require(all(side.laps for side in sides), f"{what}: others kept the machine busy during every lap; wait, or raise --others")
     mine, peer = sides
     rates = [side.total("work") / side.seconds(ragged) for side in sides]

@@ -1,4 +1,4 @@
-"""bench/bench.py: both sides of a comparison run, its numbers fit together, and it ends what it started."""
+"""bench/bench.py: both sides of a comparison run, its numbers fit together, and it ends what it started; bench/scaling.py."""
 import json
 import math
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import bench
+from bench import bench, scaling
 
 SCRIPT = Path(bench.__file__)
 TINY = "--laps 2 --layers 1 --width 32 --vocabulary 300 --tokens 32 --threads 1 --others 1e9"
@@ -59,3 +59,17 @@ def test_operations_and_least_seconds_by_hand():
     assert bench.least_seconds("generate16", config, prompt, 1e30, 1e6) == pytest.approx(read / 1e6)
     done = 2 * 15 * (1536 + 800) + sum(2 * 2 * 2 * 8 * (8 + step) for step in range(1, 16)) + bench.forward_flops(config, 8, 1)
     assert bench.least_seconds("generate16", config, prompt, 1e6, 1e30) == pytest.approx(done / 1e6)
+
+
+def test_scaling_measures_every_panel_and_draws_it(tmp_path, capsys):
+    scaling.main(scaling.Config(sizes=["tiny"], laps=1, threads=1, device="cpu", out=str(tmp_path / "deep" / "lines.jsonl")))
+    lines = [json.loads(line) for line in (tmp_path / "deep" / "lines.jsonl").read_text().splitlines()]
+    assert [(line["series"], line["what"]) for line in lines] == [
+        ("size", "training"), ("size", "decoding"), ("context", "training"), ("batch", "decoding"), ("replies", "decoding")]
+    for line in lines:
+        last = "fraction_of_limit" if line["what"] == "training" else "seconds_per_reply"
+        assert all(math.isfinite(line[name]) and line[name] > 0 for name in ("parameters", "seconds", "tokens_per_second", "memory_mib", "gemm_gflops", last))
+        assert line["tokens_per_second"] == pytest.approx(line["rows"] * (line["new"] or line["length"]) / line["seconds"])
+    # embeddings of 300 tokens and 1024 positions, 2 blocks of 12 x 32^2 weights, 9 x 32 biases and two norms, and one norm at the end
+    assert {line["parameters"] for line in lines} == {(300 + 1024) * 32 + 2 * (12 * 32**2 + 9 * 32 + 4 * 32) + 2 * 32}
+    assert (tmp_path / "deep" / "lines.png").stat().st_size > 10000 and capsys.readouterr().out.count("\n| ") == 1 + len(lines)

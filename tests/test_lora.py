@@ -32,7 +32,7 @@ kinds = pytest.mark.parametrize("kind, name", KINDS)
 
 def flags(**changes):
     """What prepare and save_model read of a run's flags."""
-    return SimpleNamespace(**{"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.0, "lora_targets": "all", "checkpoint_activations": False, "seed": 0,
+    return SimpleNamespace(**{"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.0, "lora_targets": "all", "checkpoint_activations": False, "compile": False, "seed": 0,
                               "save_dtype": "float32", "lora_save": "merged", "model": "base"} | changes)
 
 

@@ -457,9 +457,9 @@ def test_replies_are_the_same_however_few_rows_are_decoded_at_once(options):
 def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is_decoded_after_the_last(rows, device):
     starts = torch.randint(1, 20, (30,), generator=torch.Generator().manual_seed(rows)).tolist()
     model = Countdown().to(device)
-    out = generate(model, [[50] * (i % 4) + [n] for i, n in enumerate(starts)], 20, ends(0, 63), rows=rows)
+    out = generate(model, [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)], 20, ends(0, 63), rows=rows)  # no two are equal
     assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [list(range(n - 1, -1, -1)) for n in starts]
-    assert out.ended.all() and out.lengths.tolist() == [i % 4 + 1 + n for i, n in enumerate(starts)]
+    assert out.ended.all() and out.lengths.tolist() == [i % 4 + 2 + n for i, n in enumerate(starts)]
     if device == "cpu":
         admitted, waiting = 0, []  # of each step: how many prompts wait
         for prompts, ids in model.passes:
@@ -510,10 +510,10 @@ class Decoded:
         return sample_token(logits, *options)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.35)])
 @pytest.mark.parametrize("options", [{}, LLAMA, OPT, NORM_AFTER])
 def test_decoding_computes_the_log_probabilities_of_training(monkeypatch, options, dtype, bound):
-    """At every token of the vocabulary, along sampled replies."""
+    """At every token of the vocabulary, along sampled replies. Measured: up to 9e-6 apart, in bfloat16 0.12, a third of the bound."""
     model, number = tiny(seed=5, block_size=64, n_layer=3, **options), 40
     with monkeypatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         decoded = Decoded(patch)
@@ -523,9 +523,7 @@ def test_decoding_computes_the_log_probabilities_of_training(monkeypatch, option
     assert len(decoded.steps) == number
     found = torch.stack(decoded.steps, 1)  # (B, number, V)
     for b, prompt in enumerate(PROMPTS):
-        difference = (found[b] - full[b, len(prompt) - 1:len(prompt) - 1 + number]).abs().max().item()
-        print(options, dtype, difference)
-        assert difference < bound
+        assert (found[b] - full[b, len(prompt) - 1:len(prompt) - 1 + number]).abs().max() < bound
 
 
 @pytest.mark.parametrize("options", [{}, LLAMA, NORM_AFTER])
@@ -602,7 +600,8 @@ def truncated(probs, top_k, top_p):
         if reached < top_p:
             kept.append(i)
             reached += probs[i] / total
-    return [probs[i] / sum(probs[j] for j in kept) if i in kept else 0.0 for i in range(len(probs))]
+    kept, total = set(kept), sum(probs[j] for j in kept)
+    return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 3, 1.0), (1.0, 0, 0.8),
@@ -886,7 +885,7 @@ def test_every_norm_has_the_eps_of_the_config(options):
 @pytest.mark.parametrize("kind", [GPT, ScalarModel])
 def test_prepare_switches_the_recomputation_of_activations_on(batch, kind):
     model, calls = tiny(kind), []
-    adapters.prepare(model, SimpleNamespace(checkpoint_activations=True, lora_rank=0))
+    adapters.prepare(model, SimpleNamespace(checkpoint_activations=True, lora_rank=0, compile=False))
     model.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.transformer(batch[0]).sum().backward()
     assert len(calls) == 2

@@ -130,7 +130,7 @@ def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
 def test_ppo_logs_what_one_watches_and_starts_at_ratio_1(chain):
     row = metrics(chain[0] / "ppo")[0]
     assert {"score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "approx_kl", "explained_variance", "grad_norm",
-            "critic_grad_norm", "rollout_tokens_per_second", "update_tokens_per_second"} <= row.keys()
+            "critic_grad_norm", "rollout_tokens_per_second", "score_tokens_per_second", "update_tokens_per_second"} <= row.keys()
     assert row["kl"] == pytest.approx(0, abs=1e-4) and row["ratio_error"] < 1e-4  # the first rollout is the reference's
 
 
@@ -355,6 +355,32 @@ def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first
     assert results[folders[1]]["kl"] > 0.01 and results[folders[1]]["wins"] != results[folders[1]]["losses"]
 
 
+def test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_of_the_time_each_part_took(small, tmp_path, monkeypatch):
+    passes, greedy, original = [], [], model.Transformer.forward
+
+    def forward(self, ids, cache=None, index=None):
+        if cache is not None:
+            passes.append(len(ids))
+        return original(self, ids, cache, index)
+
+    monkeypatch.setattr(model.Transformer, "forward", forward)
+    flags = f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward {PLAN['ppo']} --threads 1 --steps 2 --temperature 0.001"
+    for name, rows, most in (("all", "", 16), ("four", "--rollout-rows 4", 4)):
+        passes.clear()
+        run_here("ppo", flags, rows, f"--out {tmp_path}/{name}")
+        assert max(passes) == most
+        found = metrics(tmp_path / name)
+        for row in found:
+            shares = [row[f"{part}_share"] for part in ("rollout", "score", "update")]
+            assert min(shares) > 0 and sum(shares) == pytest.approx(1)
+            rates = [row[f"{part}_tokens_per_second"] * share for part, share in zip(("rollout", "score", "update"), shares)]
+            assert rates[0] == pytest.approx(rates[1]) and rates[2] == pytest.approx(2 * rates[0])  # each token once, in the update in both epochs
+        greedy.append(found[0])
+    assert len(found) == 2
+    a, b = timeless(greedy)  # the likeliest tokens are the same however many are decoded at once
+    assert b == pytest.approx(a, rel=1e-3, abs=1e-4)
+
+
 def test_ppo_samples_at_its_temperature(small, tmp_path, monkeypatch):
     rollouts = recorded(monkeypatch, ppo, "generate")["generate"]
     run_here("ppo", f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward {PLAN['ppo']} --threads 1 --steps 1 --temperature 0.001 --out {tmp_path}/run")
@@ -386,8 +412,8 @@ import torch
 import torch.nn.functional as F
 import model, ppo, runtime
 
-def generate(policy, prompts, limit, tokenizer, temperature, generator):
-    rows = [model.generate(policy, [ids], limit, tokenizer, temperature, generator=torch.Generator().manual_seed(sum(ids))) for ids in prompts]
+def generate(policy, prompts, limit, tokenizer, temperature, generator, rows):
+    rows = [model.generate(policy, [ids], limit, tokenizer, temperature, generator=torch.Generator().manual_seed(sum(ids) + 3)) for ids in prompts]
     T = max(row.ids.shape[1] for row in rows)
     ids, mask = (torch.cat([F.pad(x, (0, T - x.shape[1]), value=fill) for x in xs]) for xs, fill in
                  (([row.ids for row in rows], tokenizer.pad), ([row.mask for row in rows], False)))
@@ -646,7 +672,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(flags, tmp_pat
 def test_help_explains_every_flag_and_every_field_is_read(name):
     config_class = SCRIPTS[name].Config
     comments = runtime.field_comments(config_class)
-    sources = inspect.getsource(SCRIPTS[name]) + "".join(inspect.getsource(m) for m in (runtime, model, *map(importlib.import_module, ("checkpoint", "data", "formats"))))
+    sources = inspect.getsource(SCRIPTS[name]) + "".join(inspect.getsource(m) for m in (runtime, model, *map(importlib.import_module, ("adapters", "checkpoint", "data", "formats"))))
     for field in dataclasses.fields(config_class):
         assert len(comments.get(field.name, "")) > 8, f"--{field.name} has no help"
         assert re.search(rf"(config|flags)\.{field.name}\b", sources), f"--{field.name} is never read"
@@ -695,6 +721,54 @@ def test_run_sh_refuses_wrong_arguments():
     for words in (["--sed", "1"], ["--seed"], ["--seed", "x"]):
         done = subprocess.run(["bash", str(ROOT / "run.sh"), *words], capture_output=True, text=True)
         assert done.returncode == 2 and "error: " in done.stderr
+
+
+# -- the precision of products
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize("features, width, expected", [
+    ({"avx2", "avx512_bf16"}, 4096, torch.float32), (set(), 4096, torch.float32), ({"amx_tile", "amx_int8"}, 4096, torch.float32),
+    ({"amx_tile", "amx_bf16"}, 255, torch.float32), ({"amx_bf16"}, 0, torch.float32), ({"amx_bf16"}, 256, torch.bfloat16), ({"amx_bf16"}, 4096, torch.bfloat16)])
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_in_it_and_for_wide_models_alone(monkeypatch, features, width, expected):
+    monkeypatch.setattr(runtime, "cpu_features", lambda: features)
+    assert runtime.pick_dtype("auto", CPU, width) == expected
+    assert runtime.pick_dtype("auto", torch.device("mps"), width) == torch.float32
+    for name in ("float32", "bfloat16"):
+        assert runtime.pick_dtype(name, CPU, width) == runtime.pick_dtype(name, GPU, width) == getattr(torch, name)
+    with pytest.raises(runtime.UserError, match="float16 needs --device cuda"):
+        runtime.pick_dtype("float16", CPU, width)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_auto_on_a_gpu_is_bfloat16_where_that_is_not_emulated(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation)
+    monkeypatch.setattr(runtime, "cpu_features", lambda: {"amx_bf16"})
+    assert [runtime.pick_dtype("auto", GPU, width) for width in (32, 4096)] == [torch.bfloat16 if supported else torch.float16] * 2
+
+
+def test_cpu_features_are_the_words_of_proc_cpuinfo(monkeypatch):
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        line = next((line for line in info.read_text().splitlines() if line.split(":")[0].strip() in ("flags", "Features")), ":")
+        assert runtime.cpu_features() == set(line.split(":")[1].split())
+        assert runtime.cpu_features() or os.uname().machine not in ("x86_64", "aarch64")
+    for text, expected in (("processor\t: 0\nflags\t\t: fpu amx_bf16\nvmx flags\t: x\nflags\t\t: fpu\n", {"fpu", "amx_bf16"}), ("Features\t: fp asimd\n", {"fp", "asimd"}),
+                           ("cpu\t: POWER9\n", set()), ("", set())):
+        monkeypatch.setattr(Path, "exists", lambda self: True)
+        monkeypatch.setattr(Path, "read_text", lambda self: text)
+        assert runtime.cpu_features() == expected
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    assert runtime.cpu_features() == set()
+
+
+def test_a_run_settles_on_the_precision_that_its_widest_model_wants(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "cpu_features", lambda: {"amx_bf16"})
+    for width, dtype in ((32, "float32"), (256, "bfloat16")):
+        run_here("sft", f"--layers 1 --heads 2 --width {width} --block-size 64 --threads 1 --batch-tokens 256 --steps 1 --data {small}/demonstrations.json --tokenizer toy "
+                 f"--model scratch --val-fraction 0 --out {tmp_path}/{width}")
+        assert f"products in {dtype}" in capsys.readouterr().out
 
 
 # -- which rows of a file
