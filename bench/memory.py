@@ -36,7 +36,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from checkpoint import architecture_of, read_config, to_stored  # noqa: E402
-from model import GPT, LOGITS_AT_ONCE, ScalarModel  # noqa: E402
+from head import LOGITS_AT_ONCE  # noqa: E402
+from model import GPT, ScalarModel  # noqa: E402
 from runtime import Count, Natural, Run, parse_flags, pick_device, require, run_script, write_json  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
@@ -228,7 +229,7 @@ def predicted(stage, size, options, config, out):
     block = 4 * config.tokens * (14 * C + 4 * I)  # kept by a block for the backward pass
     kept = 4 * config.tokens * C * layers + block if CHECKPOINT in options else block * layers
     if stage != "reward":  # the embedding is the head too, so its gradient comes in two parts
-        kept += 4 * 4 * min(LOGITS_AT_ONCE, config.tokens // 2 * h["vocab_size"]) + (0 if lora else 2 * 4 * C * h["vocab_size"])
+        kept += 4 * min(LOGITS_AT_ONCE, config.tokens // 2 * h["vocab_size"]) + (0 if lora else 2 * 4 * C * h["vocab_size"])
     still, gradients = 4 * P + 8 * trained, 4 * trained
     total = still + max(kept, gradients)
     if stage == "ppo":
