@@ -50,7 +50,7 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry).resolve() != ROOT / "bench")]  # `bench` is that folder, not this file
+sys.path.insert(0, str(ROOT))
 from bench.memory import forget, peak  # noqa: E402
 from checkpoint import load_model, save_model  # noqa: E402
 from data import encode_demonstration, encode_group  # noqa: E402

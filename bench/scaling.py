@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry).resolve() != ROOT / "bench")]  # `bench` is that folder, not bench.py
+sys.path.insert(0, str(ROOT))
 from bench.ablate import put  # noqa: E402
 from bench.memory import forget, memory, peak  # noqa: E402
 from model import GPT, GPTConfig, generate  # noqa: E402

@@ -61,7 +61,11 @@ def test_operations_and_least_seconds_by_hand():
     assert bench.least_seconds("generate16", config, prompt, 1e6, 1e30) == pytest.approx(done / 1e6)
 
 
-def test_scaling_measures_every_panel_and_draws_it(tmp_path, capsys):
+def test_scaling_measures_every_panel_and_draws_it(tmp_path, capsys, monkeypatch):
+    train, decode = scaling.Point("tiny", 2, 256), scaling.Point("tiny", 2, 64, 32, True)
+    panels = [("size", train), ("size", decode), ("context", train), ("batch", decode), ("replies", decode)]
+    assert [series for series, _ in scaling.points(["tiny"], bench.CPU)] == [series for series, _ in panels]
+    monkeypatch.setattr(scaling, "points", lambda *_: panels)  # two processes instead of three
     scaling.main(scaling.Config(sizes=["tiny"], laps=1, threads=1, device="cpu", out=str(tmp_path / "deep" / "lines.jsonl")))
     lines = [json.loads(line) for line in (tmp_path / "deep" / "lines.jsonl").read_text().splitlines()]
     assert [(line["series"], line["what"]) for line in lines] == [

@@ -1,0 +1,1 @@
+"""What the benchmarks share is imported from here: bench.memory, bench.ablate."""
