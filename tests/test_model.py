@@ -890,3 +890,27 @@ def test_prepare_switches_the_recomputation_of_activations_on(batch, kind):
     model.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.transformer(batch[0]).sum().backward()
     assert len(calls) == 2
+
+
+def test_compiled_blocks_compute_the_same_and_are_not_compiled_again_for_other_lengths(monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    counter, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile  # without a C++ compiler
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=counter, **options))
+    plain, model, compiled = tiny(n_layer=3), tiny(n_layer=3), []
+    adapters.prepare(model, SimpleNamespace(checkpoint_activations=False, lora_rank=0, compile=True))
+    for lengths in ([9, 9, 9], [20, 20], [12, 3, 5, 4], [31, 2], [7, 30, 11, 3, 3], [32] * 4):  # without padding and with it
+        T = max(lengths)
+        ids = torch.randint(256, (len(lengths), T), generator=torch.Generator().manual_seed(T))
+        mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+        mask[:, 0] = False
+        outputs = [one(ids, mask, summed=True)[0] for one in (plain, model)]
+        gradients = [torch.autograd.grad(out, list(one.parameters())) for out, one in zip(outputs, (plain, model))]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=0)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+        compiled.append(counter.frame_count)
+    assert 0 < compiled[0] and compiled[2] == compiled[-1] <= 4, compiled  # inner and last block, all positions or some
+    before = counter.frame_count
+    prompts = [[5, 6, 7], [8]]
+    same = [generate(one, prompts, 8, SimpleNamespace(pad=257, stops=[-1]), temperature=0).ids for one in (plain, model)]
+    assert torch.equal(*same) and counter.frame_count == before  # decoding goes on uncompiled
