@@ -438,7 +438,7 @@ def draw(weights, generator):
 
     It takes one random number per row; torch.multinomial takes one per weight (26 times as long on a CPU, and a GPU waits for it).
     """
-    sums = weights.double().cumsum(-1)
+    sums = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)  # Apple's GPUs have no float64
     uniform = torch.rand(len(weights), 1, dtype=sums.dtype, device=weights.device, generator=generator)
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).squeeze(1).clamp(max=weights.shape[1] - 1)  # NaN draws the last
 
