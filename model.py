@@ -176,10 +176,15 @@ def swiglu(x):
     return F.silu(gate) * x
 
 
+def embedding(rows, width):
+    """An embedding whose rows are still to be set."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 MLPS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "swiglu": swiglu}  # GPT-2 uses the tanh form
 NORMS = {"layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
          "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, config.norm_eps)}
-POSITIONS = {"learned": lambda config: nn.Embedding(config.block_size + config.position_offset, config.n_embd),
+POSITIONS = {"learned": lambda config: embedding(config.block_size + config.position_offset, config.n_embd),
              "rotary": lambda config: None}
 
 
@@ -233,7 +238,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # keep each block's input alone, and compute the block again in the backward pass
-        self.wte = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.wte = embedding(config.vocab_size, config.embed_dim)
         self.wpe = POSITIONS[config.position](config)
         narrow = config.embed_dim != config.n_embd
         self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False) if narrow else None
@@ -241,6 +246,8 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = None if config.norm_after else NORMS[config.norm](config)
         for name, p in self.named_parameters():  # GPT-2's initialisation
+            if p.is_meta:  # it is about to get its weights, and drawing there would import a tenth of PyTorch: 70 MB, a second
+                continue
             if p.ndim > 1:  # projections into the residual stream shrink with depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
@@ -343,19 +350,23 @@ class ScalarModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.transformer = config, Transformer(config)
-        if isinstance(self.transformer.ln_f, nn.LayerNorm) and self.transformer.ln_f.bias is None:  # `shift` needs one
-            self.transformer.ln_f.bias = nn.Parameter(torch.zeros(config.n_embd))
-        self.score = nn.Linear(config.embed_dim, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.embed_dim + 1))  # Stiennon et al. 2020
+        self.complete()
+
+    def complete(self):
+        """Give the trunk what makes a scalar model of it: a fresh head, and the bias that `shift` needs."""
+        if isinstance(self.transformer.ln_f, nn.LayerNorm) and self.transformer.ln_f.bias is None:
+            self.transformer.ln_f.bias = nn.Parameter(torch.zeros(self.config.n_embd))
+        self.score = nn.Linear(self.config.embed_dim, 1, bias=False)
+        if not self.score.weight.is_meta:
+            nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.config.embed_dim + 1))  # Stiennon et al. 2020
 
     @classmethod
     def from_trunk(cls, model, share=False):
         """A scalar model on a copy of another model's trunk, with a fresh head. share: as in `twin`."""
-        scalar = cls(model.config)
-        bias = getattr(scalar.transformer.ln_f, "bias", None)
+        with torch.device("meta"):  # the trunk is there already
+            scalar = cls(model.config)
         scalar.transformer = twin(model.transformer, share)
-        if bias is not None and scalar.transformer.ln_f.bias is None:
-            scalar.transformer.ln_f.bias = bias
+        scalar.complete()
         return scalar.to(model.transformer.wte.weight.device)
 
     @property
