@@ -177,8 +177,9 @@ def swiglu(x):
 
 
 def embedding(rows, width):
-    """An embedding whose rows are still to be set."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    """nn.Embedding, which on the meta device doesn't draw: that would import a tenth of PyTorch (70 MB, a second)."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
 
 
 MLPS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "swiglu": swiglu}  # GPT-2 uses the tanh form
@@ -246,7 +247,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = None if config.norm_after else NORMS[config.norm](config)
         for name, p in self.named_parameters():  # GPT-2's initialisation
-            if p.is_meta:  # it is about to get its weights, and drawing there would import a tenth of PyTorch: 70 MB, a second
+            if p.is_meta:  # it is about to get its weights; see `embedding`
                 continue
             if p.ndim > 1:  # projections into the residual stream shrink with depth
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)

@@ -413,7 +413,7 @@ import torch.nn.functional as F
 import model, ppo, runtime
 
 def generate(policy, prompts, limit, tokenizer, temperature, generator, rows):
-    rows = [model.generate(policy, [ids], limit, tokenizer, temperature, generator=torch.Generator().manual_seed(sum(ids) + 3)) for ids in prompts]
+    rows = [model.generate(policy, [ids], limit, tokenizer, temperature, generator=torch.Generator().manual_seed(sum(ids) + 2)) for ids in prompts]
     T = max(row.ids.shape[1] for row in rows)
     ids, mask = (torch.cat([F.pad(x, (0, T - x.shape[1]), value=fill) for x in xs]) for xs, fill in
                  (([row.ids for row in rows], tokenizer.pad), ([row.mask for row in rows], False)))
