@@ -475,9 +475,10 @@ def decoding_weights(model, dtype, rows):
     linears, was_training = [module for module in model.transformer.modules() if isinstance(module, nn.Linear)], model.training
     model.eval()
     try:
+        head = multiplier(model.head_weight)  # first, as the largest: the heap then has room for it again at the next call
         for module in linears:
             module.forward = multiplier(module.merged() if hasattr(module, "merged") else module.weight, module.bias)
-        yield multiplier(model.head_weight)
+        yield head
     finally:
         model.train(was_training)
         for module in linears:
@@ -502,8 +503,6 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
                            f"of {limit}; shorten the prompt or lower --max-new-tokens")
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.head_weight.dtype
     rows = min(rows or B, B)
-    # CPUs attend to one query in float32 five times as fast as in bfloat16
-    cache = KVCache(model.config, rows, last, device, torch.float32 if device.type == "cpu" else dtype)
     ids = torch.full((B, last), tokenizer.pad, device=device)
     ids[:, :P] = prompt_ids
     lengths, stopped = prompt_lengths.clone(), torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
@@ -513,6 +512,8 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
     admitted, check_every = 0, 1 if device.type == "cpu" else 8  # asking a GPU which rows are done waits for it
 
     with torch.autocast(device.type, enabled=False), decoding_weights(model, dtype, rows) as head:
+        # CPUs attend to one query in float32 five times as fast as in bfloat16
+        cache = KVCache(model.config, rows, last, device, torch.float32 if device.type == "cpu" else dtype)
         for step in itertools.count():
             if step % check_every == 0:
                 free = done.nonzero().squeeze(1)
