@@ -17,6 +17,10 @@ class Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, targets, with_entropy, summed, dtype, learning):
+        """states (N, C), weight (V, C), targets (N,) -> logprobs (N,), or their sum (); entropy (N,) in nats, or None.
+
+        dtype: of the products; learning: whether a backward pass may follow (inside a Function PyTorch doesn't tell).
+        """
         N, most = len(targets), max(1, LOGITS_AT_ONCE // len(weight))
         if N > 2 * most:
             most = max(1, most // 2)
