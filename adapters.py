@@ -22,9 +22,12 @@ class LoRALinear(nn.Linear):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., rank)
         return super().forward(x) + self.scale * F.linear(low, self.lora_B)
 
+    def merge(self, weight, lora_A, lora_B):
+        """(out, in): W + scale B A."""
+        return (weight + self.scale * lora_B @ lora_A).detach()
+
     def merged(self):
-        """(out, in)"""
-        return (self.weight + self.scale * self.lora_B @ self.lora_A).detach()
+        return self.merge(self.weight, self.lora_A, self.lora_B)
 
 
 LORA_TARGETS = {"attention": ("attn.c_attn", "attn.c_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj"),
@@ -56,11 +59,20 @@ def prepare(model, flags):
             block.compile(dynamic=True)
 
 
+def whole_weights(model):
+    """{name: tensor} of a model. Of one in shards: whole tensors on the CPU of rank 0, nothing on the others; all of them must call."""
+    weights = model.state_dict()
+    if type(next(iter(weights.values()))) is torch.Tensor:
+        return weights
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
 @torch.no_grad()
-def merged_weights(model):
-    """{name: tensor} of a model as its adapters, if it has any, make it: W + (alpha / rank) B A, and no adapter left."""
-    weights = {name: p.detach() for name, p in model.state_dict().items() if ".lora_" not in name}
+def merged_weights(model, weights=None):
+    """{name: tensor} of a model as its adapters, if it has any, make it: W + (alpha / rank) B A, and no adapter left. weights: see `whole_weights`."""
+    weights = dict(weights or model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            weights[name + ".weight"] = module.merged()
-    return weights
+            weights[name + ".weight"] = module.merge(*(weights[f"{name}.{part}"] for part in ("weight", "lora_A", "lora_B")))
+    return {name: p.detach() for name, p in weights.items() if ".lora_" not in name}

@@ -15,7 +15,9 @@ import torch
 
 from checkpoint import load_model
 from model import GPT, generate
-from runtime import Count, Natural, NonNegative, Seed, UserError, autocast, pick_device, pick_dtype, require, run_script
+from flags import Count, Natural, NonNegative, Seed, UserError, require
+from hardware import autocast, pick_device, pick_dtype
+from runtime import run_script
 from tokenizer import encode_prompt
 
 

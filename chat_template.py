@@ -8,7 +8,7 @@ import signal
 import threading
 from pathlib import Path
 
-from runtime import UserError, require
+from flags import UserError, require
 
 TEMPLATE_LIMIT, OUTPUT_LIMIT = 100_000, 1 << 24  # characters
 SECONDS = 3  # for one rendering

@@ -6,6 +6,7 @@ pickle (but see --allow-pickle); they become float32 here. `FAMILIES` lists the 
 """
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,11 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from adapters import LoRALinear, merged_weights
+from adapters import LoRALinear, merged_weights, whole_weights
 from model import GPT, GPTConfig, ScalarModel
-from runtime import SCRATCH_FLAGS, UserError, keep_heap, require, write_json, write_tensors
+from hardware import keep_heap
+from flags import SCRATCH_FLAGS, UserError, require
+from saving import write_json, write_tensors
 from tokenizer import Tokenizer, open_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
@@ -144,31 +147,36 @@ def to_stored(weights, config):
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 
-def save_model(folder, model, tokenizer, flags=None):
-    """Write a checkpoint folder, each file atomically. model: GPT or ScalarModel (unwrapped), its adapters merged.
+def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weights):
+    """Write a checkpoint folder, each file atomically. model: GPT or ScalarModel (not in DDP), its adapters merged.
 
-    flags: a run's, for --save-dtype and --lora-save (which may ask for a PEFT folder with the adapters alone). Raises
-    UserError if a weight is not finite; nothing is written then.
+    flags: a run's, for --save-dtype and --lora-save (which may ask for a PEFT folder with the adapters alone). change: from
+    {name: weight} to what is written. Under torchrun all ranks call, and rank 0 writes. Raises UserError if a weight is not
+    finite; nothing is written then.
     """
     config, folder, dtype = model.config, Path(folder), flags.save_dtype if flags else "float32"
-    weights = merged_weights(model)
+    kind = GPT if isinstance(model, GPT) else ScalarModel
+    whole = whole_weights(model)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    weights = change(merged_weights(model, whole))
     for name, p in weights.items():
         require(p.isfinite().all(), f"{name} is not finite, so {folder} was not written; lower the learning rate, or look at the data")
     folder.mkdir(parents=True, exist_ok=True)
     if flags and flags.lora_save == "adapter":
-        return save_adapter(folder, model, tokenizer, flags.model)
+        return save_adapter(folder, model, whole, tokenizer, flags.model)
     header = dict(config.header) or {
         "model_type": "gpt2", "n_positions": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
         "n_inner": config.n_inner,
         "activation_function": "gelu_new", "layer_norm_epsilon": config.norm_eps, "tie_word_embeddings": True,
         "attn_pdrop": config.dropout, "embd_pdrop": config.dropout, "resid_pdrop": config.dropout, "bos_token_id": tokenizer.eos,
         "barerlhf": {"bias": config.bias}}
-    header |= {"architectures": [architecture_of(family_of(config), type(model))], "vocab_size": config.vocab_size,
+    header |= {"architectures": [architecture_of(family_of(config), kind)], "vocab_size": config.vocab_size,
                "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad, "torch_dtype": dtype}
     header.pop("dtype", None)  # as transformers 5 calls it
     read = GPTConfig(**FAMILIES[family_of(config)].config(header), dropout=config.dropout, header=config.header)
     require(read == config, f"a checkpoint folder of the family {family_of(config)} can't hold this model: it would be read as {read}, but is {config}")
-    if isinstance(model, ScalarModel):
+    if kind is ScalarModel:
         header |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # one label: a score
     stored = to_stored({name: p.to("cpu", getattr(torch, dtype)) for name, p in weights.items()}, config)
     tokenizer.save(folder)
@@ -176,20 +184,21 @@ def save_model(folder, model, tokenizer, flags=None):
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})  # last: where it is, the rest is
 
 
-def save_adapter(folder, model, tokenizer, base):
-    """Write a PEFT folder: adapter_config.json, adapter_model.safetensors, the tokenizer."""
+def save_adapter(folder, model, weights, tokenizer, base):
+    """Write a PEFT folder: adapter_config.json, adapter_model.safetensors, the tokenizer. weights: the model's, see `whole_weights`."""
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     tensors, targets = {}, set()
     for name, module in adapters.items():
         names = stored_as(name + ".weight", model.config)
-        rows = [module.lora_B] if len(names) == 1 else module.lora_B.split([n for _, n in names])
+        A, B = weights[name + ".lora_A"], weights[name + ".lora_B"]
+        rows = [B] if len(names) == 1 else B.split([n for _, n in names])
         for (theirs, _), B in zip(names, rows):
             theirs = theirs.removesuffix(".weight")
             targets.add(re.split(r"\.\d+\.", theirs)[1])
-            tensors |= {f"base_model.model.{theirs}.lora_A.weight": module.lora_A, f"base_model.model.{theirs}.lora_B.weight": B}
+            tensors |= {f"base_model.model.{theirs}.lora_A.weight": A, f"base_model.model.{theirs}.lora_B.weight": B}
     scalar, one = isinstance(model, ScalarModel), next(iter(adapters.values()))
     if scalar:
-        tensors["base_model.model.score.weight"] = model.score.weight
+        tensors["base_model.model.score.weight"] = weights["score.weight"]
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM", "base_model_name_or_path": base, "r": one.rank,
         "lora_alpha": one.scale * one.rank, "lora_dropout": one.dropout, "target_modules": sorted(targets), "bias": "none",

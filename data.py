@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from formats import read_rows, split_by_prompt
-from runtime import require
+from flags import require
 from tokenizer import describe, encode_dialogue, encode_text
 
 # ---------------------------------------------------------------------------------------------------------

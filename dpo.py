@@ -23,9 +23,11 @@ import torch.nn.functional as F
 
 from adapters import prepare
 from checkpoint import open_model, save_model
-from data import by_length, collate, count_steps, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
+from data import collate, count_steps, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
 from model import GPT, show_samples, twin
-from runtime import Count, Fraction, Natural, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, run_script
+from flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig
+from optim import adamw, scheduled_lr
+from runtime import Run, run_script
 
 
 @dataclass
@@ -75,17 +77,18 @@ def reply_logprobs(run, model, examples, budget, pad):
     model.eval()
     lengths = [len(ids) for ids, _ in examples]
     sums = torch.zeros(len(examples), device=run.device)
-    for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, budget):
+    for piece, weight in run.passes(run.split(range(len(examples)), lengths, budget)):
         ids, mask, _ = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
-            sums[torch.tensor(piece).to(run.device, non_blocking=True)] = model(ids, mask)[0].sum(1)
+            sums[torch.tensor(piece).to(run.device, non_blocking=True)] += weight * model(ids, mask)[0].sum(1)
     return run.all_sum(sums).cpu()
 
 
 def main(config):
     run = Run(config)
     model, tokenizer = open_model(config, GPT)
-    reference = twin(model.to(run.device), share=config.lora_rank > 0).requires_grad_(False)  # without the adapters that the policy gets
+    shared = config.lora_rank > 0 and config.parallel == "ddp"  # shards have one owner
+    reference = twin(model, shared).requires_grad_(False)  # without the adapters that the policy gets
     prepare(model, config)
 
     # 1. rows to groups of encoded replies
@@ -93,10 +96,10 @@ def main(config):
     lengths = [len(group) * max(len(ids) for ids, _ in group) for _, group in train]  # padded tokens of a group
 
     # 2. model, optimiser, reference log-probabilities of the prompts that the steps will visit
-    policy = run.parallel(model)
+    policy, reference = run.parallel(model), run.parallel(reference)
     optimizer = adamw(model, config.lr, config.weight_decay)
     config.steps = count_steps(config, lengths)
-    first, _ = run.begin({"policy": model}, {"optimizer": optimizer})
+    first, _ = run.begin({"policy": model}, {"optimizer": optimizer}, {"": lambda folder: save_model(folder, model, tokenizer, config)}, best="-val_loss")
     batches = endless_batches(lengths, config.batch_tokens, config.seed)
     plan = [next(batches) for _ in range(config.steps)]
     visited = sorted({i for batch in plan for i in batch})
@@ -109,13 +112,19 @@ def main(config):
     del reference
     model.eval()  # no dropout: the policy must start equal to the reference
 
+    def evaluate(step):
+        ratios = reply_logprobs(run, model, val_examples, config.micro_batch_tokens, tokenizer.pad) - ref_val
+        loss, result = preference_loss(ratios, *val_pairs[:2], val_pairs[2] / len(val), config.beta, config.loss, config.label_smoothing)
+        accuracy, interval = ranking_accuracy(ratios.numpy(), [r for r, _ in val])
+        run.log(step, {"val_loss": loss, "val_accuracy": accuracy, "val_accuracy_interval": interval, "val_margin": result["margin"]}, show=("val_accuracy",))
+        show_samples(run, model, tokenizer, [row for row, _ in val], config.max_new_tokens, run.seed_step(step))
+
     # 3. train
-    for step in run.steps(first, config.steps):
-        generator = run.seed_step(step)
+    for step in run.steps(first, config.steps, evaluate if val else None):
+        run.seed_step(step)
         batch = plan[step]
-        mine, share = run.share(batch)
         totals = {}
-        for piece in run.micro_batches(by_length(mine, lengths, config.micro_batch_tokens), policy):
+        for piece, share in run.passes(run.split(batch, lengths, config.micro_batch_tokens), policy):
             ids, mask, _ = collate([example for i in piece for example in train[i][1]], tokenizer.pad, run.device)  # (B, T)
             better, worse, weight, _ = (t.to(run.device, non_blocking=True) for t in ranked_pairs([train[i][0] for i in piece]))
             weight = weight * share / len(batch)
@@ -128,24 +137,10 @@ def main(config):
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         lr = scheduled_lr(step, config.steps, config.warmup, config.lr)
-        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
-
-        # 4. log, evaluate, save
-        evaluate_now = val and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps)
-        if run.time_to_log(step) or evaluate_now:
-            row = {name: run.all_sum(value) for name, value in totals.items()} | {"lr": lr, "grad_norm": grad_norm}
-            if evaluate_now:
-                ratios = reply_logprobs(run, model, val_examples, config.micro_batch_tokens, tokenizer.pad) - ref_val
-                val_loss, result = preference_loss(ratios, *val_pairs[:2], val_pairs[2] / len(val), config.beta, config.loss, config.label_smoothing)
-                accuracy, interval = ranking_accuracy(ratios.numpy(), [r for r, _ in val])
-                row |= {"val_loss": val_loss, "val_accuracy": accuracy, "val_accuracy_interval": interval, "val_margin": result["margin"]}
-            run.log(step, row, show=("loss", "accuracy", "margin", "val_accuracy", "chosen_logprob", "rejected_logprob"))
-        if evaluate_now:
-            show_samples(run, model, tokenizer, [row for row, _ in val], config.max_new_tokens, generator)
-        if run.time_to_save(step):
-            if run.main:
-                save_model(run.out, model, tokenizer, config)
-            run.save(step, {"policy": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
+        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm, batch)
+        if run.time_to_log(step):
+            run.log(step + 1, {name: run.all_sum(value) for name, value in totals.items()} | {"lr": lr, "grad_norm": grad_norm},
+                    show=("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob"))
 
 
 if __name__ == "__main__":

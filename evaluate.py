@@ -19,8 +19,10 @@ from checkpoint import load_model
 from data import by_length, drop_long
 from formats import read_rows, split_by_prompt
 from model import GPT, ScalarModel, generate, last_scores
-from runtime import (Count, Fraction, Natural, NonNegative, Seed, autocast, folder_of, pick_device, pick_dtype, require,
-                     run_script, write_json)
+from flags import Count, Fraction, Natural, NonNegative, Seed, require
+from hardware import autocast, pick_device, pick_dtype
+from runtime import run_script
+from saving import folder_of, write_json
 from tokenizer import encode_prompt
 
 

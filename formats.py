@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime import UserError, require
+from flags import UserError, require
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows and the formats they come in

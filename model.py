@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import pad_rows
 from head import token_logprobs
-from runtime import require
+from flags import require
 from tokenizer import encode_prompt
 
 
@@ -382,19 +382,19 @@ class ScalarModel(nn.Module):
 
     @property
     def can_shift(self):
-        """Whether there is a bias for `shift`: not in families with an RMSNorm, nor in OPT-350M."""
+        """Whether there is a bias for `shifted`: not in families with an RMSNorm, nor in OPT-350M."""
         return isinstance(self.transformer.ln_f, nn.LayerNorm)
 
-    @torch.no_grad()
-    def shift(self, amount):
-        """Lower every score by amount, in the weights, so that whoever opens the folder gets the shifted score.
 
-        The final norm's bias b becomes b - amount * w / |w|^2 for the head w: only w . b changes, by -amount.
-        """
-        w = self.score.weight[0]
-        if self.transformer.project_out is not None:
-            w = w @ self.transformer.project_out.weight
-        self.transformer.ln_f.bias = nn.Parameter(self.transformer.ln_f.bias - amount * w / w.square().sum())
+def shifted(weights, amount):
+    """Weights {name: tensor} of a ScalarModel with every score lower by amount, so that whoever opens the folder gets the shifted score.
+
+    The final norm's bias b becomes b - amount * w / |w|^2 for the head w: only w . b changes, by -amount.
+    """
+    w, bias = weights["score.weight"][0], "transformer.ln_f.bias"
+    if "transformer.project_out.weight" in weights:
+        w = w @ weights["transformer.project_out.weight"]
+    return weights | {bias: weights[bias] - amount * w / w.square().sum()}
 
 
 def last_scores(model, ids, lengths):
@@ -427,8 +427,17 @@ class Generation(NamedTuple):
         return [tokenizer.decode(ids[mask].tolist()) for ids, mask in zip(self.ids.cpu(), self.mask.cpu())]
 
 
-def sample_token(logits, temperature, top_k, top_p, generator):
-    """Draw one token per row of logits (B, V) fp32. Temperature 0 takes the largest."""
+def uniforms(rows, tokens, generator, device):
+    """The numbers (rows, tokens, 2), uniform in [0, 1), that `generate` turns into tokens."""
+    return torch.rand(rows, tokens, 2, dtype=wide(device), device=device, generator=generator)
+
+
+def wide(device):
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+
+def sample_token(logits, temperature, top_k, top_p, uniform):
+    """Draw one token per row of logits (B, V) fp32 with two uniform numbers each (B, 2). Temperature 0 takes the largest."""
     if temperature == 0:
         return logits.argmax(-1)
     if temperature != 1:
@@ -441,17 +450,16 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(drop.gather(-1, order.argsort(-1)), -math.inf)
     # first a group of tokens, then one in it: less to add up than over the whole vocabulary
     groups = F.pad(logits.softmax(-1), (0, -logits.shape[-1] % 256)).unflatten(-1, (-1, 256))  # (B, V / 256, 256)
-    group = draw(groups.sum(-1), generator)  # (B,)
-    return 256 * group + draw(groups[torch.arange(len(logits), device=logits.device), group], generator)
+    group = draw(groups.sum(-1), uniform[:, :1])  # (B,)
+    return 256 * group + draw(groups[torch.arange(len(logits), device=logits.device), group], uniform[:, 1:])
 
 
-def draw(weights, generator):
-    """Draw one index per row of weights (B, n), in proportion to them: where a uniform number falls among their running sums.
+def draw(weights, uniform):
+    """Draw one index per row of weights (B, n), in proportion to them: where a uniform number (B, 1) falls among their running sums.
 
     It takes one random number per row; torch.multinomial takes one per weight (26 times as long on a CPU, and a GPU waits for it).
     """
-    sums = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64).cumsum(-1)  # Apple's GPUs have no float64
-    uniform = torch.rand(len(weights), 1, dtype=sums.dtype, device=weights.device, generator=generator)
+    sums = weights.to(wide(weights.device)).cumsum(-1)
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).squeeze(1).clamp(max=weights.shape[1] - 1)  # NaN draws the last
 
 
@@ -486,13 +494,14 @@ def decoding_weights(model, dtype, rows):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0, top_p=1.0, generator=None, rows=0):
+def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0, top_p=1.0, generator=None, rows=0, uniform=None, interrupted=lambda: False):
     """Sample one response per prompt.
 
     prompts: non-empty lists of ids; equal ones share the pass over them. Each row decodes at its own position right behind
     its prompt and ends with the end token or after max_new_tokens. At most `rows` are decoded at once (0: all); the
-    other prompts wait until enough of those have ended. Returns a Generation.
-    Raises UserError when prompt and response don't fit the model's context.
+    other prompts wait until enough of those have ended. uniform: see `uniforms`; drawn with generator if there is none, so
+    that a response depends on its own numbers, not on what else is in the batch. interrupted: asked before each token whether to
+    leave it at that. Returns a Generation. Raises UserError when prompt and response don't fit the model's context.
     """
     device = model.device
     prompt_ids, prompt_lengths = pad_rows(prompts, tokenizer.pad, device)  # (B, P), (B,)
@@ -510,11 +519,14 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
     live = torch.arange(rows, device=device)  # (n,) the prompt that each row of the cache belongs to
     done = torch.ones_like(live, dtype=torch.bool)  # (n,) nothing is to be decoded there, or no more
     admitted, check_every = 0, 1 if device.type == "cpu" else 8  # asking a GPU which rows are done waits for it
+    uniform = uniforms(B, max_new_tokens, generator, device) if uniform is None else uniform
 
     with torch.autocast(device.type, enabled=False), decoding_weights(model, dtype, rows) as head:
         # CPUs attend to one query in float32 five times as fast as in bfloat16
         cache = KVCache(model.config, rows, last, device, torch.float32 if device.type == "cpu" else dtype)
         for step in itertools.count():
+            if interrupted():
+                break
             if step % check_every == 0:
                 free = done.nonzero().squeeze(1)
                 if 4 * len(free) >= len(live):
@@ -540,7 +552,7 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
             at = lengths[live]  # (n,)
             cache.step(at - 1, min(reach + step % check_every, last))
             states = model.transformer(ids[live, at - 1][:, None], cache)[:, 0]  # (n, C)
-            token = sample_token(head(states).float(), temperature, top_k, top_p, generator)
+            token = sample_token(head(states).float(), temperature, top_k, top_p, uniform[live, (at - prompt_lengths[live]).clamp(max=max_new_tokens - 1)])
             ids[live, at.clamp(max=last - 1)] = torch.where(done, ids[live, at.clamp(max=last - 1)], token)
             lengths[live] = at + ~done
             stop = ~done & (token[:, None] == stops).any(1)
@@ -558,7 +570,8 @@ def show_samples(run, model, tokenizer, rows, max_new_tokens, generator, number=
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
     fitting = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) + max_new_tokens <= model.config.block_size]
     if fitting:
-        with run.autocast():
-            texts = generate(model, [ids for _, ids in fitting], max_new_tokens, tokenizer, generator=generator).texts(tokenizer)
+        with run.gathered(model), run.autocast():
+            texts = generate(model, [ids for _, ids in fitting], max_new_tokens, tokenizer, generator=generator, interrupted=run.asked_to_stop).texts(tokenizer)
+        run.safe_point()
         for (row, _), text in zip(fitting, texts):
             run.say(f"  sample: {row.prompt[-1]['content'][-200:]!r} -> {text!r}")

@@ -55,8 +55,12 @@ Left out: a trunk shared by policy and critic, a value behind the end of cut-off
 Legend: B replies on this rank, T tokens, V vocabulary.
 """
 import copy
+import importlib
+import inspect
 import json
 import math
+import os
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,10 +71,12 @@ import toy
 from adapters import prepare
 from checkpoint import load_model, open_model, save_model
 from data import by_length, collate, drop_long, encode_demonstrations, endless_batches, endless_order
+from flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, UserError, require
 from formats import read_rows, split_by_prompt
-from model import GPT, ScalarModel, generate, last_scores, twin, values_before
-from runtime import (Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, adamw, require,
-                     reward_function, run_script, scheduled_lr)
+from model import GPT, ScalarModel, generate, last_scores, twin, uniforms, values_before
+from ranks import fill_up
+from optim import adamw, scheduled_lr
+from runtime import Run, run_script
 from tokenizer import describe, encode_prompt
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -130,6 +136,7 @@ class Config(RunConfig):
     frozen_device: Literal["same", "cpu"] = "same"  # where reference and reward models are: with the policy, or on the CPU (slow, but leaves a GPU's memory)
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights of reference and reward models
     kl_limit: Positive = 20.0  # warn when the KL per reply is above this, nats
+    kl_limit_stop: bool = False  # and end the run there
     sample_every: Count = 20  # rollouts between printed samples
 
 
@@ -226,6 +233,12 @@ def whiten(x, mask, all_sum=lambda t: t, variance="population"):
     return centred * torch.rsqrt(squares / (count if variance == "population" else count - 1).clamp(min=1) + 1e-8)
 
 
+def variance(x, mask, all_sum=lambda t: t):
+    """Variance of x (B, T) over the mask of all ranks."""
+    count, total = all_sum(torch.stack([mask.sum(), (x * mask).sum()]))
+    return all_sum(((x - total / count).square() * mask).sum()) / count
+
+
 # The losses are sums over the mask divided by tokens: the count of the whole minibatch, over all micro-batches and ranks.
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="clip", dual_clip=0.0, penalty_coef=0.0):
@@ -312,6 +325,31 @@ def diagnose(history, kl_limit):
     return found
 
 
+def reward_function(spec, device):
+    """What --reward-fn module:function names, as f(prompts, replies, answers) -> scores (B,); whatever goes wrong in it is a UserError."""
+    module, _, name = spec.partition(":")
+    require(module and name, f"--reward-fn {spec}: write module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # found from the working directory
+    try:
+        function = getattr(importlib.import_module(module), name)
+        wants_answers = len(inspect.signature(function).parameters) > 2
+    except Exception as error:  # a module of the user's may fail in any way
+        raise UserError(f"--reward-fn {spec} can't be imported ({type(error).__name__}: {error})") from None
+
+    def scores_of(*texts):  # prompts, replies, answers
+        try:
+            with torch.no_grad():
+                scores = torch.as_tensor(function(*texts[:3 if wants_answers else 2]), dtype=torch.float32, device=device).detach()
+        except Exception as error:
+            raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given lists of text: prompts, replies and, if it takes three, answers") from None
+        require(scores.shape == (len(texts[1]),) and scores.isfinite().all(),
+                f"--reward-fn {spec} must return one finite number for each of {len(texts[1])} replies, got shape {tuple(scores.shape)}")
+        return scores
+
+    return scores_of
+
+
 def main(config):
     config.reward = config.reward or ([] if config.reward_fn else ["runs/reward"])
     run = Run(config)
@@ -333,8 +371,8 @@ def main(config):
 
     # the models: policy, reference, what scores, critic
     policy_model, tokenizer = open_model(config, GPT)
-    lora = config.lora_rank > 0  # then what is frozen is shared: reference and policy, reward model and critic
-    reference = twin(policy_model.to(run.device), lora).requires_grad_(False).eval()
+    lora = config.lora_rank > 0 and config.parallel == "ddp"  # then what is frozen is shared: reference and policy, reward model and critic (but shards have one owner)
+    reference = twin(policy_model, lora).requires_grad_(False).eval()
     sources = config.reward + config.reward_fn
     require(len(config.reward_weights) in (0, len(sources)), f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
     require(all(map(math.isfinite, config.reward_weights)), "--reward-weights must be finite numbers")
@@ -347,22 +385,27 @@ def main(config):
     critic_init = config.critic_init if config.critic_init != "auto" else "reward" if config.reward else "zero"
     require(critic_init != "reward" or config.reward, "--critic-init reward needs a --reward folder; use sft or zero")
     if critic_init == "reward":
-        critic_model = twin(reward_models[0].to(run.device), lora)
+        critic_model = twin(reward_models[0], lora)
     else:
         torch.manual_seed(config.seed)
         critic_model = ScalarModel.from_trunk(policy_model, lora)
         if critic_init == "zero":
             torch.nn.init.zeros_(critic_model.score.weight)
-    for model in reward_models + [reference] * (not lora):
-        if not (lora and critic_init == "reward" and model is reward_models[0]):
-            model.to("cpu" if config.frozen_device == "cpu" else run.device, getattr(torch, config.frozen_dtype))
+    for model in reward_models + [reference]:
+        if not (lora and (model is reference or (critic_init == "reward" and model is reward_models[0]))):
+            model.to(getattr(torch, config.frozen_dtype))
+            if config.frozen_device == "same":
+                run.parallel(model.requires_grad_(False))
         model.requires_grad_(False).eval()
     prepare(policy_model, config), prepare(critic_model, config)
+    ema = copy.deepcopy(policy_model, {id(p): p for p in policy_model.parameters() if not p.requires_grad and lora}).requires_grad_(False) if config.ema > 0 else None
     policy, critic = run.parallel(policy_model), run.parallel(critic_model)
     policy_optimizer, critic_optimizer = (adamw(m, lr, eps=1e-5) for m, lr in ((policy_model, config.lr), (critic_model, config.critic_lr)))
     modules, optimizers = {"policy": policy_model, "critic": critic_model}, {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
-    if config.ema > 0:
-        modules["ema"] = copy.deepcopy(policy_model, {id(p): p for p in policy_model.parameters() if not p.requires_grad}).requires_grad_(False)
+    save = {"": lambda folder: save_model(folder, policy_model, tokenizer, config)}
+    if ema:
+        modules["ema"] = run.parallel(ema)
+        save["ema"] = lambda folder: save_model(folder, ema, tokenizer, config)
 
     # prompts, and demonstrations for PPO-ptx
     world = toy.World(config.seed) if config.data == "toy" else None
@@ -382,24 +425,28 @@ def main(config):
 
     for function in reward_fns:
         function([prompts[0][0].text], ["a trial"], [prompts[0][0].answer])  # a mistake in it should show before anything is written
-    first, extra = run.begin(modules, optimizers)
-    kl_coef, penalty_coef, moments = (extra.get(name, start) for name, start in
+    first, state = run.begin(modules, optimizers, save, best="reward")
+    kl_coef, penalty_coef, moments = (state.get(name, start) for name, start in
                                       (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
     order = endless_order(len(prompts), config.seed, first * config.rollout_batch)
     if config.ptx_coef > 0:
         ptx_batches = endless_batches(ptx_lengths, config.ptx_tokens, config.seed, first * updates)
     policy.eval(), critic.eval()  # no dropout: the ratio to the old policy must be 1 where nothing has changed
-    history, warned = [json.loads(line) for line in open(run.out / "metrics.jsonl")] if first and run.main else [], {}
+    rows = [json.loads(line) for line in open(run.out / "metrics.jsonl")] if first and run.main else []
+    history, warned = [row for row in rows if {"score", "kl", "entropy", "eos_rate", "explained_variance"} <= row.keys()], {}  # the finite ones
 
     for step in run.steps(first, config.steps):
         generator = run.seed_step(step)
         clock = [run.clock()]
 
         # 1. rollout
-        chosen = [next(order) for _ in range(config.rollout_batch)][run.rank::run.world_size]
-        with run.autocast():
+        chosen = sorted((next(order) for _ in range(config.rollout_batch)), key=lambda i: len(prompts[i][1]))[run.rank::run.world_size]  # equal work for all ranks
+        uniform = uniforms(config.rollout_batch, config.max_new_tokens, generator, run.device)[run.rank::run.world_size]  # replies don't depend on the ranks
+        run.doing = f"step {step + 1}, sampling {config.rollout_rows or share} replies at once"
+        with run.gathered(policy_model), run.autocast():
             rollout = generate(policy_model, [prompts[i][1] for i in chosen], config.max_new_tokens, tokenizer,
-                               config.temperature, generator=generator, rows=config.rollout_rows)
+                               config.temperature, rows=config.rollout_rows, uniform=uniform, interrupted=run.asked_to_stop)
+        run.safe_point()
         ids, mask, lengths, ended = rollout  # (B, T), (B, T), (B,), (B,)
         texts, questions = rollout.texts(tokenizer), [prompts[i][0].text for i in chosen]
         if config.reward_at == "next":
@@ -413,7 +460,8 @@ def main(config):
         old_logprobs, ref_logprobs, old_values, entropy = (torch.zeros(ids.shape, device=run.device) for _ in range(4))  # (B, T)
         parts = torch.zeros(len(sources), share, device=run.device)
         with torch.no_grad(), run.autocast():
-            for piece in by_length(range(share), size, config.micro_batch_tokens):
+            pieces = by_length(range(share), size, config.micro_batch_tokens)
+            for piece, _ in run.passes(fill_up(pieces, int(run.all_max(torch.tensor(len(pieces), device=run.device))), pieces[0])):
                 rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
                 part, part_mask = ids[rows, :T], host_mask[piece, :T]
                 old_logprobs[rows, :T], entropy[rows, :T] = policy_model(part, part_mask, config.temperature, with_entropy=True)
@@ -424,6 +472,8 @@ def main(config):
         for source, function in enumerate(reward_fns, len(reward_models)):
             parts[source] = function(questions, texts, [prompts[i][0].answer for i in chosen])
         scores = weights @ parts  # (B,)
+        if not run.finite("the score", scores, chosen):
+            continue
 
         # 3. rewards
         judged = judge_missing_eos(scores, ended, config.missing_eos, config.missing_eos_penalty, run.all_min(scores.min()))
@@ -435,7 +485,7 @@ def main(config):
 
         # 4. advantages
         advantages, returns = gae(rewards, old_values, steps, config.gamma, config.lam)
-        explained = 1 - (returns - old_values)[steps].var(correction=0) / returns[steps].var(correction=0).clamp(min=1e-8)
+        explained = 1 - variance(returns - old_values, steps, run.all_sum) / variance(returns, steps, run.all_sum).clamp(min=1e-8)
         if config.whiten != "none":
             advantages = whiten(advantages, mask, run.all_sum, config.whiten)
         if config.advantage_clip > 0:
@@ -447,8 +497,12 @@ def main(config):
         lr = scheduled_lr(max(0, step - config.critic_warmup), config.steps - config.critic_warmup, config.warmup, config.lr, config.lr_schedule)
         critic_lr = scheduled_lr(step, config.steps, config.warmup, config.critic_lr, config.critic_lr_schedule)
         train_policy = step >= config.critic_warmup
-        orders = [torch.randperm(share).tolist() for _ in range(config.epochs)]
-        batches = [shuffled[i::config.minibatches] for shuffled in orders for i in range(config.minibatches)]
+        # a minibatch takes one of every config.minibatches neighbours by length: as many from each rank, the same ones however many ranks there are
+        lanes = share // config.minibatches  # of this rank
+        picks = torch.rand(config.epochs, config.minibatches, lanes * run.world_size, generator=generator, device=run.device).argsort(1)
+        batches = (picks.cpu().flatten(0, 1)[:, run.rank::run.world_size] * lanes + torch.arange(lanes)).tolist()  # (epochs * minibatches, lanes) replies of this rank
+        plans = [by_length(picked, size, config.micro_batch_tokens) for picked in batches]
+        counts = run.all_max(torch.tensor([len(plan) for plan in plans], device=run.device)).tolist()
         ptx_drawn = [next(ptx_batches) for _ in batches] if config.ptx_coef > 0 else []
         grad_norm = critic_grad_norm = torch.zeros(())
 
@@ -459,21 +513,19 @@ def main(config):
             # of the whole minibatch: short replies weigh by their tokens
             tokens, value_tokens = run.all_sum(torch.stack([host_mask[picked].sum(), host_steps[picked].sum()]).to(run.device))
             old_new_kl = torch.zeros((), device=run.device)  # of this minibatch, per token
-            pieces = [("ppo", piece) for piece in by_length(picked, size, config.micro_batch_tokens)]
+            pieces = [("ppo", *piece) for piece in fill_up(plans[number], counts[number], picked[:1])]
             if ptx_drawn and train_policy:
-                mine, weight = run.share(ptx_drawn[number])
-                ptx_weight = config.ptx_coef * weight / sum(sum(ptx[i][1]) for i in ptx_drawn[number])
-                pieces = [("ptx", piece) for piece in by_length(mine, ptx_lengths, config.micro_batch_tokens)] + pieces
-            for kind, piece in run.micro_batches(pieces, policy, critic):
+                pieces = [("ptx", *piece) for piece in run.split(ptx_drawn[number], ptx_lengths, config.micro_batch_tokens)] + pieces
+            for kind, piece, weight in run.passes(pieces, policy, critic):
                 if kind == "ptx":  # its gradients are summed with those of PPO: one step for both
                     part, part_mask, _ = collate([ptx[i] for i in piece], tokenizer.pad, run.device)
                     with run.autocast():
-                        ptx_loss = -policy(part, part_mask, summed=True)[0] * ptx_weight
+                        ptx_loss = -policy(part, part_mask, summed=True)[0] * weight * config.ptx_coef / sum(sum(ptx[i][1]) for i in ptx_drawn[number])
                     run.backward(ptx_loss, policy_optimizer)
                     add("ptx_loss", ptx_loss / config.ptx_coef)
                     continue
                 rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
-                part, part_mask, old = ids[rows, :T], mask[rows, :T], old_logprobs[rows, :T]
+                part, part_mask, part_steps, old = ids[rows, :T], mask[rows, :T] & (weight > 0), steps[rows, :T] & (weight > 0), old_logprobs[rows, :T]
                 losses, stats = {}, {}
                 if train_policy:
                     with run.autocast():
@@ -482,7 +534,7 @@ def main(config):
                                                                config.policy_loss, config.dual_clip, penalty_coef)
                     objective = losses["policy_loss"]
                     if config.entropy_coef > 0:
-                        objective = objective - config.entropy_coef * H.sum() / tokens
+                        objective = objective - config.entropy_coef * (H * part_mask).sum() / tokens
                     if config.kl_in == "loss":
                         losses["kl_loss"] = kl_loss(logprobs, old, ref_logprobs[rows, :T], part_mask, config.kl, tokens)
                         objective = objective + kl_coef * losses["kl_loss"]
@@ -491,7 +543,7 @@ def main(config):
                     run.backward(objective, policy_optimizer)
                 with run.autocast():
                     values = values_before(critic, part, host_steps[piece, :T])
-                losses["value_loss"], value_stats = value_loss(values, old_values[rows, :T], returns[rows, :T], steps[rows, :T], config.value_clip, value_tokens)
+                losses["value_loss"], value_stats = value_loss(values, old_values[rows, :T], returns[rows, :T], part_steps, config.value_clip, value_tokens)
                 run.backward(losses["value_loss"], critic_optimizer)
                 for name, value in {**losses, **stats, **value_stats}.items():
                     add(name, value)
@@ -503,11 +555,11 @@ def main(config):
                 policy_optimizer.zero_grad(), critic_optimizer.zero_grad()
                 break
             if train_policy:
-                grad_norm = run.optimizer_step(policy_optimizer, lr, config.max_grad_norm)
-                if config.ema > 0:
+                grad_norm = run.optimizer_step(policy_optimizer, lr, config.max_grad_norm, [chosen[i] for i in picked])
+                if ema:
                     with torch.no_grad():
-                        torch._foreach_lerp_(list(modules["ema"].parameters()), list(policy_model.parameters()), 1 - config.ema)
-            critic_grad_norm = run.optimizer_step(critic_optimizer, critic_lr, config.max_grad_norm)
+                        torch._foreach_lerp_(list(ema.parameters()), list(policy_model.parameters()), 1 - config.ema)
+            critic_grad_norm = run.optimizer_step(critic_optimizer, critic_lr, config.max_grad_norm, [chosen[i] for i in picked])
 
         # 6. control, log, save
         log_ratio = old_logprobs - ref_logprobs  # (B, T)
@@ -541,7 +593,7 @@ def main(config):
                 warned[symptom] = step
                 run.say(f"warning: step {step + 1}: {advice}")
         if run.time_to_log(step):
-            run.log(step, means | {"kl_coef": kl_coef, "lr": lr * train_policy, "critic_lr": critic_lr, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
+            run.log(step + 1, means | {"kl_coef": kl_coef, "lr": lr * train_policy, "critic_lr": critic_lr, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
                                    "ratio_error": off_by}
                     | {f"{name}_tokens_per_second": tokens * (config.epochs * (number + 1) / updates if name == "update" else 1) / s for name, s in seconds.items()}
                     | {f"{name}_share": s / (clock[-1] - clock[0]) for name, s in seconds.items()}
@@ -554,12 +606,9 @@ def main(config):
             kl_coef = adapt_kl_coef(kl_coef, means["kl"], config.kl_target, config.rollout_batch, config.kl_horizon)
         if config.penalty_target > 0 and train_policy:
             penalty_coef = adapt_penalty(penalty_coef, old_new_kl, config.penalty_target)
-        if run.time_to_save(step):
-            if run.main:
-                save_model(run.out, policy_model, tokenizer, config)
-                if config.ema > 0:
-                    save_model(run.out / "ema", modules["ema"], tokenizer, config)
-            run.save(step, modules, optimizers, {"kl_coef": kl_coef, "penalty_coef": penalty_coef, "moments": moments})  # last: where it is, the checkpoint is
+        state |= {"kl_coef": kl_coef, "penalty_coef": penalty_coef, "moments": moments}
+        if config.kl_limit_stop and means["kl"] > config.kl_limit:
+            run.problem = f"step {step + 1}: the KL per reply, {means['kl']:.1f} nats, is beyond --kl-limit {config.kl_limit:g}, and --kl-limit-stop was asked for"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import NonNegative, UserError, require, run_script, write_atomically, write_json
+from flags import NonNegative, UserError, require
+from runtime import run_script
+from saving import write_atomically, write_json
 
 STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 TRY_NEXT = [

@@ -16,6 +16,7 @@ The first orders 0.86 of the held-out pairs right, where the labels' noise allow
 
 Legend: B replies (rows), T tokens, P pairs.
 """
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +26,13 @@ import torch.nn.functional as F
 import toy
 from adapters import prepare
 from checkpoint import open_model, save_model
-from data import by_length, collate, count_steps, encode_group, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
+from data import collate, count_steps, encode_group, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
 from formats import Row, read_rows
-from model import GPT, ScalarModel, last_scores, twin
-from runtime import Count, Fraction, Natural, NonNegative, Positive, Run, RunConfig, adamw, scheduled_lr, require, run_script, write_json
+from model import GPT, ScalarModel, last_scores, shifted
+from flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
+from optim import adamw, scheduled_lr
+from runtime import Run, run_script
+from saving import write_json
 
 
 @dataclass
@@ -68,10 +72,10 @@ def score_replies(run, model, groups, budget, pad):
     lengths = [len(ids) for ids, _ in examples]
     scores = torch.zeros(len(examples), device=run.device)
     model.eval()
-    for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, budget):
+    for piece, weight in run.passes(run.split(range(len(examples)), lengths, budget)):
         ids, _, ends = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
-            scores[torch.tensor(piece).to(run.device, non_blocking=True)] = last_scores(model, ids, ends)
+            scores[torch.tensor(piece).to(run.device, non_blocking=True)] += weight * last_scores(model, ids, ends)
     model.train()
     return run.all_sum(scores).cpu().numpy()
 
@@ -129,17 +133,32 @@ def main(config):
     reward = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
     config.steps = count_steps(config, lengths)
-    first, _ = run.begin({"reward": model}, {"optimizer": optimizer})
+    result = {}  # of the last evaluation
+
+    def write(folder):
+        change, centre = (lambda weights: weights), {}
+        if shifts:  # training goes on unshifted, so saving can't change it
+            scores = score_replies(run, model, demonstrations, config.micro_batch_tokens, tokenizer.pad)
+            change = functools.partial(shifted, amount=float(scores.mean()))
+            centre = {"demonstrations_mean_before": float(scores.mean()), "demonstrations_std": float(scores.std())}
+        save_model(folder, model, tokenizer, config, change)
+        if run.main and run.step == config.steps and val:
+            write_json(folder / "evaluation.json", result | centre)
+
+    def evaluate_now(step):
+        result.update(evaluate(score_replies(run, model, [g for _, g in val], config.micro_batch_tokens, tokenizer.pad), [r for r, _ in val]))
+        run.log(step, {f"val_{name}": result[name] for name in ("accuracy", "bayes_accuracy") if name in result}, show=("val_accuracy",))
+
+    first, _ = run.begin({"reward": model}, {"optimizer": optimizer}, {"": write}, best="val_accuracy")
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 
     # 3. train
-    for step in run.steps(first, config.steps):
+    for step in run.steps(first, config.steps, evaluate_now if val else None):
         run.seed_step(step)
         batch = next(batches)
-        mine, share = run.share(batch)
         totals = {}
-        for piece in run.micro_batches(by_length(mine, lengths, config.micro_batch_tokens), reward):
+        for piece, share in run.passes(run.split(batch, lengths, config.micro_batch_tokens), reward):
             ids, _, ends = collate([example for i in piece for example in train[i][1]], tokenizer.pad, run.device)  # (B, T)
             better, worse, weight, margin = (t.to(run.device, non_blocking=True) for t in ranked_pairs([train[i][0] for i in piece]))
             with run.autocast():
@@ -149,29 +168,10 @@ def main(config):
             for name, value in {"loss": loss, **metrics}.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         lr = scheduled_lr(step, config.steps, config.warmup, config.lr)
-        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
-
-        # 4. log, evaluate, save
-        last = step + 1 == config.steps
-        evaluate_now = val and ((step + 1) % config.eval_every == 0 or last)
-        if run.time_to_log(step) or evaluate_now:
-            row = {name: run.all_sum(value) for name, value in totals.items()} | {"lr": lr, "grad_norm": grad_norm}
-            if evaluate_now:
-                result = evaluate(score_replies(run, model, [g for _, g in val], config.micro_batch_tokens, tokenizer.pad), [r for r, _ in val])
-                row |= {f"val_{name}": result[name] for name in ("accuracy", "bayes_accuracy") if name in result}
-            run.log(step, row, show=("loss", "accuracy", "val_accuracy", "gap"))
-        if run.time_to_save(step):
-            shifted, centre = twin(model, share=True), {}  # training goes on unshifted, so saving can't change it
-            if shifts:
-                scores = score_replies(run, model, demonstrations, config.micro_batch_tokens, tokenizer.pad)
-                shifted.shift(float(scores.mean()))
-                centre = {"demonstrations_mean_before": float(scores.mean()), "demonstrations_std": float(scores.std())}
-            if run.main:
-                save_model(run.out, shifted, tokenizer, config)
-                if last and val:
-                    write_json(run.out / "evaluation.json", result | centre)
-            run.save(step, {"reward": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
-    if first < config.steps and val:
+        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm, batch)
+        if run.time_to_log(step):
+            run.log(step + 1, {name: run.all_sum(value) for name, value in totals.items()} | {"lr": lr, "grad_norm": grad_norm}, show=("loss", "accuracy", "gap"))
+    if result:
         bayes = f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""
         run.say(f"held-out accuracy {result['accuracy']:.3f} +- {result['accuracy_interval']:.3f} (95 %), "
                 f"by length alone {result['length_accuracy']:.3f}{bayes}")

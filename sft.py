@@ -18,10 +18,12 @@ import torch
 import toy
 from adapters import prepare
 from checkpoint import open_model, save_model
-from data import by_length, collate, count_steps, encode_demonstrations, endless_batches
+from data import collate, count_steps, encode_demonstrations, endless_batches
 from formats import read_rows, split_by_prompt
 from model import GPT, show_samples
-from runtime import Count, Fraction, Natural, NonNegative, Positive, Probability, Run, RunConfig, adamw, scheduled_lr, require, run_script
+from flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
+from optim import adamw, scheduled_lr
+from runtime import Run, run_script
 from tokenizer import describe
 
 
@@ -49,11 +51,11 @@ def validation_loss(run, model, examples, lengths, config, pad):
     """Mean of -log pi over the response tokens of held-out examples, in nats per token."""
     model.eval()
     total = torch.zeros(2, device=run.device)
-    for piece in by_length(range(len(examples))[run.rank::run.world_size], lengths, config.micro_batch_tokens):
+    for piece, weight in run.passes(run.split(range(len(examples)), lengths, config.micro_batch_tokens)):
         ids, mask, _ = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
             logprob, _ = model(ids, mask, summed=True)
-        total += torch.stack([-logprob, mask.sum().to(run.device)])
+        total += weight * torch.stack([-logprob, mask.sum().to(run.device)])
     model.train()
     total = run.all_sum(total)
     return total[0] / total[1]
@@ -82,20 +84,21 @@ def main(config):
     policy = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
     config.steps = count_steps(config, lengths)
-    first, _ = run.begin({"policy": model}, {"optimizer": optimizer})
+    first, _ = run.begin({"policy": model}, {"optimizer": optimizer}, {"": lambda folder: save_model(folder, model, tokenizer, config)}, best="-val_loss")
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 
+    def evaluate(step):
+        run.log(step, {"val_loss": validation_loss(run, model, val, val_lengths, config, tokenizer.pad)}, show=("val_loss",))
+        show_samples(run, model, tokenizer, [row for row in heldout if row.prompt], config.max_new_tokens, run.seed_step(step))
+
     # 3. train
-    for step in run.steps(first, config.steps):
-        if step == 0 and val:
-            run.log(-1, {"val_loss": validation_loss(run, model, val, val_lengths, config, tokenizer.pad)}, show=("val_loss",))  # before training
-        generator = run.seed_step(step)
+    for step in run.steps(first, config.steps, evaluate if val else None):
+        run.seed_step(step)
         batch = next(batches)
         tokens = sum(sum(train[i][1]) for i in batch)  # response tokens of the whole step
-        mine, weight = run.share(batch)
         loss = torch.zeros((), device=run.device)
-        for piece in run.micro_batches(by_length(mine, lengths, config.micro_batch_tokens), policy):
+        for piece, weight in run.passes(run.split(batch, lengths, config.micro_batch_tokens), policy):
             ids, mask, _ = collate([train[i] for i in piece], tokenizer.pad, run.device)  # (B, T)
             with run.autocast():
                 logprob, _ = policy(ids, mask, summed=True)  # ()
@@ -103,21 +106,9 @@ def main(config):
             run.backward(piece_loss, optimizer)
             loss += piece_loss.detach()
         lr = scheduled_lr(step, config.steps, config.warmup, config.lr)
-        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm)
-
-        # 4. log, evaluate, save
-        evaluate_now = val and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps)
-        if run.time_to_log(step) or evaluate_now:
-            metrics = {"loss": run.all_sum(loss), "lr": lr, "grad_norm": grad_norm}
-            if evaluate_now:
-                metrics["val_loss"] = validation_loss(run, model, val, val_lengths, config, tokenizer.pad)
-            run.log(step, metrics, show=("loss", "val_loss", "grad_norm"))
-        if evaluate_now:
-            show_samples(run, model, tokenizer, [row for row in heldout if row.prompt], config.max_new_tokens, generator)
-        if run.time_to_save(step):
-            if run.main:
-                save_model(run.out, model, tokenizer, config)
-            run.save(step, {"policy": model}, {"optimizer": optimizer})  # last: where it is, the checkpoint is
+        grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm, batch)
+        if run.time_to_log(step):
+            run.log(step + 1, {"loss": run.all_sum(loss), "lr": lr, "grad_norm": grad_norm}, show=("loss", "grad_norm"))
 
 
 if __name__ == "__main__":

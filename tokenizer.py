@@ -12,7 +12,8 @@ from pathlib import Path
 import tiktoken
 
 from chat_template import ChatTemplate, either, find_template, one_line, optional, own_template
-from runtime import TOKENIZER_FILES, UserError, require, write_atomically
+from flags import TOKENIZER_FILES, UserError, require
+from saving import write_atomically
 
 # ---------------------------------------------------------------------------------------------------------
 # Our own tokenizer

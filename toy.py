@@ -18,9 +18,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-import runtime
+from flags import Count, Natural, Seed, UserError, require
 from formats import Row
-from runtime import Count, Natural, Seed, UserError
+from hardware import pick_device
+from runtime import run_script
+from saving import folder_of, write_atomically
 from tokenizer import Tokenizer, encode_prompt, train_bpe
 
 # ---------------------------------------------------------------------------------------------------------
@@ -281,15 +283,15 @@ def main(config):
     from model import GPT, generate
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = runtime.pick_device(config.device)
+    device = pick_device(config.device)
     model, tok = load_model(config.model, GPT)
     model.to(device)
     world, out = World(config.seed), Path(config.out)
-    runtime.require(tok.name == "toy", f"--model {config.model} was not trained on the toy task")
+    require(tok.name == "toy", f"--model {config.model} was not trained on the toy task")
     if (out / "train.jsonl").exists():
         raise UserError(f"--out {out} already holds preferences; name another folder or delete it")
-    runtime.require(not out.is_file(), f"--out {out} is a file; name a folder")
-    runtime.folder_of(out / "train.jsonl")
+    require(not out.is_file(), f"--out {out} is a file; name a folder")
+    folder_of(out / "train.jsonl")
     files = {}
     for split, groups in (("train", config.groups), ("heldout", config.heldout_groups)):
         texts, samples = world.texts[split], {}
@@ -304,8 +306,8 @@ def main(config):
                                for row in rows)
         print(f"{split}: {len(rows)} groups over {len(texts)} prompts")
     for split in ("heldout", "train"):  # train.jsonl comes last: where it is, all is
-        runtime.write_atomically(out / f"{split}.jsonl", files[split].encode())
+        write_atomically(out / f"{split}.jsonl", files[split].encode())
 
 
 if __name__ == "__main__":
-    runtime.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -30,7 +30,8 @@ import evaluate  # noqa: E402
 import toy  # noqa: E402
 from checkpoint import load_model  # noqa: E402
 from model import GPT, ScalarModel  # noqa: E402
-from runtime import Count, UserError, require, run_script  # noqa: E402
+from flags import Count, UserError, require  # noqa: E402
+from runtime import run_script  # noqa: E402
 from tokenizer import encode_prompt  # noqa: E402
 
 LAST = 10  # rollouts that a run's final numbers are the mean of

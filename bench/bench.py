@@ -56,7 +56,10 @@ from checkpoint import load_model, save_model  # noqa: E402
 from data import encode_demonstration, encode_group  # noqa: E402
 from formats import read_rows  # noqa: E402
 from model import GPT, GPTConfig, ScalarModel, Transformer, generate, layouts  # noqa: E402
-from runtime import Count, NonNegative, Run, autocast, folder_of, parse_flags, require, run_script  # noqa: E402
+from hardware import autocast  # noqa: E402
+from flags import Count, NonNegative, parse_flags, require  # noqa: E402
+from runtime import Run, run_script  # noqa: E402
+from saving import folder_of  # noqa: E402
 from tokenizer import Tokenizer, encode_prompt, encode_text  # noqa: E402
 
 
@@ -247,8 +250,8 @@ def our_script(job):
             drawn.append(numbers)
             yield numbers
 
-    def watched_steps(run, first, total):
-        for step in steps(run, first, total):
+    def watched_steps(run, first, total, evaluate=None):
+        for step in steps(run, first, total, evaluate):
             job.begin()
             yield step
             batch = drawn[job.size * step:job.size * (step + 1)] if what == "ppo" else drawn[step]

@@ -38,7 +38,10 @@ sys.path.insert(0, str(ROOT))
 from checkpoint import architecture_of, read_config, to_stored  # noqa: E402
 from head import LOGITS_AT_ONCE  # noqa: E402
 from model import GPT, ScalarModel  # noqa: E402
-from runtime import Count, Natural, Run, parse_flags, pick_device, require, run_script, write_json  # noqa: E402
+from hardware import pick_device  # noqa: E402
+from flags import Count, Natural, parse_flags, require  # noqa: E402
+from runtime import Run, run_script  # noqa: E402
+from saving import write_json  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 GIB = 1 << 30
@@ -172,25 +175,23 @@ def child(stage, saving, words):
         Path("/proc/self/oom_score_adj").write_text("1000")  # should memory run out, let it be this process that is killed
     script, peaks = importlib.import_module(stage), {}
     config = parse_flags(script.Config, "", words)
-    device, begin, time_to_save = pick_device(config.device), Run.begin, Run.time_to_save
+    device, begin, save = pick_device(config.device), Run.begin, Run._save
 
-    def loaded(run, *args):
-        result = begin(run, *args)
+    def loaded(run, *args, **named):
+        result = begin(run, *args, **named)
         peaks["loading"] = peak(device)
         forget(device)
         return result
 
-    def stepped(run, step):
-        due = time_to_save(run, step)
-        if due:
-            peaks["training"] = peak(device)
-            if not saving:
-                raise SystemExit
-            forget(device)
-        return due
+    def saved(run, last):
+        peaks["training"] = peak(device)
+        if not saving:
+            raise SystemExit
+        forget(device)
+        save(run, last)
 
     try:
-        with mock.patch.object(Run, "begin", loaded), mock.patch.object(Run, "time_to_save", stepped), contextlib.suppress(SystemExit):
+        with mock.patch.object(Run, "begin", loaded), mock.patch.object(Run, "_save", saved), contextlib.suppress(SystemExit):
             script.main(config)
         if saving:
             peaks["saving"] = peak(device)

@@ -31,7 +31,9 @@ import ppo  # noqa: E402
 from checkpoint import save_model  # noqa: E402
 from data import pad_rows  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from runtime import Natural, UserError, folder_of, parse_flags, run_script  # noqa: E402
+from flags import Natural, UserError, parse_flags  # noqa: E402
+from runtime import run_script  # noqa: E402
+from saving import folder_of  # noqa: E402
 from tokenizer import Tokenizer, encode_prompt  # noqa: E402
 
 SYMBOLS, PROMPTS = "abc", ("a", "b")

@@ -47,7 +47,7 @@ from dpo import preference_loss
 from model import GPT, GPTConfig, ScalarModel, last_scores, values_before
 from ppo import gae, judge_missing_eos, kl_estimate, policy_loss, shaped_rewards, steps_mask, value_loss, whiten
 from reward import ranking_loss
-from runtime import UserError, require
+from flags import UserError, require
 from tokenizer import Tokenizer, encode_prompt, train_bpe
 
 TOLERANCE = 1e-5

@@ -25,7 +25,7 @@ except ModuleNotFoundError:
     print("error: transformers is missing; pip install -r requirements-hf.txt transformers", file=sys.stderr)
     sys.exit(2)
 
-from runtime import UserError
+from flags import UserError
 from tokenizer import Tokenizer, encode_dialogue, encode_prompt, open_tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from checkpoint import FAMILIES, load_model, save_model
 from model import GPT, GPTConfig, ScalarModel, generate, last_scores
-from runtime import UserError
+from flags import UserError
 from tokenizer import Tokenizer, open_tokenizer
 
 VOCAB = 261

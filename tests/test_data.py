@@ -17,7 +17,7 @@ import data
 import formats
 import toy
 from formats import Row
-from runtime import UserError
+from flags import UserError
 from tokenizer import encode_prompt
 
 SILENT = lambda text: None

@@ -17,12 +17,15 @@ import checkpoint
 import dpo
 import ppo
 import reward
+import flags as flags_module
 import runtime
 import sft
 from checkpoint import load_model, save_model
 from adapters import LORA_TARGETS, LoRALinear, merged_weights, prepare
 from model import GPT, ScalarModel, twin
-from runtime import UserError, adamw
+from flags import UserError
+from optim import adamw
+
 from test_checkpoint import ATTENTION, IDS, TOKENIZER, auto, close, open_with, outputs, peer_outputs, tiny
 from tokenizer import Tokenizer
 
@@ -303,7 +306,7 @@ def run(name, root, out, *flags, model="sft"):
     words = f"--model {root}/{model} --data {root}/{DATA[name]}.json --lr 0.01 --warmup 1 --steps 3 --threads 1 --out {out} {PLAN[name]}"
     words, script = words + f" --reward {root}/reward" * (name == "ppo"), SCRIPTS[name]
     with contextlib.redirect_stdout(io.StringIO()):
-        script.main(runtime.parse_flags(script.Config, "", shlex.split(" ".join([words, *flags]))))
+        script.main(flags_module.parse_flags(script.Config, "", shlex.split(" ".join([words, *flags]))))
     return [{k: v for k, v in json.loads(line).items() if not k.endswith(("_per_second", "_share"))} for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

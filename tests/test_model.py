@@ -13,7 +13,7 @@ import adapters
 import head as head_file
 import model as model_file
 from model import GPT, Generation, GPTConfig, ScalarModel, generate, last_scores, rotary_angles, rotate, sample_token, token_logprobs, values_before
-from runtime import UserError
+from flags import UserError
 from tokenizer import Tokenizer
 
 VOCAB = 261

@@ -28,6 +28,8 @@ import evaluate
 import ppo
 from checkpoint import load_model
 import reward
+import flags as flags_module
+import optim
 import runtime
 import sft
 from data import collate, encode_group, endless_batches, pad_rows
@@ -35,7 +37,8 @@ from formats import read_rows, split_by_prompt
 from model import GPT, Generation, ScalarModel
 from ppo import adapt_kl_coef, adapt_penalty, diagnose, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
 from ppo import shaped_rewards, steps_mask, update_moments, value_loss, whiten
-from runtime import scheduled_lr
+from optim import scheduled_lr
+
 from tokenizer import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,7 +348,7 @@ def root(tmp_path_factory):
         (root / f"{name}.json").write_text(json.dumps(rows))
 
     def stage(script, flags):
-        script.main(runtime.parse_flags(script.Config, "", shlex.split(flags.format(root=root) + " --threads 1 --val-fraction 0 --batch-tokens 512")))
+        script.main(flags_module.parse_flags(script.Config, "", shlex.split(flags.format(root=root) + " --threads 1 --val-fraction 0 --batch-tokens 512")))
 
     with quietly():
         stage(sft, "--layers 1 --heads 2 --width 32 --block-size 64 --tokenizer toy --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
@@ -390,7 +393,7 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         return recorded
 
     def adamw(network, *args, **options):
-        optimizer, name = runtime.adamw(network, *args, **options), "policy" if isinstance(network, GPT) else "critic"
+        optimizer, name = optim.adamw(network, *args, **options), "policy" if isinstance(network, GPT) else "critic"
         trained[optimizer], run.start[name] = (name, network), copied(dict(network.state_dict()))
         return optimizer
 
@@ -410,7 +413,7 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         patch.setattr(ppo, "adamw", adamw)
         for name in RECORDED:
             patch.setattr(ppo, name, record(getattr(ppo, name)))
-        ppo.main(runtime.parse_flags(ppo.Config, "", words))
+        ppo.main(flags_module.parse_flags(ppo.Config, "", words))
     run.said = said.getvalue()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     run.rows = [{k: v for k, v in row.items() if not k.endswith(("_per_second", "_share"))} for row in rows]
@@ -525,7 +528,7 @@ def test_a_reward_function_that_fails_later_ends_in_one_line_and_saves_nothing(r
         return [1.0] if len(replies) == 1 else 1 / 0
 
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(moody=moody))
-    with pytest.raises(runtime.UserError, match="mine:moody failed .ZeroDivisionError: division by zero."):
+    with pytest.raises(flags_module.UserError, match="mine:moody failed .ZeroDivisionError: division by zero."):
         train(root, tmp_path / "run", reward="--reward {root}/reward --reward-fn mine:moody")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -955,7 +958,7 @@ def test_resume_refuses_when_a_later_reward_or_the_demonstrations_have_changed(f
         (tmp_path / "other" / "model.safetensors").write_bytes((root / "reward" / "model.safetensors").read_bytes())
     else:
         demonstrations.write_text(json.dumps(json.loads(demonstrations.read_text())[1:]))
-    with pytest.raises(runtime.UserError, match=f"what --{flag} named .* has changed since"):
+    with pytest.raises(flags_module.UserError, match=f"what --{flag} named .* has changed since"):
         train(root, tmp_path / "run", flags[0], "--steps 1 --resume", reward=flags[1])
 
 
@@ -1107,7 +1110,7 @@ def test_a_mistake_ends_in_one_line_before_anything_is_written(flags, said, root
 
 def test_a_critic_from_the_reward_model_needs_one(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(zero=lambda prompts, replies: [0.0] * len(replies)))
-    with pytest.raises(runtime.UserError, match="--critic-init reward needs a --reward folder"):
+    with pytest.raises(flags_module.UserError, match="--critic-init reward needs a --reward folder"):
         train(root, tmp_path / "run", "--critic-init reward", reward="--reward-fn mine:zero")
     assert not (tmp_path / "run").exists()
 
@@ -1137,7 +1140,7 @@ def test_resuming_after_stopped_updates_goes_on_with_the_right_demonstrations(ro
 
 def test_overwriting_a_run_does_not_delete_the_average_that_it_starts_from(root, tmp_path):
     train(root, tmp_path / "run", "--ema 0.5 --steps 1")
-    with pytest.raises(runtime.UserError, match="would delete the --model"):
+    with pytest.raises(flags_module.UserError, match="would delete the --model"):
         train(root, tmp_path / "run", f"--model {tmp_path}/run/ema --steps 1 --overwrite")
     assert (tmp_path / "run" / "ema" / "model.safetensors").exists()
 
@@ -1147,11 +1150,11 @@ def test_the_reward_model_of_the_default_is_guarded_like_one_that_is_named(root,
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "runs" / "reward" / file).write_bytes((root / "reward" / file).read_bytes())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(runtime.UserError, match="would delete the --reward"):
+    with pytest.raises(flags_module.UserError, match="would delete the --reward"):
         train(root, Path("runs/reward"), "--overwrite", reward="")
     train(root, tmp_path / "run", "--steps 1", reward="")
     (tmp_path / "runs" / "reward" / "model.safetensors").write_bytes((root / "other" / "model.safetensors").read_bytes())
-    with pytest.raises(runtime.UserError, match="what --reward named .* has changed since"):
+    with pytest.raises(flags_module.UserError, match="what --reward named .* has changed since"):
         train(root, tmp_path / "run", "--steps 1 --resume", reward="")
 
 
@@ -1164,7 +1167,7 @@ def test_a_reward_function_may_return_what_a_network_computed(root, tmp_path, mo
 
 def test_reward_weights_must_be_finite(root, tmp_path):
     for number in ("nan", "inf"):
-        with pytest.raises((runtime.UserError, SystemExit)):
+        with pytest.raises((flags_module.UserError, SystemExit)):
             train(root, tmp_path / "run", f"--reward-weights {number}")
         assert not (tmp_path / "run").exists()
 
@@ -1183,7 +1186,7 @@ def test_critic_warmup_leaves_beta_alone_and_the_policys_schedule_for_later(root
 
 @pytest.mark.parametrize("flag", ["--kl-stop 0.1", "--policy-loss penalty --penalty-target 0.1"])
 def test_what_looks_at_how_far_an_update_has_gone_needs_more_than_one_step(flag, root, tmp_path):
-    with pytest.raises(runtime.UserError, match="need more than one of --epochs or --minibatches"):
+    with pytest.raises(flags_module.UserError, match="need more than one of --epochs or --minibatches"):
         train(root, tmp_path / "run", f"{flag} --epochs 1 --minibatches 1")
 
 
@@ -1200,6 +1203,6 @@ def test_ppo_takes_its_part_of_the_prompts_and_evaluation_those_that_no_stage_ha
     tokenizer = load_model(root / "sft", GPT)[1]
     assert {tuple(ids) for ids in run.calls["generate"][0].prompts} == {tuple(encode_prompt(tokenizer, row.prompt)) for row in kept}
     with quietly():
-        evaluate.main(runtime.parse_flags(evaluate.Config, "", shlex.split(f"{flags} --models {root}/sft --reward {root}/reward --out {tmp_path}/evaluation.json")))
+        evaluate.main(flags_module.parse_flags(evaluate.Config, "", shlex.split(f"{flags} --models {root}/sft --reward {root}/reward --out {tmp_path}/evaluation.json")))
     replies, = json.loads((tmp_path / "evaluation.json").read_text())["replies"].values()
     assert [reply["prompt"] for reply in replies] == [row.text for row in held_out]

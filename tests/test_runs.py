@@ -25,6 +25,9 @@ import model
 import ppo
 import report
 import reward
+import flags as flags_module
+import hardware
+import optim
 import runtime
 import sft
 import toy
@@ -103,7 +106,7 @@ def keep_signal_handlers():
 def run_here(name, *flags):
     """Run a trainer in this process."""
     script = SCRIPTS[name]
-    script.main(runtime.parse_flags(script.Config, "", [word for flag in flags for word in shlex.split(str(flag))]))
+    script.main(flags_module.parse_flags(script.Config, "", [word for flag in flags for word in shlex.split(str(flag))]))
 
 
 # -- the whole chain
@@ -239,7 +242,7 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
 
     def adamw(network, *args):
         networks.append(network)
-        return runtime.adamw(network, *args)
+        return optim.adamw(network, *args)
 
     def optimizer_step(self, *args):
         steps.append((copy.deepcopy(networks[0].state_dict()), {key: copy.deepcopy(p.grad) for key, p in networks[0].named_parameters()}))
@@ -313,7 +316,7 @@ def test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them():
 def test_weight_decay_is_of_matrices_but_not_of_embeddings():
     network = model.GPT(model.GPTConfig(11, 8, 1, 2, 2, 4))
     name_of = {p: name for name, p in network.named_parameters()}
-    decay, keep = runtime.adamw(network, 0.1, weight_decay=0.3).param_groups
+    decay, keep = optim.adamw(network, 0.1, weight_decay=0.3).param_groups
     assert {name_of[p].split(".", 3)[-1] for p in decay["params"]} == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
     assert len(decay["params"]) + len(keep["params"]) == len(name_of) and (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0)
 
@@ -579,7 +582,7 @@ def test_a_damaged_resume_file_is_refused(flags, tmp_path, capsys):
     run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 1")
     path = tmp_path / "run" / "resume.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(runtime.UserError, match="is damaged"):
+    with pytest.raises(flags_module.UserError, match="is damaged"):
         run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 1 --resume")
 
 
@@ -589,16 +592,16 @@ def test_resume_refuses_inputs_that_have_changed_since(flags, tmp_path):
     words = f"{TINY} --tokenizer toy --data {tmp_path}/rows.json --val-fraction 0 --steps 2 --out {tmp_path}/run"
     run_here("sft", words)
     (tmp_path / "rows.json").write_text(json.dumps(rows[:3]))
-    with pytest.raises(runtime.UserError, match="what --data named .* has changed since"):
+    with pytest.raises(flags_module.UserError, match="what --data named .* has changed since"):
         run_here("sft", words, "--resume")
 
 
 def test_overwrite_replaces_a_run_and_deletes_neither_its_inputs_nor_other_files(flags, tmp_path):
     run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 2")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(runtime.UserError, match="no such file"):
+    with pytest.raises(flags_module.UserError, match="no such file"):
         run_here("sft", TINY, f"--out {tmp_path}/run --overwrite --data nowhere.json")
-    with pytest.raises(runtime.UserError, match="would delete the --model"):
+    with pytest.raises(flags_module.UserError, match="would delete the --model"):
         run_here("sft", f"--out {tmp_path}/run --overwrite --model {tmp_path}/run")
     assert metrics(tmp_path / "run")[-1]["step"] == 2
     run_here("sft", flags["sft"], f"--out {tmp_path}/run --steps 1 --overwrite")
@@ -661,7 +664,7 @@ def test_ppo_feeds_its_losses_what_one_row_at_a_time_gives(chain, tmp_path, monk
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(flags, tmp_path):
-    with pytest.raises(runtime.UserError, match="loss is (nan|inf)"):
+    with pytest.raises(flags_module.UserError, match="loss is (nan|inf)"):
         run_here("sft", flags["sft"], f"--out {tmp_path}/run --lr 1e30 --warmup 1 --max-grad-norm 1e30")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -671,7 +674,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(flags, tmp_pat
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_flag_and_every_field_is_read(name):
     config_class = SCRIPTS[name].Config
-    comments = runtime.field_comments(config_class)
+    comments = flags_module.field_comments(config_class)
     sources = inspect.getsource(SCRIPTS[name]) + "".join(inspect.getsource(m) for m in (runtime, model, *map(importlib.import_module, ("adapters", "checkpoint", "data", "formats"))))
     for field in dataclasses.fields(config_class):
         assert len(comments.get(field.name, "")) > 8, f"--{field.name} has no help"
@@ -712,7 +715,7 @@ def test_commands_of_the_readme_and_of_the_scripts_exist_with_their_flags():
         file = next(w for w in words if w.endswith((".py", ".sh")))
         assert (ROOT / file).exists(), line
         if file.endswith(".py") and file[:-3] in SCRIPTS:
-            runtime.parse_flags(SCRIPTS[file[:-3]].Config, "", words[words.index(file) + 1:])
+            flags_module.parse_flags(SCRIPTS[file[:-3]].Config, "", words[words.index(file) + 1:])
             checked += 1
     assert checked > 15
 
@@ -732,39 +735,39 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
     ({"avx2", "avx512_bf16"}, 4096, torch.float32), (set(), 4096, torch.float32), ({"amx_tile", "amx_int8"}, 4096, torch.float32),
     ({"amx_tile", "amx_bf16"}, 255, torch.float32), ({"amx_bf16"}, 0, torch.float32), ({"amx_bf16"}, 256, torch.bfloat16), ({"amx_bf16"}, 4096, torch.bfloat16)])
 def test_auto_is_bfloat16_on_a_cpu_that_multiplies_in_it_and_for_wide_models_alone(monkeypatch, features, width, expected):
-    monkeypatch.setattr(runtime, "cpu_features", lambda: features)
-    assert runtime.pick_dtype("auto", CPU, width) == expected
-    assert runtime.pick_dtype("auto", torch.device("mps"), width) == torch.float32
+    monkeypatch.setattr(hardware, "cpu_features", lambda: features)
+    assert hardware.pick_dtype("auto", CPU, width) == expected
+    assert hardware.pick_dtype("auto", torch.device("mps"), width) == torch.float32
     for name in ("float32", "bfloat16"):
-        assert runtime.pick_dtype(name, CPU, width) == runtime.pick_dtype(name, GPU, width) == getattr(torch, name)
-    with pytest.raises(runtime.UserError, match="float16 needs --device cuda"):
-        runtime.pick_dtype("float16", CPU, width)
+        assert hardware.pick_dtype(name, CPU, width) == hardware.pick_dtype(name, GPU, width) == getattr(torch, name)
+    with pytest.raises(flags_module.UserError, match="float16 needs --device cuda"):
+        hardware.pick_dtype("float16", CPU, width)
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_auto_on_a_gpu_is_bfloat16_where_that_is_not_emulated(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation)
-    monkeypatch.setattr(runtime, "cpu_features", lambda: {"amx_bf16"})
-    assert [runtime.pick_dtype("auto", GPU, width) for width in (32, 4096)] == [torch.bfloat16 if supported else torch.float16] * 2
+    monkeypatch.setattr(hardware, "cpu_features", lambda: {"amx_bf16"})
+    assert [hardware.pick_dtype("auto", GPU, width) for width in (32, 4096)] == [torch.bfloat16 if supported else torch.float16] * 2
 
 
 def test_cpu_features_are_the_words_of_proc_cpuinfo(monkeypatch):
     info = Path("/proc/cpuinfo")
     if info.exists():
         line = next((line for line in info.read_text().splitlines() if line.split(":")[0].strip() in ("flags", "Features")), ":")
-        assert runtime.cpu_features() == set(line.split(":")[1].split())
-        assert runtime.cpu_features() or os.uname().machine not in ("x86_64", "aarch64")
+        assert hardware.cpu_features() == set(line.split(":")[1].split())
+        assert hardware.cpu_features() or os.uname().machine not in ("x86_64", "aarch64")
     for text, expected in (("processor\t: 0\nflags\t\t: fpu amx_bf16\nvmx flags\t: x\nflags\t\t: fpu\n", {"fpu", "amx_bf16"}), ("Features\t: fp asimd\n", {"fp", "asimd"}),
                            ("cpu\t: POWER9\n", set()), ("", set())):
         monkeypatch.setattr(Path, "exists", lambda self: True)
         monkeypatch.setattr(Path, "read_text", lambda self: text)
-        assert runtime.cpu_features() == expected
+        assert hardware.cpu_features() == expected
     monkeypatch.setattr(Path, "exists", lambda self: False)
-    assert runtime.cpu_features() == set()
+    assert hardware.cpu_features() == set()
 
 
 def test_a_run_settles_on_the_precision_that_its_widest_model_wants(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "cpu_features", lambda: {"amx_bf16"})
+    monkeypatch.setattr(hardware, "cpu_features", lambda: {"amx_bf16"})
     for width, dtype in ((32, "float32"), (256, "bfloat16")):
         run_here("sft", f"--layers 1 --heads 2 --width {width} --block-size 64 --threads 1 --batch-tokens 256 --steps 1 --data {small}/demonstrations.json --tokenizer toy "
                  f"--model scratch --val-fraction 0 --out {tmp_path}/{width}")

@@ -12,7 +12,7 @@ import tiktoken
 
 import toy
 from chat_template import own_template
-from runtime import TOKENIZER_FILES, UserError
+from flags import TOKENIZER_FILES, UserError
 from tokenizer import (CONTROLS, ROLES, Tokenizer, describe, encode_dialogue, encode_prompt, encode_text, open_tokenizer,
                        train_bpe)
 

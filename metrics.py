@@ -1,0 +1,50 @@
+"""metrics.jsonl: a row of numbers per logged step. TensorBoard and Weights & Biases get the same rows, if asked for."""
+import dataclasses
+import json
+from pathlib import Path
+
+from flags import UserError
+from saving import write_atomically
+
+
+def open_boards(config):
+    """[f(step, row)] for --tensorboard and --wandb."""
+    boards = []
+    try:
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(config.out)
+            boards.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
+        if config.wandb:
+            import wandb
+            run = wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=config.out)
+            boards.append(lambda step, row: run.log(row, step=step))
+    except ImportError as error:
+        raise UserError(f"{error}; install it, or leave out --tensorboard and --wandb") from None
+    return boards
+
+
+class Metrics:
+    """The metrics of a run, opened to append. finished: the run is complete, so that nothing will be computed again."""
+
+    def __init__(self, config, step, finished):
+        self.path, self.unwritten, self.boards = Path(config.out) / "metrics.jsonl", b"", open_boards(config)
+        lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")] if self.path.exists() else []
+
+        def keep(line):  # a killed run may have logged rows after its last checkpoint; and what followed that first was an evaluation
+            row = json.loads(line)
+            return row["step"] < step or (row["step"] == step and (finished or not any(name.startswith("val_") for name in row)))
+
+        write_atomically(self.path, "".join(line + "\n" for line in lines if keep(line)).encode())
+        self.file = open(self.path, "ab", buffering=0)
+
+    def write(self, row, say):
+        """Append a row. While the disk is full, rows wait in memory."""
+        waiting, self.unwritten = bool(self.unwritten), self.unwritten + (json.dumps(row) + "\n").encode()
+        try:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except OSError as error:
+            if not waiting:
+                say(f"warning: {self.path} can't be written ({error.strerror}); its rows wait in memory until it can")
+        for board in self.boards:
+            board(row["step"], row)
