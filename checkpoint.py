@@ -222,9 +222,18 @@ def read_json(path):
     return value
 
 
+def is_pickle(path):
+    """Whether a file begins like a pickle, or like the archive of pickles that PyTorch writes, whatever it is called."""
+    with open(path, "rb") as f:
+        start = f.read(9)
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and start[8:] != b"{")  # the latter is safetensors'
+
+
 def fetch(name, allow_pickle=False):
     """The folder that --model names: itself, or a hub name (org/model), fetched through huggingface_hub."""
     folder = Path(name)
+    require(not folder.is_file(), f"{name} is a file, and a model is a folder with config.json and model.safetensors" + (
+        "; this one is a pickle, which can run code when it is opened: have whoever made it write safetensors" if folder.is_file() and is_pickle(folder) else ""))
     if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir() or folder.parts[0] == "runs":  # where our own runs go
         require(folder.is_dir(), f"{name}: no such checkpoint folder")
         return folder
@@ -262,6 +271,7 @@ class Weights:
         for name, kind in files.items():
             path = folder / name
             require(path.is_file(), f"{folder} lacks {name}, which its index names")
+            require(kind == "pickle" or not is_pickle(path), f"{path} is refused: it is a pickle, which can run code when it is opened, under another name")
             try:
                 opened = safe_open(path, "pt") if kind == "safetensors" else load_pickle(path)
             except (SafetensorError, OSError) as error:

@@ -20,7 +20,7 @@ def pick_device(name):
     if name != "cuda":
         return torch.device(name)
     index, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    require(index < there, f"local rank {index} has no GPU, this machine has {there}; lower --nproc_per_node")
+    require(index < there, f"local rank {index} has no GPU, this machine has {there}; lower --nproc-per-node")
     return torch.device("cuda", index)
 
 

@@ -50,7 +50,7 @@ Left out: a trunk shared by policy and critic, a value behind the end of cut-off
 
     python ppo.py --model runs/sft --reward runs/reward --out runs/ppo      the toy task: gold score 0.1 to 0.9 in 1.5 minutes on 2 cores
     python ppo.py --model runs/sft --reward runs/reward --reward-fn mine:brevity --reward-weights 1 0.1
-    torchrun --nproc_per_node 8 ppo.py --data prompts.jsonl --model sft --reward rm --rollout-batch 512
+    torchrun --nproc-per-node 8 ppo.py --data prompts.jsonl --model sft --reward rm --rollout-batch 512
 
 Legend: B replies on this rank, T tokens, V vocabulary.
 """
