@@ -28,7 +28,7 @@ class Metrics:
     """The metrics of a run, opened to append. finished: the run is complete, so that nothing will be computed again."""
 
     def __init__(self, config, step, finished):
-        self.path, self.unwritten, self.boards = Path(config.out) / "metrics.jsonl", b"", open_boards(config)
+        self.path, self.unwritten, self.warned, self.boards = Path(config.out) / "metrics.jsonl", b"", False, open_boards(config)
         lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")] if self.path.exists() else []
 
         def keep(line):  # a killed run may have logged rows after its last checkpoint; and what followed that first was an evaluation
@@ -39,12 +39,19 @@ class Metrics:
         self.file = open(self.path, "ab", buffering=0)
 
     def write(self, row, say):
-        """Append a row. While the disk is full, rows wait in memory."""
-        waiting, self.unwritten = bool(self.unwritten), self.unwritten + (json.dumps(row) + "\n").encode()
-        try:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten):]
-        except OSError as error:
-            if not waiting:
-                say(f"warning: {self.path} can't be written ({error.strerror}); its rows wait in memory until it can")
+        """Append a row."""
+        self.unwritten += (json.dumps(row) + "\n").encode()
+        self.flush(say)
         for board in self.boards:
             board(row["step"], row)
+
+    def flush(self, say):
+        """Write the rows that wait in memory, as they do while the disk is full."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+            self.warned = False
+        except OSError as error:
+            if not self.warned:
+                say(f"warning: {self.path} can't be written ({error.strerror}); its rows wait in memory until it can")
+            self.warned = True

@@ -55,7 +55,7 @@ class GPTConfig:
             require(kind in choices, f"model config: {name} '{kind}' is not supported, only {', '.join(choices)}")
         sizes = (self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_kv_head, self.n_embd)
         derived = (self.head_dim, self.n_inner, self.embed_dim, self.position_offset)
-        require(all(isinstance(n, int) for n in sizes + derived) and all(0 < n <= 1 << 20 for n in sizes)
+        require(all(type(n) is int for n in sizes + derived) and all(0 < n <= 1 << 20 for n in sizes)
                 and all(0 <= n <= 1 << 20 for n in derived), f"model config: a size is out of range in {self}")
         require(self.n_layer <= 4096, f"model config: {self.n_layer} layers are too many")
         require(self.head_dim or self.n_embd % self.n_head == 0, f"model config: width {self.n_embd} is not divisible by {self.n_head} heads")
@@ -451,7 +451,8 @@ def sample_token(logits, temperature, top_k, top_p, uniform):
     # first a group of tokens, then one in it: less to add up than over the whole vocabulary
     groups = F.pad(logits.softmax(-1), (0, -logits.shape[-1] % 256)).unflatten(-1, (-1, 256))  # (B, V / 256, 256)
     group = draw(groups.sum(-1), uniform[:, :1])  # (B,)
-    return 256 * group + draw(groups[torch.arange(len(logits), device=logits.device), group], uniform[:, 1:])
+    token = 256 * group + draw(groups[torch.arange(len(logits), device=logits.device), group], uniform[:, 1:])
+    return token.clamp(max=logits.shape[-1] - 1)  # for NaN: the last group is not full
 
 
 def draw(weights, uniform):

@@ -343,8 +343,7 @@ def reward_function(spec, device):
                 scores = torch.as_tensor(function(*texts[:3 if wants_answers else 2]), dtype=torch.float32, device=device).detach()
         except Exception as error:
             raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given lists of text: prompts, replies and, if it takes three, answers") from None
-        require(scores.shape == (len(texts[1]),) and scores.isfinite().all(),
-                f"--reward-fn {spec} must return one finite number for each of {len(texts[1])} replies, got shape {tuple(scores.shape)}")
+        require(scores.shape == (len(texts[1]),), f"--reward-fn {spec} must return one finite number for each of {len(texts[1])} replies, got shape {tuple(scores.shape)}")
         return scores
 
     return scores_of
@@ -423,8 +422,9 @@ def main(config):
         ptx = encode_demonstrations(tokenizer, rows, context, run.say)
         ptx_lengths = [len(ids) for ids, _ in ptx]
 
-    for function in reward_fns:
-        function([prompts[0][0].text], ["a trial"], [prompts[0][0].answer])  # a mistake in it should show before anything is written
+    for spec, function in zip(config.reward_fn, reward_fns):  # a mistake in it should show before anything is written
+        trial = function([prompts[0][0].text], ["a trial"], [prompts[0][0].answer])
+        require(trial.isfinite().all(), f"--reward-fn {spec} must return one finite number for each reply, got {trial.item()}")
     first, state = run.begin(modules, optimizers, save, best="reward")
     kl_coef, penalty_coef, moments = (state.get(name, start) for name, start in
                                       (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
@@ -441,6 +441,7 @@ def main(config):
 
         # 1. rollout
         chosen = sorted((next(order) for _ in range(config.rollout_batch)), key=lambda i: len(prompts[i][1]))[run.rank::run.world_size]  # equal work for all ranks
+        ptx_drawn = [next(ptx_batches) for _ in range(updates)] if config.ptx_coef > 0 else []  # in rollouts that are skipped, too
         uniform = uniforms(config.rollout_batch, config.max_new_tokens, generator, run.device)[run.rank::run.world_size]  # replies don't depend on the ranks
         run.doing = f"step {step + 1}, sampling {config.rollout_rows or share} replies at once"
         with run.gathered(policy_model), run.autocast():
@@ -497,13 +498,12 @@ def main(config):
         lr = scheduled_lr(max(0, step - config.critic_warmup), config.steps - config.critic_warmup, config.warmup, config.lr, config.lr_schedule)
         critic_lr = scheduled_lr(step, config.steps, config.warmup, config.critic_lr, config.critic_lr_schedule)
         train_policy = step >= config.critic_warmup
-        # a minibatch takes one of every config.minibatches neighbours by length: as many from each rank, the same ones however many ranks there are
-        lanes = share // config.minibatches  # of this rank
+        # replies lie in as many lanes as a minibatch has rows, and each lane gives one to every minibatch in a random order: so the
+        lanes = share // config.minibatches  # ranks, which own whole lanes, have equally many in each, and their number changes nothing
         picks = torch.rand(config.epochs, config.minibatches, lanes * run.world_size, generator=generator, device=run.device).argsort(1)
         batches = (picks.cpu().flatten(0, 1)[:, run.rank::run.world_size] * lanes + torch.arange(lanes)).tolist()  # (epochs * minibatches, lanes) replies of this rank
         plans = [by_length(picked, size, config.micro_batch_tokens) for picked in batches]
         counts = run.all_max(torch.tensor([len(plan) for plan in plans], device=run.device)).tolist()
-        ptx_drawn = [next(ptx_batches) for _ in batches] if config.ptx_coef > 0 else []
         grad_norm = critic_grad_norm = torch.zeros(())
 
         def add(name, value):  # to the mean over the update

@@ -69,6 +69,8 @@ def explain(error, config):
                  "checkpoint_activations": "add --checkpoint-activations", "lora_rank": "train adapters alone (--lora-rank 16)"}
         advice = [knob.format(getattr(config, flag)) for flag, knob in knobs.items() if hasattr(config, flag)]
         return f"out of memory{' in ' + run.doing if run else ''}; {', '.join(advice) or 'take a smaller model, or fewer prompts at once'}"
+    if "No working C++ compiler" in text:
+        return "--compile needs a C++ compiler (g++, or what CXX names), and there is none that works; install one, or leave out --compile"
     if run and run.world_size > 1 and re.search("gloo|nccl|timed? ?out|connection|broken pipe|process group", text, re.I):
         return run.blame()
     return ""
@@ -96,7 +98,8 @@ class Run(Ranks):
         Run.current = self
         self.config, self.out, self.checkpoints = config, Path(config.out), Checkpoints(config.out)
         self.step, self.saved, self.clean, self.doing = 0, None, False, "loading"  # saved: the step of the checkpoint that is there
-        self.scalers, self.attempts, self.skipped, self.problem, self.lock = {}, [], 0, "", None
+        self.evaluated = True  # unless this step's evaluation is still to come
+        self.scalers, self.attempts, self.skipped, self.spikes, self.problem, self.lock = {}, [], 0, 0, "", None
         self.stop_signal, self.signalled, self.bar, self.shown, self.last_line, self.value = None, 0.0, None, {}, 0.0, (None, None)
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device, 0)  # until `begin` knows the models
@@ -184,16 +187,16 @@ class Run(Ranks):
 
     def _open(self):
         """Make the output folder ready: room, no old run, run.json, metrics.jsonl without the rows that a killed run logged after its last checkpoint."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.root.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if self.config.overwrite:
-            for name in RUN_FILES:
-                (self.out / name).unlink(missing_ok=True)
-            self.checkpoints.clear()
         held = sum(path.stat().st_size for path in self.checkpoints.root.rglob("*") if path.is_file())
-        need, free = room(self.modules, self.optimizers) * (4 if self.config.save_every else 1) - held, shutil.disk_usage(self.out).free
+        need, free = room(self.modules, self.optimizers) * (4 if self.config.save_every else 1) - held, shutil.disk_usage(self.checkpoints.root).free
         require(need <= free, f"--out {self.out} has {free:,} bytes free, but its checkpoints will take up to {need:,} more (two, the best, and one being written); "
                 "free some, or name a folder on another disk")
+        if self.config.overwrite:
+            self.checkpoints.clear()
+            for name in RUN_FILES:
+                (self.out / name).unlink(missing_ok=True)
         if self.step:
             self.checkpoints.link(self.checkpoints.root / f"step_{self.step:06d}")
         path, about = self.out / "run.json", {}
@@ -262,7 +265,7 @@ class Run(Ranks):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         bad = ~norm.isfinite()
         if self.config.skip_sigma > 0:
-            bad = bad | self._spikes(norm)
+            bad = bad | self._spikes(optimizer, norm)
         if not scaler.is_enabled():  # float16's scaler skips by itself, and lowers the scale
             optimizer.found_inf = bad.float()
             self.attempts.append((bad, norms, parameters, batch))
@@ -271,12 +274,14 @@ class Run(Ranks):
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _spikes(self, norm):
-        """Whether a gradient norm is more than --skip-sigma deviations above the mean of the last 100."""
-        last, value = torch.tensor(self.state.setdefault("norms", [])), norm.item()
+    def _spikes(self, optimizer, norm):
+        """Whether a gradient norm is more than --skip-sigma deviations above the mean of the optimiser's last 100."""
+        name = next(name for name, other in self.optimizers.items() if other is optimizer)
+        norms = self.state.setdefault("norms", {}).setdefault(name, [])
+        last, value = torch.tensor(norms), norm.item()
         spikes = len(last) >= 20 and value > last.mean() + self.config.skip_sigma * last.std()
         if math.isfinite(value) and not spikes:
-            self.state["norms"] = (self.state["norms"] + [value])[-100:]
+            self.state["norms"][name] = [*norms, value][-100:]
         return torch.tensor(bool(spikes), device=norm.device)
 
     def finite(self, what, values, batch):
@@ -293,18 +298,19 @@ class Run(Ranks):
         if attempts:
             for skipped, (_, norms, parameters, batch) in zip(torch.stack([bad for bad, *_ in attempts]).tolist(), attempts):
                 if skipped:
-                    broken = [name for p, name in self.parameter_names.items() if not local(p).isfinite().all()]
+                    bad = self.all_max(torch.stack([~local(p).isfinite().all() for p in self.parameter_names]).float())  # each rank may see its shards alone
+                    broken = [name for name, found in zip(self.parameter_names.values(), bad.tolist()) if found]
                     odd = (~norms.isfinite()).nonzero()
                     gradient = self.parameter_names[parameters[odd[0].item()]] if len(odd) else ""
                     self._report(f"the weight {broken[0]}" if broken else f"the gradient of {gradient}" if gradient else "", batch, self.main)
 
     def _report(self, what, batch, show):
-        self.skipped += 1
+        self.skipped, self.spikes = self.skipped + bool(what), self.spikes + (not what)
         limit = self.config.max_skipped
         text = f"{what} is not finite" if what else f"the gradient's norm is more than --skip-sigma {self.config.skip_sigma:g} deviations above the last ones"
         shown = ", ".join(map(str, batch[:8])) + (", ..." if len(batch) > 8 else "")
         if show:
-            tqdm.write(f"warning: step {self.step + 1}: {text}; this batch changed nothing (examples {shown}; all are in skipped.jsonl). Skipped so far: {self.skipped}")
+            tqdm.write(f"warning: step {self.step + 1}: {text}; this batch changed nothing (examples {shown}; all are in skipped.jsonl). Skipped so far: {self.skipped + self.spikes}")
             with contextlib.suppress(OSError), open(self.out / "skipped.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": self.step + 1, "why": text, "examples": list(batch)}) + "\n")
         if self.skipped > limit and what:
@@ -346,10 +352,12 @@ class Run(Ranks):
         self.bar = tqdm(total=total, initial=first, disable=not (self.main and sys.stderr.isatty()), dynamic_ncols=True)
         for step in range(first, total + 1):
             self.step, self.clean = step, True
+            self.evaluated = not evaluate or (step % self.config.eval_every > 0 and step < total)
             self.safe_point()
-            if evaluate and (step % self.config.eval_every == 0 or step == total):
+            if not self.evaluated:
                 evaluate(step)
-            if step == total or self.problem or (every > 0 and step > first and step % every == 0):
+                self.evaluated = True
+            if step == total or self.problem or (every > 0 and step > 0 and step % every == 0):
                 self._save(last=step == total)
             if self.any_rank(bool(self.problem)):
                 raise Fault(self.problem or "another rank had to stop")
@@ -395,7 +403,7 @@ class Run(Ranks):
         if self.any_rank(bool(broken)):
             raise Fault(self.problem or f"step {self.step}: {', '.join(broken[:3]) or 'something'} is not finite, so nothing was saved; lower the learning rate, or look at the data")
         folder, value = self.checkpoints.writing(self.step), self.value[1] if self.value[0] == self.step else None
-        state = self.about | {"version": VERSION, "step": self.step, "extra": self.state,
+        state = self.about | {"version": VERSION, "step": self.step, "evaluated": self.evaluated, "extra": self.state,
                               "scalers": {name: self.scalers[o].state_dict() for name, o in self.optimizers.items() if o in self.scalers}}
 
         def finish():
@@ -411,12 +419,14 @@ class Run(Ranks):
         for part in work:  # the ranks agree after each, so that none waits for one that has failed
             try:
                 part()
-            except (OSError, SafetensorError) as error:
+            except (OSError, SafetensorError, UserError) as error:  # UserError: a weight is not finite
                 problem = " ".join(str(error).split())[:200]
             if self.any_rank(bool(problem)):
                 break
         else:
             self.saved = self.step
+            if self.main:
+                self.metrics.flush(self.say)
             return
         if self.main:
             self.checkpoints.discard(folder)
@@ -452,6 +462,7 @@ class Run(Ranks):
         for name, optimizer in self.optimizers.items():
             if self.dtype == torch.float16 and name in state["scalers"]:
                 self._scaler(optimizer).load_state_dict(state["scalers"][name])
-        self.step = self.saved = state["step"]
+        self.step = state["step"]
+        self.saved = self.step if state["evaluated"] else None
         self.state.update(state["extra"])
         self.say(f"resumed {self.out} after step {self.step}")

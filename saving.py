@@ -61,6 +61,7 @@ def write_tensors(path, tensors, metadata):
         seen.add(tensor.data_ptr())
     temporary = Path(f"{path}.tmp")
     save_file(host, temporary, metadata)
+    temporary.chmod(temporary.parent.stat().st_mode & 0o666)  # who may open the folder may read the file; safetensors lets the owner alone
     flush(temporary)
     os.replace(temporary, path)
 
@@ -195,19 +196,26 @@ class Checkpoints:
 
     def all(self):
         """Names of all complete checkpoints, damaged or not, newest first."""
-        names = [path.name for path in self.root.iterdir() if NAME.fullmatch(path.name)] if self.root.is_dir() else []
-        return sorted(names, key=lambda name: int(name[5:]), reverse=True)
+        return sorted((path.name for path in self.ours() if path.name[0] != "."), key=lambda name: int(name[5:]), reverse=True)
 
     def pointer(self):
         """latest.json, as far as it can be read: {latest, previous, best, best_value}."""
         try:
             named = json.loads((self.root / "latest.json").read_bytes())
-            return {key: value for key, value in named.items() if key == "best_value" or NAME.fullmatch(value)}
+            return {key: value for key, value in named.items() if (isinstance(value, float) if key == "best_value" else NAME.fullmatch(value))}
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
+    def ours(self):
+        """Folders of checkpoints, complete or not."""
+        paths = self.root.iterdir() if self.root.is_dir() else []
+        return [path for path in paths if NAME.fullmatch(path.name.removeprefix(".writing-").removeprefix(".old-"))]
+
     def newest(self, say):
         """The newest whole checkpoint (folder, state), or (None, None) where there is none at all; says which are damaged."""
+        for path in self.ours():  # a kill between the two renames of `publish`
+            if path.name.startswith(".old-") and not (self.root / path.name[5:]).exists():
+                os.rename(path, self.root / path.name[5:])
         named = self.pointer()
         names = list(dict.fromkeys([named[key] for key in ("latest", "previous", "best") if key in named] + self.all()))
         for name in names:
@@ -236,8 +244,8 @@ class Checkpoints:
 
     def clear(self):
         """Delete all checkpoints."""
-        for name in self.all():
-            self.discard(self.root / name)
+        for path in self.ours():
+            self.discard(path)
         (self.root / "latest.json").unlink(missing_ok=True)
 
     def publish(self, step, value=None):
@@ -248,24 +256,28 @@ class Checkpoints:
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}})
         for path in [*folder.rglob("*"), folder]:
             flush(path)
-        self.discard(self.root / name)  # left by a kill before latest.json was replaced, or damaged
+        self.discard(self.root / f".old-{name}")
+        if (self.root / name).is_dir():  # left by a kill before latest.json was replaced, damaged, or saved before its evaluation
+            os.rename(self.root / name, self.root / f".old-{name}")
         os.rename(folder, self.root / name)
         flush(self.root)
 
         older = {key: other for key, other in self.pointer().items()
                  if key == "best_value" or (int(other[5:]) < step and other not in self.damaged and (self.root / other).is_dir())}
         keep = {"latest": name}
-        if before := [older[key] for key in ("latest", "previous") if key in older]:
+        before = [older[key] for key in ("latest", "previous") if key in older]
+        before += [other for other in self.all() if int(other[5:]) < step and other not in self.damaged]  # where latest.json has been lost
+        if before:
             keep["previous"] = before[0]
         if value is not None and not ("best" in older and older.get("best_value", -float("inf")) >= value):
             keep |= {"best": name, "best_value": value}
         elif "best" in older:
-            keep |= {"best": older["best"], "best_value": older["best_value"]}
+            keep |= {key: older[key] for key in ("best", "best_value") if key in older}
         write_json(self.root / "latest.json", keep)
         flush(self.root)
         self.link(self.root / name)
-        for path in self.root.iterdir():
-            if path.name not in keep.values() and (NAME.fullmatch(path.name.removeprefix(".writing-"))):
+        for path in self.ours():
+            if path.name not in keep.values():
                 self.discard(path)
 
     def link(self, folder):

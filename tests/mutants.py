@@ -58,6 +58,7 @@ FREQUENCIES = "test_model.py::test_sample_frequencies_equal_the_truncated_softma
 HEAD = "test_model.py::test_the_heads_gradient_is_that_of_float64_autograd_however_it_is_computed_and_whatever_is_frozen"
 SOME = "test_model.py::test_some_states_scores_and_gradients_equal_those_among_all"
 FEW_ROWS = "test_model.py::test_replies_are_the_same_however_few_rows_are_decoded_at_once"
+OWN_NUMBERS = "test_model.py::test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone"
 CHI_SQUARE = "test_model.py::test_samples_pass_a_chi_square_test_in_one_group_of_tokens_and_in_several"
 HEADS = "test_model.py::test_scores_and_values_equal_brute_force_row_by_row"
 PEER = "test_checkpoint.py::test_logits_and_greedy_text_equal_transformers_and_so_do_those_of_the_folder_we_write"
@@ -71,8 +72,9 @@ FORMULA = "test_runs.py::test_a_step_follows_the_formula_taken_one_reply_at_a_ti
 NO_EXAMPLES = "test_runs.py::test_a_rank_that_gets_no_examples_adds_nothing"
 EVALUATION = "test_runs.py::test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first_model"
 EACH_REPLY = "test_runs.py::test_ppo_trains_on_each_reply_once_an_epoch_and_logs_and_adapts_to_the_kl_of_whole_replies"
-TOGETHER = "test_runs.py::test_two_ranks_of_ppo_take_the_step_of_one_that_has_all_their_replies"
-OPTIMISER_STEP = "test_runs.py::test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them"
+TOGETHER = "test_runs.py::test_two_ranks_train_as_one_does[ppo-ddp]"
+TOGETHER_SFT = "test_runs.py::test_two_ranks_train_as_one_does[sft-ddp]"
+OPTIMISER_STEP = "test_runs.py::test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them_and_takes_none_that_is_not_finite"
 OPTIMUM = "test_optimum.py::test_what_the_bugs_are_given_suffices_without_one"
 OPTIMUM_OF_KL = "test_optimum.py::test_of_the_kl_estimators_those_reach_it_whose_gradient_is_right[--kl k2 --kl-in loss --whiten none-True]"
 LOSSES = "test_losses.py"
@@ -82,7 +84,13 @@ ADVANTAGES = "test_ppo.py::test_advantages_are_whitened_over_the_rollout_and_the
 KL_TERM = "test_ppo.py::test_the_kl_term_stands_where_it_is_told_and_a_wrong_gradient_is_warned_of"
 KL_LOSS = "test_ppo.py::test_gradient_of_each_kl_estimator_in_the_loss_by_enumeration"
 POLICY_LOSSES = "test_ppo.py::test_policy_losses_equal_a_loop_over_tokens_whatever_padding_holds"
-PPO_RESUME = "test_ppo.py::test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for_bit"
+PPO_RESUME = "test_ppo.py::test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for_bit[updating]"
+SFT_RESUME = "test_runs.py::test_resume_after_an_interrupt_equals_never_stopping_bit_for_bit[sft]"
+FALL_BACK = "test_runs.py::test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_refused_if_there_is_none"
+SPLIT = "test_data.py::test_ranks_get_every_example_once_and_as_many_pieces_each_however_few_there_are"
+DEALT = "test_ppo.py::test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them[2]"
+VARIANCE = "test_ppo.py::test_variance_is_that_of_all_tokens_of_all_ranks"
+SEEDS = "test_runs.py::test_every_step_and_rank_draws_from_a_seed_of_its_own_and_the_generator_from_one_of_the_step"
 PPO_RANKS = "test_ppo.py::test_two_ranks_agree_on_weights_averages_moments_and_when_to_stop"
 WARMUP = "test_ppo.py::test_critic_warmup_trains_the_critic_alone_for_its_rollouts"
 BETA = "test_ppo.py::test_beta_adapts_to_the_kl_of_each_rollout_and_is_used_in_the_next"
@@ -245,8 +253,8 @@ MUTANTS = [
            "unpack(model(ids, before(at)), mask",
            "unpack(model(ids, at), mask"),
     Mutant("reward model: shifted the wrong way", "model.py", "test_model.py::test_shift_lowers_every_score_by_the_amount",
-           "self.transformer.ln_f.bias - amount * w",
-           "self.transformer.ln_f.bias + amount * w"),
+           "weights[bias] - amount * w",
+           "weights[bias] + amount * w"),
     Mutant("reward model: shares its trunk with the language model", "model.py",
            "test_model.py::test_a_fresh_head_has_the_stated_spread_and_the_trunk_is_a_copy",
            "scalar.transformer = twin(model.transformer, share)",
@@ -281,6 +289,20 @@ MUTANTS = [
     Mutant("generate: replies end with one token alone", "model.py", "test_model.py::test_a_reply_ends_with_whichever_of_the_stops_comes_first",
            "torch.tensor(tokenizer.stops, device=device)",
            "torch.tensor([tokenizer.eos], device=device)"),
+
+    Mutant("generate: a reply takes the numbers of its place in the cache", "model.py", OWN_NUMBERS,
+           "uniform[live, (at",
+           "uniform[torch.arange(len(live)), (at"),
+    Mutant("generate: the numbers go by the sequence's length", "model.py", OWN_NUMBERS,
+           "(at - prompt_lengths[live]).clamp",
+           "(at - int(prompt_lengths.min())).clamp"),
+    Mutant("generate: goes on when it is interrupted", "model.py", "test_model.py::test_generation_leaves_it_at_the_tokens_that_are_there_when_it_is_interrupted",
+           "            if interrupted():\n                break\n",
+           "            interrupted()\n"),
+    Mutant("draw: the token in a group by the group's number", "model.py",
+           "test_model.py::test_a_draw_takes_the_group_from_one_number_and_the_token_in_it_from_the_other",
+           "group], uniform[:, 1:])",
+           "group], uniform[:, :1])"),
 
     # -- model.py: the head's gradient by hand
     Mutant("head: the columns that fill up are set once for all chunks", "head.py", HEAD,
@@ -343,8 +365,8 @@ MUTANTS = [
            "uniform * sums[:, -1:]",
            "uniform"),
     Mutant("draw: the group times how many there are", "model.py", CHI_SQUARE,
-           "return 256 * group",
-           "return groups.shape[1] * group"),
+           "token = 256 * group +",
+           "token = groups.shape[1] * group +"),
     Mutant("draw: tokens of probability zero", "model.py", "test_model.py::test_the_smallest_and_the_largest_random_number_draw_tokens_that_can_be_drawn",
            "sums[:, -1:], right=True)",
            "sums[:, -1:])"),
@@ -442,8 +464,8 @@ MUTANTS = [
            "nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))",
            "nn.init.zeros_(self.lora_A)"),
     Mutant("lora: merged without its scale", "adapters.py", "test_lora.py::test_merged_weights_compute_what_the_adapters_do_and_leave_them_alone",
-           "self.weight + self.scale * self.lora_B @ self.lora_A",
-           "self.weight + self.lora_B @ self.lora_A"),
+           "weight + self.scale * lora_B @ lora_A",
+           "weight + lora_B @ lora_A"),
 
     # -- checkpoint.py
     Mutant("checkpoint: rows of query, key and value", "checkpoint.py", PEER + "[llama3]",
@@ -529,8 +551,8 @@ MUTANTS = [
            "weight * share / len(batch), margin",
            "weight / len(batch), margin"),
     Mutant("reward model: demonstrations don't score 0", "reward.py", "test_runs.py::test_reward_model_scores_demonstrations_zero_on_average",
-           "shifted.shift(float(scores.mean()))",
-           "shifted.shift(-float(scores.mean()))"),
+           "amount=float(scores.mean())",
+           "amount=-float(scores.mean())"),
     Mutant("reward model: length alone takes the longer reply", "reward.py",
            "test_losses.py::test_length_alone_takes_the_longer_or_the_shorter_reply_whichever_is_more_often_right",
            "max(by_length_alone, 1 - by_length_alone)",
@@ -556,17 +578,17 @@ MUTANTS = [
            "logprobs = policy(ids, mask)[0].sum(1)",
            "logprobs = policy(ids, mask)[0].sum(1) / mask.sum(1)"),
     Mutant("dpo: the reference is the policy that a resumed run loads", "dpo.py", RESUME,
-           "twin(model.to(run.device), share=config.lora_rank > 0).requires_grad_(False)",
-           "model.to(run.device)"),
+           "twin(model, shared).requires_grad_(False)",
+           "model"),
     Mutant("dpo: the reference gets the adapters", "dpo.py", RESUME,
            "    prepare(model, config)\n",
-           "    prepare(model, config)\n    reference = twin(model, share=config.lora_rank > 0)\n"),
+           "    prepare(model, config)\n    reference = twin(model, shared)\n"),
     Mutant("dpo: a rank without examples counts the first twice", "dpo.py", NO_EXAMPLES + "[dpo-lost2]",
            "weight = weight * share / len(batch)",
            "weight = weight / len(batch)"),
     Mutant("dpo: reference log-probabilities in another order", "dpo.py", FORMULA + "[dpo]",
-           "sums[torch.tensor(piece).to(run.device, non_blocking=True)] = model",
-           "sums[torch.tensor(sorted(piece)).to(run.device, non_blocking=True)] = model"),
+           "sums[torch.tensor(piece).to(run.device, non_blocking=True)] += weight",
+           "sums[torch.tensor(sorted(piece)).to(run.device, non_blocking=True)] += weight"),
 
     # -- ppo.py: prompts, scores
     Mutant("ppo: --part is ignored", "ppo.py", PROMPTS,
@@ -687,8 +709,8 @@ MUTANTS = [
 
     # -- ppo.py: log-probabilities
     Mutant("temperature: forgotten in sampling", "ppo.py", "test_runs.py::test_ppo_samples_at_its_temperature",
-           "config.temperature, generator=generator, rows",
-           "generator=generator, rows"),
+           "config.temperature, rows=config.rollout_rows",
+           "1.0, rows=config.rollout_rows"),
     Mutant("temperature: forgotten in the old log-probabilities", "ppo.py", OBJECTIVE,
            "policy_model(part, part_mask, config.temperature, with_entropy=True)",
            "policy_model(part, part_mask, with_entropy=True)"),
@@ -699,8 +721,8 @@ MUTANTS = [
            "policy(part, host_mask[piece, :T], config.temperature, with_entropy",
            "policy(part, host_mask[piece, :T], with_entropy"),
     Mutant("old log-probabilities: from a half-precision pass, as a sampler's", "ppo.py", OBJECTIVE,
-           "with torch.no_grad(), run.autocast():\n            for piece",
-           "with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):\n            for piece"),
+           "with torch.no_grad(), run.autocast():\n            pieces",
+           "with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16):\n            pieces"),
     Mutant("old log-probabilities: computed anew after every update", "ppo.py", OBJECTIVE,
            "policy_loss(logprobs, old, advantages[rows, :T]",
            "policy_loss(logprobs, logprobs.detach(), advantages[rows, :T]"),
@@ -753,8 +775,8 @@ MUTANTS = [
            'objective + kl_coef * losses["kl_loss"]',
            'objective - kl_coef * losses["kl_loss"]'),
     Mutant("entropy bonus: its sign", "ppo.py", OBJECTIVE,
-           "objective - config.entropy_coef * H.sum()",
-           "objective + config.entropy_coef * H.sum()"),
+           "objective - config.entropy_coef * (H",
+           "objective + config.entropy_coef * (H"),
     Mutant("value loss: held near the return", "ppo.py", LOSSES,
            "held = old_values + (values - old_values).clamp(-clip, clip)",
            "held = returns + (values - returns).clamp(-clip, clip)"),
@@ -762,7 +784,7 @@ MUTANTS = [
            "losses = torch.maximum(losses, (held - returns).square())",
            "losses = torch.minimum(losses, (held - returns).square())"),
     Mutant("value loss: not on the step after the last token", "ppo.py", CRITIC,
-           "returns[rows, :T], steps[rows, :T], config.value_clip",
+           "returns[rows, :T], part_steps, config.value_clip",
            "returns[rows, :T], part_mask, config.value_clip"),
     Mutant("mean: prompts and padding in the count", "ppo.py", OBJECTIVE,
            "torch.stack([host_mask[picked].sum(), host_steps",
@@ -776,21 +798,33 @@ MUTANTS = [
 
     # -- ppo.py: the update and its control
     Mutant("minibatches: the first one again and again", "ppo.py", EACH_REPLY,
-           "batches = [shuffled[i::config.minibatches] for",
-           "batches = [shuffled[::config.minibatches] for"),
+           "generator=generator, device=run.device).argsort(1)",
+           "generator=generator, device=run.device).argsort(1) * 0"),
+    Mutant("minibatches: the same ones in every epoch", "ppo.py", DEALT,
+           "picks = torch.rand(config.epochs, config.minibatches, lanes * run.world_size, generator=generator, device=run.device).argsort(1)",
+           "picks = torch.rand(1, config.minibatches, lanes * run.world_size, generator=generator, device=run.device).argsort(1).expand(config.epochs, -1, -1)"),
+    Mutant("minibatches: other ones with more ranks", "ppo.py", DEALT,
+           ".flatten(0, 1)[:, run.rank::run.world_size]",
+           ".flatten(0, 1)[:, :lanes]"),
+    Mutant("minibatches: ranks shuffle on their own", "ppo.py", DEALT,
+           "lanes * run.world_size, generator=generator, device",
+           "lanes * run.world_size, device"),
+    Mutant("minibatches: not mixed at all", "ppo.py", DEALT,
+           "generator=generator, device=run.device).argsort(1)",
+           "generator=generator, device=run.device).cumsum(1).argsort(1)"),
     Mutant("ppo: --rollout-rows is ignored", "ppo.py",
            "test_runs.py::test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_of_the_time_each_part_took",
-           "rows=config.rollout_rows)",
-           "rows=0)"),
+           "rows=config.rollout_rows, uniform",
+           "rows=0, uniform"),
     Mutant("ptx: a step of its own", "ppo.py", "test_ppo.py::test_ptx_adds_its_gradient_before_the_one_step_of_each_minibatch",
            "run.backward(ptx_loss, policy_optimizer)\n",
-           "run.backward(ptx_loss, policy_optimizer), run.optimizer_step(policy_optimizer, lr, config.max_grad_norm)\n"),
+           "run.backward(ptx_loss, policy_optimizer), run.optimizer_step(policy_optimizer, lr, config.max_grad_norm, [])\n"),
     Mutant("ptx: its sign", "ppo.py", OBJECTIVE,
            "ptx_loss = -policy(part, part_mask, summed=True)[0]",
            "ptx_loss = policy(part, part_mask, summed=True)[0]"),
     Mutant("ptx: a rank without demonstrations counts the first twice", "ppo.py", NO_EXAMPLES + "[ppo-lost3]",
-           "config.ptx_coef * weight / sum(",
-           "config.ptx_coef / sum("),
+           "* weight * config.ptx_coef / sum(",
+           "* config.ptx_coef / sum("),
     Mutant("ema: the wrong direction", "ppo.py", "test_ppo.py::test_the_average_is_the_recursion_over_every_step_of_the_policy",
            "list(policy_model.parameters()), 1 - config.ema)",
            "list(policy_model.parameters()), config.ema)"),
@@ -822,9 +856,24 @@ MUTANTS = [
     Mutant("metrics: KL per token", "ppo.py", EACH_REPLY,
            '"kl": log_ratio.sum(1).mean()',
            '"kl": log_ratio[mask].mean()'),
-    Mutant("ranks: the same prompts", "ppo.py", TOGETHER,
-           "for _ in range(config.rollout_batch)][run.rank::run.world_size]",
-           "for _ in range(config.rollout_batch)][:share]"),
+    Mutant("ranks: the same prompts", "ppo.py", DEALT,
+           "key=lambda i: len(prompts[i][1]))[run.rank::run.world_size]",
+           "key=lambda i: len(prompts[i][1]))[:share]"),
+    Mutant("ranks: the first one gets the short prompts", "ppo.py", DEALT,
+           "key=lambda i: len(prompts[i][1]))[run.rank::run.world_size]",
+           "key=lambda i: len(prompts[i][1]))[run.rank * share:][:share]"),
+    Mutant("ranks: the same uniform numbers", "ppo.py", DEALT,
+           "run.device)[run.rank::run.world_size]  #",
+           "run.device)[:share]  #"),
+    Mutant("explained variance: ranks with one of their own", "ppo.py", TOGETHER,
+           "1 - variance(returns - old_values, steps, run.all_sum)",
+           "1 - variance(returns - old_values, steps)"),
+    Mutant("variance: ranks with means of their own", "ppo.py", VARIANCE,
+           "count, total = all_sum(torch.stack([mask.sum(), (x * mask).sum()]))",
+           "count, total = all_sum(mask.sum()), (x * mask).sum() * all_sum(mask.sum()) / mask.sum()"),
+    Mutant("variance: the padding's too", "ppo.py", VARIANCE,
+           "return all_sum(((x - total / count).square() * mask).sum()) / count",
+           "return all_sum((x - total / count).square().sum()) / count"),
     Mutant("resume: forgets beta", "ppo.py", PPO_RESUME,
            '{"kl_coef": kl_coef, "penalty_coef": penalty_coef, "moments"',
            '{"penalty_coef": penalty_coef, "moments"'),
@@ -867,37 +916,89 @@ MUTANTS = [
            'self.texts["heldout" if i in away else "train"].append(text)',
            'self.texts["train"].append(text), self.texts["heldout"].append(text) if i in away else None'),
 
-    # -- runtime.py: steps, ranks, resuming
-    Mutant("ranks: the factor that DDP's average takes away", "runtime.py", TOGETHER,
-           "scale(loss * self.world_size)",
-           "scale(loss)"),
-    Mutant("ranks: gradients exchanged at the first micro-batch", "runtime.py", TOGETHER,
-           "module.require_backward_grad_sync = i == len(pieces) - 1",
-           "module.require_backward_grad_sync = i == 0"),
-    Mutant("ranks: draw the same noise", "runtime.py", "test_runs.py::test_every_step_and_rank_draws_from_a_seed_of_its_own",
-           "* 1_009 + self.rank",
-           "* 1_009"),
-    Mutant("step: gradients aren't cleared", "runtime.py", OPTIMISER_STEP,
-           "        optimizer.zero_grad(set_to_none=True)\n",
-           ""),
-    Mutant("step: gradients aren't clipped", "runtime.py", OPTIMISER_STEP,
-           'for p in g["params"]], max_grad_norm)',
-           'for p in g["params"]], math.inf)'),
-    Mutant("learning rate: the first step has none", "runtime.py", "test_ppo.py::test_learning_rates_warm_up_and_follow_their_schedule",
+    # -- optim.py, hardware.py
+    Mutant("learning rate: the first step has none", "optim.py", "test_ppo.py::test_learning_rates_warm_up_and_follow_their_schedule",
            "return peak * (step + 1) / warmup",
            "return peak * step / warmup"),
-    Mutant("weight decay: of embeddings and norms too", "runtime.py", "test_runs.py::test_weight_decay_is_of_matrices_but_not_of_embeddings",
+    Mutant("weight decay: of embeddings and norms too", "optim.py", "test_runs.py::test_weight_decay_is_of_matrices_but_not_of_embeddings",
            '(keep if p.ndim < 2 or name.endswith(("wte.weight", "wpe.weight")) else decay).append(p)',
            "decay.append(p)"),
-    Mutant("dtype: bfloat16 on a CPU for narrow models too", "runtime.py", "test_runs.py::test_auto_is_bfloat16_on_a_cpu_that_multiplies_in_it_and_for_wide_models_alone",
+    Mutant("dtype: bfloat16 on a CPU for narrow models too", "hardware.py", "test_runs.py::test_auto_is_bfloat16_on_a_cpu_that_multiplies_in_it_and_for_wide_models_alone",
            "if amx and width >= 256",
            "if amx"),
     Mutant("dtype: that of the narrowest model", "runtime.py", "test_runs.py::test_a_run_settles_on_the_precision_that_its_widest_model_wants",
            "self.dtype = pick_dtype(self.config.dtype, self.device, max(",
            "self.dtype = pick_dtype(self.config.dtype, self.device, 0 * max("),
-    Mutant("resume: forgets the optimiser's state", "runtime.py", PPO_RESUME,
-           'optimizer.load_state_dict({"state": saved,',
-           'optimizer.load_state_dict({"state": {},'),
+
+    # -- ranks.py
+    Mutant("split: what fills a rank up counts", "ranks.py", SPLIT,
+           "[(list(spare), 0.0)]",
+           "[(list(spare), 1.0)]"),
+    Mutant("split: ranks make as many passes as they need", "ranks.py", SPLIT,
+           "max(map(len, parts))",
+           "len(parts[self.rank])"),
+    Mutant("split: all examples to all ranks", "ranks.py", SPLIT,
+           "by_length(examples[rank::self.world_size], lengths",
+           "by_length(examples, lengths"),
+    Mutant("ranks: sums stay apart", "ranks.py", TOGETHER_SFT,
+           "return self._all(tensor, dist.ReduceOp.SUM)",
+           "return tensor"),
+
+    # -- runtime.py: steps, signals
+    Mutant("ranks: the factor that DDP's average takes away", "runtime.py", TOGETHER_SFT,
+           "scale(loss * self.world_size)",
+           "scale(loss)"),
+    Mutant("ranks: gradients exchanged at the first micro-batch", "runtime.py", TOGETHER_SFT,
+           "module.require_backward_grad_sync = i == len(pieces) - 1",
+           "module.require_backward_grad_sync = i == 0"),
+    Mutant("ranks: draw the same noise", "runtime.py", SEEDS,
+           "torch.manual_seed(seed + 1 + self.rank)",
+           "torch.manual_seed(seed + 1)"),
+    Mutant("ranks: draw apart what they should draw together", "runtime.py", SEEDS,
+           "torch.Generator(self.device).manual_seed(seed)",
+           "torch.Generator(self.device).manual_seed(seed + self.rank)"),
+    Mutant("step: gradients aren't cleared", "runtime.py", OPTIMISER_STEP,
+           "        optimizer.zero_grad(set_to_none=True)\n",
+           ""),
+    Mutant("step: gradients aren't clipped", "runtime.py", OPTIMISER_STEP,
+           "clip_grads_with_norm_(parameters, max_grad_norm, norm)",
+           "clip_grads_with_norm_(parameters, math.inf, norm)"),
+    Mutant("step: taken although a gradient is not finite", "runtime.py", OPTIMISER_STEP,
+           "optimizer.found_inf = bad.float()",
+           "optimizer.found_inf = torch.zeros(())"),
+    Mutant("skipped: one more than was allowed", "runtime.py",
+           "test_runs.py::test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run_the_second_time_if_one_may_be_skipped",
+           "if self.skipped > limit and what:",
+           "if self.skipped > limit + 1 and what:"),
+    Mutant("signal: a run stops amid PPO's update", "runtime.py", PPO_RESUME,
+           "        self.clean = False\n        scaler = self.scalers[optimizer]\n",
+           "        scaler = self.scalers[optimizer]\n"),
+    Mutant("signal: a run stops without saving", "runtime.py", PPO_RESUME,
+           "        if self.clean and self.any_rank(self.asked_to_stop()):\n            self._save(last=True)\n",
+           "        if self.clean and self.any_rank(self.asked_to_stop()):\n"),
+
+    # -- runtime.py, saving.py, metrics.py: resuming
+    Mutant("resume: from the step after", "runtime.py", PPO_RESUME,
+           '        self.step = state["step"]\n',
+           '        self.step = state["step"] + 1\n'),
+    Mutant("resume: forgets what the script keeps", "runtime.py", PPO_RESUME,
+           '        self.state.update(state["extra"])\n',
+           ""),
+    Mutant("resume: whatever has changed", "runtime.py", "test_ppo.py::test_resume_refuses_when_a_later_reward_or_the_demonstrations_have_changed",
+           "require(not changed or self.config.override,",
+           "require(True,"),
+    Mutant("resume: forgets the optimiser's state", "saving.py", PPO_RESUME,
+           "            tensor.copy_(saved)\n",
+           '            tensor.copy_(saved) if "optimizer" not in name else None\n'),
+    Mutant("checkpoint: is not compared with its manifest", "saving.py", FALL_BACK,
+           "            problem = damage(self.root / name)\n",
+           '            problem = ""\n'),
+    Mutant("checkpoint: the one before is deleted", "saving.py", FALL_BACK,
+           'keep["previous"] = before[0]',
+           "pass"),
+    Mutant("metrics: rows after the checkpoint stay", "metrics.py", SFT_RESUME,
+           "if keep(line))",
+           ")"),
 ]
 
 

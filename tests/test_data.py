@@ -3,6 +3,7 @@ import collections
 import gzip
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -15,9 +16,11 @@ import torch
 
 import data
 import formats
+import ranks
+import tools
 import toy
-from formats import Row
 from flags import UserError
+from formats import Row
 from tokenizer import encode_prompt
 
 SILENT = lambda text: None
@@ -204,6 +207,7 @@ def test_labels_and_ratings_become_a_ranking_of_each_prompt(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
+@pytest.mark.case(18)
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.json.gz"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -275,6 +279,7 @@ def dropped(said):
     return dict((reason, int(n)) for n, reason in re.findall(r"dropped (\d+): ([^;]+)", said))
 
 
+@pytest.mark.case(19)
 def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
     turn = "\n\nHuman: Hi\n\nAssistant: Yes"
     sources = [HH, {"chosen": turn, "rejected": "\n\nHuman: Ho\n\nAssistant: No"}, ULTRA | {"prompt": "Cube 5."},
@@ -297,6 +302,7 @@ def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
     assert said[0].endswith("; ...")  # the rarest reasons
 
 
+@pytest.mark.case(19)
 @pytest.mark.parametrize("want, source, reason", [
     ("preferences", {"chosen": HH["chosen"], "rejected": "\n\nHuman: Ho\n\nAssistant: No"}, "prompts differ"),
     ("preferences", ULTRA | {"prompt": "Cube 5."}, "prompts differ"),
@@ -344,8 +350,10 @@ GOOD = json.dumps(PAIR).encode()
 ZIPPED = gzip.compress(GOOD, mtime=0)
 
 
+@pytest.mark.case(18, 21)
 @pytest.mark.parametrize("name, raw, want, message", [
     ("a.jsonl", GOOD + b"\n\n{bad\n", "preferences", r":3 is not valid JSON: .* \(column 2\)"),
+    ("a.jsonl", b"\n".join([GOOD] * 16 + [GOOD[:-1], GOOD]), "preferences", r":17 is not valid JSON"),
     ("a.jsonl", GOOD + GOOD, "preferences", r":1 is not valid JSON: something follows"),
     ("a.jsonl", GOOD + b'\n{"prompt": "raw \0 NUL"}', "preferences", r":2 is not valid JSON"),
     ("a.jsonl", GOOD + b"\n\0\0\n", "preferences", r":2 is not valid JSON"),
@@ -416,6 +424,35 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(tmp_path, name, raw,
         formats.read_rows(tmp_path / name, want, SILENT)
 
 
+@pytest.mark.case(18)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.txt"])
+def test_a_file_with_random_damage_gives_rows_or_is_named_in_one_line(tmp_path, name, record_property):
+    sources = [ALPACA, MESSAGES, PAIR, RM_STATIC, RANKING, HH, KTO, RATED, GSM8K, SHAREGPT, HISTORY, ORCA]
+    write(tmp_path / ("whole.json" if name == "a.json" else "whole.jsonl"), sources)
+    whole = next(tmp_path.glob("whole.*")).read_bytes()
+    path, refused, tries = tmp_path / name, 0, 200
+    for seed in range(tries):
+        rng = random.Random(seed)
+        raw, at = bytearray(whole), rng.randrange(len(whole))
+        written = rng.choice([b"\0", b"\xff\xfe", b"NaN", b"-1e999", b"\"", b"{", b"]", b",", b"\n", b"\r\n", b"\\ud800", "\u2028".encode(), b"<|endoftext|>", b"null"])
+        raw[at:at + rng.choice([0, 0, 1, 30, 500])] = rng.choice([b"", written, raw[at:at + 40], bytes(rng.randrange(256) for _ in range(5))])
+        path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+        if name.endswith("gz") and seed % 2:
+            path.write_bytes(path.read_bytes()[:rng.randrange(len(path.read_bytes()))])
+        for want in ("demonstrations", "preferences", "prompts"):
+            try:
+                rows = formats.read_rows(path, want, SILENT)
+            except UserError as error:
+                refused += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+            else:
+                assert rows and all(turn["content"].encode() for row in rows for turn in row.prompt)  # text that can be encoded
+                assert all(reply.strip() and reply.encode() for row in rows for reply in row.replies)
+    record_property("tries", tries), record_property("survived", tries)
+    assert refused > tries / 4
+
+
+@pytest.mark.case(18)
 @pytest.mark.parametrize("name, where", [("a.jsonl", ":2"), ("a.json", ", row 2")])
 def test_a_row_of_endless_length_is_refused(tmp_path, monkeypatch, name, where):
     monkeypatch.setattr(formats, "LONGEST", 2**20)
@@ -426,6 +463,7 @@ def test_a_row_of_endless_length_is_refused(tmp_path, monkeypatch, name, where):
         formats.read_rows(tmp_path / name, "preferences", SILENT)
 
 
+@pytest.mark.case(18)
 def test_hostile_text_is_parsed_in_linear_time(tmp_path):
     for unit in ("\n\nHuman:", "\n\nAssistant:", "<<", "<<1", "####", "\n\n\n", ">>", "#### 1,"):
         text = unit * (2**20 // len(unit))
@@ -526,6 +564,7 @@ def masked(tokenizer, ids, mask):
     return [tokenizer.decode(run) for run in runs]
 
 
+@pytest.mark.case(23)
 @pytest.mark.parametrize("want, source, form, expected", [case for case in CASES if case[0] != "prompts"])
 def test_masks_select_the_replies_of_every_format(tmp_path, want, source, form, expected):
     tokenizer = toy.tokenizer()
@@ -542,6 +581,7 @@ def test_masks_select_the_replies_of_every_format(tmp_path, want, source, form, 
         assert len(ids) == len(mask) and tokenizer.decode(ids) == "".join(turn["content"] for turn in expected.prompt) + expected.replies[0]
 
 
+@pytest.mark.case(20, 22)
 @pytest.mark.parametrize("limit", [2, 3, 7, 10, 11, 12, 100])
 def test_plain_text_is_cut_into_pieces_that_count_every_token_once(limit):
     tokenizer, said = toy.tokenizer(), []
@@ -566,6 +606,7 @@ def test_plain_text_is_cut_into_pieces_that_count_every_token_once(limit):
     assert any("cut 2 plain texts" in line for line in said) == (limit < 20)
 
 
+@pytest.mark.case(20)
 def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
     tokenizer = toy.tokenizer()
     rows = [Row(user("a", "b", "c"), ["d"], [0]), Row(user("e"), ["f"], [0])]
@@ -589,6 +630,30 @@ def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     config.part, config.data = "1/2:2", "toy"
     with pytest.raises(UserError, match="--part is for files"):
         data.preference_groups(config, tokenizer, 60, SILENT)
+
+
+@pytest.mark.case(20)
+@pytest.mark.parametrize("seed", range(6))
+def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_train_on(seed, tmp_path):
+    tokenizer, rng, said = toy.tokenizer(), random.Random(seed), []
+    limit = rng.choice([12, 20, 30])
+    text = lambda: " ".join(rng.choice(["a", "river", "of", "12"]) for _ in range(rng.randint(1, limit // 2)))
+    rows = [Row(user(*(text() for _ in range(rng.choice([1, 1, 3])))), [text() for _ in range(2)], [0, 1]) for _ in range(200)]
+    lengths = [len(data.encode_demonstration(tokenizer, row)[0]) for row in rows]
+    rows += [Row([], [text() * rng.randint(1, 6)], [0]) for _ in range(20)]
+    assert {limit - 1, limit, limit + 1} <= set(lengths)
+    examples = data.encode_demonstrations(tokenizer, rows, limit, said.append)
+    kept = sum(length <= limit for length in lengths)
+    assert f"dropped {200 - kept} of 200 rows" in said[0] and len(examples) >= kept + 20
+    assert all(len(ids) == len(mask) <= limit and any(mask) and not mask[0] for ids, mask in examples)
+    assert examples[:kept] == [data.encode_demonstration(tokenizer, row) for row, length in zip(rows, lengths) if length <= limit]  # whole, not cut
+    path = write(tmp_path / "a.jsonl", [{"prompt": chat(*(turn["content"] for turn in row.prompt)), "chosen": row.replies[0], "rejected": row.replies[1] + " !"}
+                                        for row in rows[:200]])
+    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, part="", seed=0)
+    train, val = data.preference_groups(config, tokenizer, limit, SILENT)
+    assert all(len(ids) <= limit and any(mask) for _, group in train + val for ids, mask in group)
+    fitting = [row.text for row in formats.read_rows(path, "preferences", SILENT) if max(len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit]
+    assert sorted(row.text for row, _ in train + val) == sorted(fitting) and 0 < len(fitting) < 200
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -620,6 +685,7 @@ def test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one():
         assert weight[margin == i].sum().item() == pytest.approx(1)
 
 
+@pytest.mark.case(20)
 def test_drop_long_keeps_up_to_the_limit_and_says_how_many_went():
     said = []
     assert data.drop_long("abcd", [3, 4, 5, 1], 4, said.append) == ["a", "b", "d"]
@@ -695,11 +761,86 @@ def test_pieces_partition_the_examples_fill_the_budget_and_never_pass_it(cut):
         assert all(cost(piece + following[:1]) > 25 for piece, following in zip(pieces, pieces[1:]))
 
 
+@pytest.mark.case(21)
+def test_ranks_get_every_example_once_and_as_many_pieces_each_however_few_there_are():
+    rng = random.Random(0)
+    for trial in range(200):
+        world, budget = rng.randint(1, 5), rng.choice([1, 20, 60])
+        lengths = [rng.randrange(1, 30) for _ in range(40)]
+        examples = rng.sample(range(40), rng.choice([1, 2, 3, rng.randrange(1, 40)]))
+        shares = [ranks.Ranks.split(SimpleNamespace(rank=rank, world_size=world), examples, lengths, budget) for rank in range(world)]
+        assert sorted(i for share in shares for piece, weight in share for i in piece * (weight > 0)) == sorted(examples)
+        assert len({len(share) for share in shares}) == 1 and {weight for share in shares for _, weight in share} <= {0.0, 1.0}
+        counts = [sum(len(piece) for piece, weight in share if weight) for share in shares]
+        assert max(counts) - min(counts) <= 1 and all(piece for share in shares for piece, _ in share)
+        assert all(len(piece) * max(lengths[i] for i in piece) <= budget or len(piece) == 1 for share in shares for piece, _ in share)
+
+
 def test_collate_pads_on_the_right_with_mask_false():
     ids, mask, lengths = data.collate([([5, 6, 7], [False, True, True]), ([8], [False])], 9, "cpu")
     assert ids.tolist() == [[5, 6, 7], [8, 9, 9]] and ids.dtype == torch.int64
     assert mask.tolist() == [[False, True, True], [False, False, False]] and mask.dtype == torch.bool
     assert lengths.tolist() == [3, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Hardly any data
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a tiny language model and a reward model."""
+    root = tmp_path_factory.mktemp("models")
+    write(root / "preferences.jsonl", [PAIR, PAIR | {"prompt": "Cube 5."}])
+    assert tools.here("sft", root, f"--out {root}/sft --steps 2") == tools.here("reward", root, f"--out {root}/reward --steps 2 --val-fraction 0") == 0
+    return root
+
+
+def few(folder, number):
+    """Flags of each trainer for a file of very few rows."""
+    replies = ["64", "65, as it is written here"]
+    path = write(folder / f"{number}.jsonl", [{"prompt": f"Cube {i}{' please' * i}.", "chosen": replies[i % 2], "rejected": replies[1 - i % 2]} for i in range(number)])
+    rows = f"--data {path} --steps 3"
+    trained = f"{rows} --val-fraction 0 --batch-tokens 100000"
+    return {"sft": f"{trained} --tokenizer toy", "reward": trained, "dpo": trained, "ppo": f"{rows} --ptx-coef 1 --ptx-data {path}"}
+
+
+@pytest.mark.case(21)
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "ppo"])
+def test_one_row_or_two_or_three_are_enough_to_train_on(script, number, models, tmp_path):
+    """In batches of more than all of them: whole, or cut into passes of one row."""
+    flags, found = few(tmp_path, number)[script], []
+    for name in ("whole", "rows"):
+        assert tools.here(script, models, flags, f"--out {tmp_path}/{name} --micro-batch-tokens {100000 if name == 'whole' else 1}") == 0
+        found.append(tools.metrics(tmp_path / name))
+    assert [row["step"] for row in found[0]] == [1, 2, 3] and all(math.isfinite(value) for row in found[0] for value in row.values())
+    for whole, rows in zip(*found):
+        rounding = {key for key in whole if key.endswith(("accuracy", "clip_fraction", "ratio_error"))}
+        assert {k: v for k, v in rows.items() if k not in rounding} == pytest.approx({k: v for k, v in whole.items() if k not in rounding}, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.case(21)
+@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "ppo"])
+def test_two_ranks_share_one_row_and_neither_waits_for_ever(script, models, tmp_path):
+    flags = few(tmp_path, 1)[script]
+    assert tools.here(script, models, flags, f"--out {tmp_path}/one") == 0
+    tools.run(script, models, flags, f"--out {tmp_path}/two --rank-timeout 60", launcher=tools.TORCHRUN)
+    for one, two in zip(tools.metrics(tmp_path / "one"), tools.metrics(tmp_path / "two"), strict=True):
+        rounding = {key for key in one if key.endswith(("accuracy", "clip_fraction", "ratio_error"))}
+        assert {k: v for k, v in two.items() if k not in rounding} == pytest.approx({k: v for k, v in one.items() if k not in rounding}, rel=2e-3, abs=1e-4)
+
+
+@pytest.mark.case(20)
+def test_rows_around_the_context_train_whole_or_are_counted_and_left_out(models, tmp_path, capsys):
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "1" * size} for size in range(52, 68)])
+    lengths = [len(data.encode_demonstration(toy.tokenizer(), row)[0]) for row in formats.read_rows(rows, "demonstrations", SILENT)]
+    fitting = sum(length <= 64 for length in lengths)
+    assert {63, 64, 65} <= set(lengths)
+    assert tools.here("sft", models, f"--data {rows} --tokenizer toy --val-fraction 0 --steps 2 --out {tmp_path}/run") == 0
+    said = capsys.readouterr().out
+    assert f"dropped {16 - fitting} of 16 rows: longer than the 64 tokens" in said and f"{fitting} training and 0 held-out examples" in said
+    assert all(0 < row["loss"] < 20 for row in tools.metrics(tmp_path / "run"))
 
 
 # ---------------------------------------------------------------------------------------------------------

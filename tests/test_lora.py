@@ -5,8 +5,6 @@ import io
 import json
 import math
 import re
-import shlex
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -14,20 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import dpo
-import ppo
-import reward
-import flags as flags_module
-import runtime
-import sft
+import tools
 from checkpoint import load_model, save_model
 from adapters import LORA_TARGETS, LoRALinear, merged_weights, prepare
-from model import GPT, ScalarModel, twin
 from flags import UserError
+from model import GPT, ScalarModel, shifted, twin
 from optim import adamw
+from tokenizer import Tokenizer
 
 from test_checkpoint import ATTENTION, IDS, TOKENIZER, auto, close, open_with, outputs, peer_outputs, tiny
-from tokenizer import Tokenizer
+from test_runs import SCRIPTS, TRAINERS, keep_signal_handlers, run_here, stopped_in_the_second_step  # keep_signal_handlers: a fixture of every test here, too
 
 KINDS = [(kind, name) for kind in (GPT, ScalarModel) for name in ("gpt2", "llama3", "opt")] + [(GPT, "qwen3"), (ScalarModel, "opt-350m")]
 kinds = pytest.mark.parametrize("kind, name", KINDS)
@@ -144,12 +138,11 @@ def test_a_scalar_model_may_share_its_trunk(name):
     assert storages(model.transformer) < storages(shared) and not storages(apart) & storages(model)
     prepare(shared, flags())
     assert not any(".lora_" in key for key in model.state_dict())
-    shifted = twin(shared, share=True)
-    before = outputs(shared)
-    assert shifted.can_shift == (name == "gpt2")
-    if shifted.can_shift:
-        shifted.shift(1.0)
-    assert torch.equal(outputs(shared), before) and torch.allclose(outputs(shifted), before - float(name == "gpt2"), atol=1e-5)
+    before, lower = outputs(shared), twin(shared)
+    assert shared.can_shift == (name == "gpt2")
+    if shared.can_shift:
+        lower.load_state_dict(shifted(shared.state_dict(), 1.0))
+    assert torch.equal(outputs(shared), before) and torch.allclose(outputs(lower), before - float(name == "gpt2"), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -240,6 +233,7 @@ def edit_tensors(change):
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 
 
+@pytest.mark.case(11, 12)
 @pytest.mark.parametrize("damage, message", [
     (edit(use_dora=True), r"adapter_config\.json: use_dora is not supported"),
     (edit(peft_type="IA3"), r"adapter_config\.json: peft_type is not supported"),
@@ -269,6 +263,7 @@ def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(tmp_path, damage, m
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.case(12)
 def test_a_reward_models_adapter_without_its_head_is_refused(tmp_path):
     _, folder, _ = peft_folder(tmp_path, ScalarModel, "llama3")
     edit_tensors(lambda tensors: tensors.pop("base_model.model.score.weight"))(folder)
@@ -288,26 +283,16 @@ def test_an_adapter_without_a_tokenizer_takes_that_of_its_base(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 # Whole runs
 
-SCRIPTS = {"sft": sft, "reward": reward, "dpo": dpo, "ppo": ppo}
 PLAN = dict.fromkeys(("sft", "reward", "dpo"), "--batch-tokens 256 --val-fraction 0") | {"ppo": "--rollout-batch 8 --minibatches 2 --max-new-tokens 8"}
 DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def run(name, root, out, *flags, model="sft"):
     """Run a trainer on a folder's models and files; its metrics without timings."""
     words = f"--model {root}/{model} --data {root}/{DATA[name]}.json --lr 0.01 --warmup 1 --steps 3 --threads 1 --out {out} {PLAN[name]}"
-    words, script = words + f" --reward {root}/reward" * (name == "ppo"), SCRIPTS[name]
     with contextlib.redirect_stdout(io.StringIO()):
-        script.main(flags_module.parse_flags(script.Config, "", shlex.split(" ".join([words, *flags]))))
-    return [{k: v for k, v in json.loads(line).items() if not k.endswith(("_per_second", "_share"))} for line in (out / "metrics.jsonl").read_text().splitlines()]
+        run_here(name, words, f"--reward {root}/reward" * (name == "ppo"), *flags)
+    return tools.metrics(out)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +317,7 @@ def weights(folder, kind):
     return load_model(folder, kind)[0].state_dict()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", TRAINERS)
 def test_a_run_with_adapters_changes_matrices_by_their_rank_and_nothing_else(name, root, tmp_path):
     rows = run(name, root, tmp_path / "run", "--lora-rank 4")
     kind = ScalarModel if name == "reward" else GPT
@@ -344,8 +329,7 @@ def test_a_run_with_adapters_changes_matrices_by_their_rank_and_nothing_else(nam
             assert values[0] > 1e-4 and values[4] < 1e-3 * values[0], key
         elif key != "transformer.ln_f.bias" or kind is GPT:  # where a reward model's shift is
             assert torch.equal(after[key], p), key
-    resumed = load_file(tmp_path / "run" / "resume.safetensors")
-    assert any(".lora_A" in key for key in resumed)
+    assert any(".lora_A" in key for key in load_file(tools.latest(tmp_path / "run") / "training.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
@@ -368,19 +352,11 @@ def test_ppos_frozen_models_may_lie_on_the_cpu_in_bf16(root, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
-def test_a_run_that_saves_adapters_resumes_as_if_it_had_never_stopped(name, root, tmp_path, monkeypatch):
+def test_a_run_that_saves_adapters_resumes_as_if_it_had_never_stopped(name, root, tmp_path):
     words = "--lora-rank 4 --lora-save adapter " + {"sft": "--lora-dropout 0.1 --checkpoint-activations", "dpo": "", "ppo": "--ema 0.5"}[name]
     whole = run(name, root, tmp_path / "whole", words)
-    original = runtime.Run.time_to_save
-
-    def stop_after_second(self, step):
-        self.stop_signal = signal.SIGTERM if step == 1 else None
-        return original(self, step)
-
-    monkeypatch.setattr(runtime.Run, "time_to_save", stop_after_second)
-    with pytest.raises(SystemExit):
+    with stopped_in_the_second_step():
         run(name, root, tmp_path / "parts", words)
-    monkeypatch.undo()
     assert run(name, root, tmp_path / "parts", words, "--resume") == whole
     for folder in [""] + ["ema"] * (name == "ppo"):
         assert not (tmp_path / "whole" / folder / "model.safetensors").exists()
@@ -392,7 +368,7 @@ def test_a_run_that_saves_adapters_resumes_as_if_it_had_never_stopped(name, root
     assert name != "ppo" or any((a[key] - whole[key]).abs().max() > 1e-5 for key in a)  # the average lags behind the policy
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", TRAINERS)
 def test_a_run_that_starts_from_a_llama_ends_in_one_that_transformers_opens(name, root, tmp_path, peers):
     rows = run(name, root / "llama", tmp_path / "run", "--steps 6")
     kind = ScalarModel if name == "reward" else GPT
@@ -407,6 +383,7 @@ def test_a_run_that_starts_from_a_llama_ends_in_one_that_transformers_opens(name
     assert peers.AutoTokenizer.from_pretrained(tmp_path / "run")("Say river.")["input_ids"] == Tokenizer.named("toy").encode("Say river.")
 
 
+@pytest.mark.case(14, 30)
 @pytest.mark.parametrize("words, message", [
     ("--lora-save adapter", "--lora-save adapter needs a --lora-rank above 0"),
     ("--lora-rank 4 --lora-save adapter --out {root}/sft --overwrite", "would delete the --model"),
@@ -433,16 +410,8 @@ def test_adapters_cannot_be_saved_alone_where_tokens_were_added(root, tmp_path, 
 # ---------------------------------------------------------------------------------------------------------
 # What the mutants found untested
 
-def test_dpo_with_adapters_resumes_against_the_reference_that_it_began_with(root, tmp_path, monkeypatch):
+def test_dpo_with_adapters_resumes_against_the_reference_that_it_began_with(root, tmp_path):
     whole = run("dpo", root, tmp_path / "whole", "--lora-rank 4")
-    original = runtime.Run.time_to_save
-
-    def stop_after_second(self, step):
-        self.stop_signal = signal.SIGTERM if step == 1 else None
-        return original(self, step)
-
-    monkeypatch.setattr(runtime.Run, "time_to_save", stop_after_second)
-    with pytest.raises(SystemExit):
+    with stopped_in_the_second_step():
         run("dpo", root, tmp_path / "parts", "--lora-rank 4")
-    monkeypatch.undo()
     assert run("dpo", root, tmp_path / "parts", "--lora-rank 4", "--resume") == whole and whole[-1]["margin"] > 0.001

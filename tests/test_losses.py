@@ -161,6 +161,7 @@ def test_kl_controller_moves_by_a_fifth_of_the_share_at_most_and_settles_on_the_
 
 # -- rewards and advantages
 
+@pytest.mark.case(31)
 def test_the_score_lands_on_the_last_response_token_and_only_there():
     kl_per_token = torch.rand(4, 9)
     rewards = shaped_rewards(torch.tensor([1.0, 2.0, 3.0, 4.0]), kl_per_token, MASK, kl_coef=0.5)
@@ -171,6 +172,7 @@ def test_the_score_lands_on_the_last_response_token_and_only_there():
     torch.testing.assert_close(rewards, expected)
 
 
+@pytest.mark.case(31)
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (0.97, 0.0), (0.97, 1.0)])
 def test_gae_equals_the_double_sum_of_its_definition(gamma, lam):
     torch.manual_seed(2)
@@ -196,6 +198,7 @@ def test_gae_with_lambda_1_is_return_minus_value_and_with_0_the_temporal_differe
     torch.testing.assert_close(gae(rewards, values, mask, 0.9, 0.0)[0], rewards + 0.9 * following - values)
 
 
+@pytest.mark.case(31)
 def test_whiten_uses_the_masked_tokens_alone_and_survives_the_edges():
     torch.manual_seed(4)
     x = torch.randn(4, 9) * 5 + 3

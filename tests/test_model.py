@@ -1,6 +1,7 @@
 """model.py against slow, independent computations and against `transformers`."""
 import itertools
 import math
+import random
 import weakref
 from types import SimpleNamespace
 
@@ -12,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import adapters
 import head as head_file
 import model as model_file
-from model import GPT, Generation, GPTConfig, ScalarModel, generate, last_scores, rotary_angles, rotate, sample_token, token_logprobs, values_before
 from flags import UserError
+from model import (GPT, Generation, GPTConfig, ScalarModel, generate, last_scores, rotary_angles, rotate, sample_token, shifted, token_logprobs, uniforms,
+                   values_before)
 from tokenizer import Tokenizer
 
 VOCAB = 261
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -68,6 +71,7 @@ def brute_force(model, ids, mask, temperature):
 # ---------------------------------------------------------------------------------------------------------
 # Log-probabilities
 
+@pytest.mark.case(24)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_forward_equals_brute_force_row_by_row(batch, temperature):
     model, (ids, mask) = tiny(), batch
@@ -299,6 +303,7 @@ def test_no_gradient_of_the_head_is_computed_where_nobody_wants_it(summed):
 # ---------------------------------------------------------------------------------------------------------
 # Masks and padding
 
+@pytest.mark.case(31)
 def test_an_empty_mask_gives_zeros_and_a_zero_gradient(batch):
     model, critic, (ids, _) = tiny(), tiny(ScalarModel), batch
     nothing = torch.zeros(ids.shape, dtype=torch.bool)
@@ -309,6 +314,7 @@ def test_an_empty_mask_gives_zeros_and_a_zero_gradient(batch):
     assert grads and not any(grad.any() for grad in grads)
 
 
+@pytest.mark.case(24)
 def test_padding_changes_nothing_and_a_row_alone_equals_the_row_in_a_batch(batch):
     model, critic, (ids, mask) = tiny(), tiny(ScalarModel), batch
 
@@ -323,6 +329,32 @@ def test_padding_changes_nothing_and_a_row_alone_equals_the_row_in_a_batch(batch
         n = row.shape[1]
         for together, alone in zip(padded, outputs(row, mask[b:b + 1, :n], LENGTHS[b:b + 1])):
             torch.testing.assert_close(together[b, :n] if together.ndim == 2 else together[b], alone[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.case(24)
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_of_any_lengths_in_any_order_get_what_each_gets_alone(seed):
+    rng = random.Random(seed)
+    lengths = [rng.randint(2, 32) for _ in range(rng.randint(2, 9))]
+    rows = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(seed)) for n in lengths]
+    starts = [rng.randint(1, n - 1) for n in lengths]
+    model, critic = (tiny(kind, seed, **[{}, LLAMA, OPT, NORM_AFTER][seed % 4]) for kind in (GPT, ScalarModel))
+
+    def outputs(chosen):
+        """Log-probabilities, values and score of each of the chosen rows, in one batch, padded with anything."""
+        ids = torch.randint(VOCAB, (len(chosen), max(lengths[i] for i in chosen)))
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for b, i in enumerate(chosen):
+            ids[b, :lengths[i]] = rows[i]
+            mask[b, starts[i]:lengths[i]] = True
+        with torch.no_grad():
+            found = model(ids, mask)[0], values_before(critic, ids, mask), last_scores(critic, ids, torch.tensor([lengths[i] for i in chosen]))
+        return {i: torch.cat([found[0][b, mask[b]], found[1][b, mask[b]], found[2][b:b + 1]]) for b, i in enumerate(chosen)}
+
+    alone = {i: outputs([i])[i] for i in range(len(rows))}
+    for order in (range(len(rows)), rng.sample(range(len(rows)), len(rows))):
+        for i, found in outputs(list(order)).items():
+            torch.testing.assert_close(found, alone[i], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -376,6 +408,7 @@ DIALECTS = [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "bias": False}, {"bias": Fals
             LLAMA | {"tied": False, "qk_norm": True, "head_dim": 10, "qkv_bias": True, "rope_scaling": ("llama3", 8.0, 1.0, 4.0, 16.0)}]
 
 
+@pytest.mark.case(24)
 @pytest.mark.parametrize("options", DIALECTS)
 def test_cached_batched_greedy_equals_each_row_alone_without_a_cache(options):
     number, model = 16, tiny(vocab_size=12, seed=3, **options)
@@ -418,6 +451,7 @@ STARTS = [(1,), (1, 1, 1), (9,), (8, 20), (1, 2, 3, 8, 9, 20), (20, 3, 8, 2, 1, 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, where generate asks less often who has ended")
 
 
+@pytest.mark.case(23)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
 def test_ids_mask_lengths_and_ended_where_the_answer_is_known(device):
     for limit, starts in itertools.product([1, 3, 8, 11], STARTS):
@@ -580,6 +614,60 @@ def test_a_seed_repeats_the_sample_and_another_seed_does_not():
     assert torch.equal(a, b) and a.tolist() != c.tolist()
 
 
+def slow_samples(model, prompts, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """What the uniform numbers (B, tokens, 2) draw, each reply alone and without a cache; no token ends it."""
+    replies = []
+    for prompt, numbers in zip(prompts, uniform):
+        ids = list(prompt)
+        for number in numbers:
+            with torch.no_grad():
+                logits = model.logits(model.transformer(torch.tensor([ids])))[:, -1]
+            ids.append(int(sample_token(logits, temperature, top_k, top_p, number[None])))
+        replies.append(ids[len(prompt):])
+    return replies
+
+
+@pytest.mark.case(24)
+@pytest.mark.parametrize("options, sampling", [*[(options, {}) for options in DIALECTS], ({}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9})])
+def test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone(options, sampling):
+    """Not on what else is in the batch, in which order, on how many rows are decoded at once, on a cache, or on when those before it end."""
+    number, model = 10, tiny(vocab_size=12, seed=3, **options)
+    prompts = [*PROMPTS, [1], [3, 1, 4]]  # two of them twice
+    uniform = uniforms(len(prompts), number, torch.Generator().manual_seed(4), CPU)
+    slow = slow_samples(model, prompts, uniform, **sampling)
+    eos = max(range(12), key=lambda token: len({len(until_end(tokens, token)) for tokens in slow}))
+    expected = [until_end(tokens, eos) for tokens in slow]
+    assert len({len(reply) for reply in expected}) >= 4 and slow[1] != slow[8] and slow[0] != slow[9]
+    for order in (range(10), range(9, -1, -1), [3], [8, 1], [4, 0, 9, 7, 2]):
+        for rows in (0, 1, 2, 3):
+            order = list(order)
+            out = generate(model, [prompts[i] for i in order], number, ends(eos, 0), rows=rows, uniform=uniform[order], **sampling)
+            assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [expected[i] for i in order]
+
+
+def test_a_generator_stands_for_the_uniform_numbers_that_it_draws():
+    model, uniform = tiny(vocab_size=12), uniforms(len(PROMPTS), 9, torch.Generator().manual_seed(6), CPU)
+    drawn, given = (generate(model, PROMPTS, 9, ends(7, 0), **how).ids for how in ({"generator": torch.Generator().manual_seed(6)}, {"uniform": uniform}))
+    assert torch.equal(drawn, given)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("tokens", [0, 1, 4])
+def test_generation_leaves_it_at_the_tokens_that_are_there_when_it_is_interrupted(rows, tokens):
+    model, asked = tiny(vocab_size=12), []
+
+    def interrupted():
+        asked.append(1)
+        return len(asked) > tokens
+
+    whole, cut = (generate(model, PROMPTS, 12, ends(12, 0), generator=torch.Generator().manual_seed(0), rows=rows, interrupted=ask)
+                  for ask in (lambda: False, interrupted))
+    assert len(asked) == tokens + 1 and not cut.ended.any() and cut.lengths.max() == cut.ids.shape[1]
+    for b, prompt in enumerate(PROMPTS):  # a row for each, or the first ones alone have one
+        reply = cut.ids[b][cut.mask[b]].tolist()
+        assert reply == whole.ids[b][whole.mask[b]].tolist()[:tokens if rows == 0 or b < rows else 0] and cut.lengths[b] == len(prompt) + len(reply)
+
+
 @pytest.mark.parametrize("options, temperature", [({}, 1.0), ({"temperature": 0.7}, 0.7)])
 def test_samples_follow_the_model_at_the_temperature_that_they_are_scored_at(options, temperature):
     """At every step the mean log-probability that GPT.forward gives to samples is minus the mean entropy."""
@@ -591,6 +679,11 @@ def test_samples_follow_the_model_at_the_temperature_that_they_are_scored_at(opt
     difference = (logprobs + entropy)[:, 3:]  # (n, 3), of mean zero
     assert (difference.mean(0).abs() < 4 * difference.std(0) / math.sqrt(n)).all()
     assert ((elsewhere + entropy)[:, 3:].mean(0).abs() > 0.05).any()
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """Tokens (B,) for logits (B, V), with numbers of a generator."""
+    return sample_token(logits, temperature, top_k, top_p, uniforms(1, len(logits), generator, CPU)[0])
 
 
 def truncated(probs, top_k, top_p):
@@ -609,7 +702,7 @@ def truncated(probs, top_k, top_p):
                                                         (0.8, 6, 0.7), (1.0, 50, 0.01)])
 def test_sample_frequencies_equal_the_truncated_softmax(temperature, top_k, top_p):
     n, logits = 20000, 1.5 * torch.randn(2, 12, generator=torch.Generator().manual_seed(4))
-    tokens = sample_token(logits.repeat(n, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(n, 2)
+    tokens = sample(logits.repeat(n, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(n, 2)
     for column in (0, 1):
         weights = [math.exp(x / temperature) for x in logits[column].tolist()]
         expected = torch.tensor(truncated([w / sum(weights) for w in weights], top_k, top_p))
@@ -633,7 +726,7 @@ def chi_square(counts, expected):
 def test_samples_pass_a_chi_square_test_in_one_group_of_tokens_and_in_several(vocabulary, temperature, top_k, top_p):
     n, generator = 40000, torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(vocabulary, generator=generator)
-    tokens = torch.cat([sample_token(logits.expand(n // 8, -1), temperature, top_k, top_p, generator) for _ in range(8)])
+    tokens = torch.cat([sample(logits.expand(n // 8, -1), temperature, top_k, top_p, generator) for _ in range(8)])
     probs = torch.tensor(truncated((logits.double() / temperature).softmax(-1).tolist(), top_k, top_p))
     counts = tokens.bincount(minlength=vocabulary)
     assert len(counts) == vocabulary and not counts[probs == 0].any()
@@ -645,24 +738,31 @@ def test_a_token_of_probability_zero_is_never_drawn():
     generator = torch.Generator().manual_seed(0)
     for _ in range(10):
         logits = torch.randn(10000, 1000, generator=generator)
-        assert torch.equal(sample_token(logits, 1.0, 1, 1.0, generator), logits.argmax(-1))
+        assert torch.equal(sample(logits, 1.0, 1, 1.0, generator), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [3, 256, 257, 1000])
-def test_the_smallest_and_the_largest_random_number_draw_tokens_that_can_be_drawn(monkeypatch, vocabulary):
+def test_the_smallest_and_the_largest_random_number_draw_tokens_that_can_be_drawn(vocabulary):
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
     allowed[1::2] = True
     logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)).masked_fill(~allowed, -math.inf)
     for number, token in ((0.0, 1), (1 - 2.0**-53, allowed.nonzero().max().item())):
-        monkeypatch.setattr(torch, "rand", lambda *size, dtype, **_: torch.full(size, number, dtype=dtype))
-        assert sample_token(logits, 1.0, 0, 1.0, None).tolist() == [token] * 50
+        assert sample_token(logits, 1.0, 0, 1.0, torch.full((50, 2), number, dtype=torch.double)).tolist() == [token] * 50
 
 
-def test_a_draw_takes_one_random_number_for_the_group_and_one_in_it():
-    drawn, counted = (torch.Generator().manual_seed(7) for _ in range(2))
-    sample_token(torch.randn(5, 1000), 1.0, 0, 1.0, drawn)
-    torch.rand(2, 5, dtype=torch.double, generator=counted)
-    assert torch.equal(drawn.get_state(), counted.get_state())
+def test_a_draw_takes_the_group_from_one_number_and_the_token_in_it_from_the_other():
+    """Where all of 1000 tokens are as likely, what the two numbers draw can be written down: three groups of 256 and one of 232."""
+    numbers = uniforms(1, 500, torch.Generator().manual_seed(7), CPU)[0]  # (500, 2)
+    expected = [256 * group + int(b * min(256, 1000 - 256 * group)) for a, b in numbers.tolist() for group in [int(a * 1000 / 256)]]
+    assert sample_token(torch.zeros(500, 1000), 1.0, 0, 1.0, numbers).tolist() == expected and len(set(expected)) > 350
+
+
+def test_the_uniform_numbers_are_uniform_repeat_by_seed_and_are_two_per_token():
+    numbers = uniforms(50, 40, torch.Generator().manual_seed(1), CPU)
+    assert numbers.shape == (50, 40, 2) and numbers.dtype == torch.float64 and 0 <= numbers.min() and numbers.max() < 1
+    assert abs(chi_square((numbers * 20).long().flatten().bincount(minlength=20), torch.full((20,), 200.0))) < 3.5
+    assert torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(1), CPU))
+    assert not torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(2), CPU))
 
 
 def test_rows_of_a_sample_are_independent_and_so_are_group_and_token():
@@ -670,7 +770,7 @@ def test_rows_of_a_sample_are_independent_and_so_are_group_and_token():
     n, generator = 40000, torch.Generator().manual_seed(3)
     logits = torch.full((512,), -math.inf)
     logits[[3, 200, 300, 511]] = torch.tensor([0.0, 1.0, 0.5, -0.5])
-    a, b = sample_token(logits.expand(2 * n, -1), 1.0, 0, 1.0, generator).view(n, 2).T
+    a, b = sample(logits.expand(2 * n, -1), 1.0, 0, 1.0, generator).view(n, 2).T
     assert abs(chi_square((512 * a + b).bincount(minlength=512 * 512), n * torch.outer(*[logits.softmax(-1)] * 2).flatten())) < 3.5
 
 
@@ -703,6 +803,7 @@ def test_greedy_under_bf16_autocast_equals_full_passes_under_autocast():
 # ---------------------------------------------------------------------------------------------------------
 # Scores and values
 
+@pytest.mark.case(24)
 @pytest.mark.parametrize("bias", [True, False])
 def test_scores_and_values_equal_brute_force_row_by_row(batch, bias):
     model, (ids, mask) = tiny(ScalarModel, bias=bias), batch
@@ -743,11 +844,13 @@ def test_a_fresh_head_has_the_stated_spread_and_the_trunk_is_a_copy():
 @pytest.mark.parametrize("amount", [1.5, -0.25])
 def test_shift_lowers_every_score_by_the_amount(batch, options, amount):
     model, (ids, _) = tiny(ScalarModel, **options), batch
-    before = model(ids)
+    before, weights = model(ids), {name: p.detach().clone() for name, p in model.state_dict().items()}
     assert model.can_shift
-    model.shift(amount)
+    lower = shifted(weights, amount)
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in weights.items())  # those that are given stay as they are
+    model.load_state_dict(lower)
     torch.testing.assert_close(before - model(ids), torch.full(ids.shape, amount), atol=1e-5, rtol=0)
-    model.shift(torch.tensor(-amount))
+    model.load_state_dict(shifted(lower, torch.tensor(-amount)))
     torch.testing.assert_close(model(ids), before, atol=1e-5, rtol=0)
 
 
@@ -868,6 +971,7 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(batch, options
 # ---------------------------------------------------------------------------------------------------------
 # What the mutants found untested
 
+@pytest.mark.case(23)
 @pytest.mark.parametrize("stops", [(0,), (3, 0), (0, 3), (1, 5, 3)])
 def test_a_reply_ends_with_whichever_of_the_stops_comes_first(stops):
     tokenizer = SimpleNamespace(eos=stops[0], stops=stops, pad=63)

@@ -22,24 +22,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 import evaluate
-import ppo
-from checkpoint import load_model
-import reward
-import flags as flags_module
 import optim
+import ppo
+import reward
 import runtime
 import sft
+import tools
+from checkpoint import load_model, save_model
 from data import collate, encode_group, endless_batches, pad_rows
+from flags import UserError, parse_flags
 from formats import read_rows, split_by_prompt
-from model import GPT, Generation, ScalarModel
-from ppo import adapt_kl_coef, adapt_penalty, diagnose, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
-from ppo import shaped_rewards, steps_mask, update_moments, value_loss, whiten
+from model import GPT, Generation, GPTConfig, ScalarModel, sample_token
 from optim import scheduled_lr
-
-from tokenizer import encode_prompt
+from ppo import adapt_kl_coef, adapt_penalty, diagnose, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
+from ppo import shaped_rewards, steps_mask, update_moments, value_loss, variance, whiten
+from tokenizer import Tokenizer, encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,20 +53,20 @@ SPANS = ((2, 6), (1, 9), (4, 5), (3, 3))  # four tokens, up to the edge, one tok
 MASK = responses(*SPANS)
 
 
-def two_ranks(function):
-    """[function(rank, all_sum) of ranks 0 and 1], on two threads whose all_sum adds up their tensors."""
-    barrier, given, results = threading.Barrier(2, timeout=20), [None, None], [None, None]
+def on_ranks(number, function):
+    """[function(rank, all_sum) of each rank], on threads whose all_sum adds up their tensors."""
+    barrier, given, results = threading.Barrier(number, timeout=20), [None] * number, [None] * number
 
     def work(rank):
         def all_sum(tensor):
             given[rank] = tensor
             barrier.wait()
-            total = given[0] + given[1]
+            total = sum(given)
             barrier.wait()
             return total
         results[rank] = function(rank, all_sum)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(number)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     return results
 
@@ -104,11 +104,12 @@ def test_running_moments_of_two_ranks_are_those_of_both_their_scores():
             moments = update_moments(moments, rollout[rank], all_sum)
         return moments
 
-    mine, other = two_ranks(stream)
+    mine, other = on_ranks(2, stream)
     assert mine == other and mine[0] == 30 and mine[1] == pytest.approx(scores.mean().item(), rel=1e-5)
     assert mine[2] / 29 == pytest.approx(scores.numpy().var(ddof=1), rel=1e-5)
 
 
+@pytest.mark.case(31)
 def test_scores_are_scaled_or_standardised_by_the_moments_and_then_clipped():
     scores, moments = torch.tensor([-4.0, 2.0, 8.0]), [5, 2.0, 36.0]  # a deviation of 3
     expected = {("none", 0): [-4, 2, 8], ("none", 5): [-4, 2, 5], ("scale", 0): [-4 / 3, 2 / 3, 8 / 3], ("scale", 1): [-1, 2 / 3, 1],
@@ -154,6 +155,7 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
 
 # -- advantages
 
+@pytest.mark.case(31)
 @pytest.mark.parametrize("variance", ["population", "sample"])
 def test_whitening_divides_by_the_variance_it_names_over_all_ranks(variance):
     torch.manual_seed(1)
@@ -161,10 +163,27 @@ def test_whitening_divides_by_the_variance_it_names_over_all_ranks(variance):
     masks = torch.stack([MASK, responses((0, 3), (0, 0), (0, 0), (5, 6))])
     inside = x[masks].numpy().astype(np.float64)
     expected = (inside - inside.mean()) / inside.std(ddof=variance == "sample")
-    got = torch.stack(two_ranks(lambda rank, all_sum: whiten(x[rank], masks[rank], all_sum, variance)))
+    got = torch.stack(on_ranks(2, lambda rank, all_sum: whiten(x[rank], masks[rank], all_sum, variance)))
     assert got[masks].tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5) and not got[~masks].any()
     for few in (responses((2, 3)), responses((0, 0))):  # one token, none: no variance to divide by
         assert not whiten(torch.full((1, 9), 7.0), few, variance=variance).any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_variance_is_that_of_all_tokens_of_all_ranks(ranks):
+    torch.manual_seed(3)
+    x = torch.randn(ranks, 4, 9) * 5 + torch.arange(ranks)[:, None, None] * 4 + 3  # the ranks' means differ
+    masks = torch.stack([MASK.roll(rank, 0) if rank != 1 else responses((0, 3), (0, 0), (0, 0), (5, 6)) for rank in range(ranks)])
+    found = on_ranks(ranks, lambda rank, all_sum: variance(x[rank], masks[rank], all_sum).item())
+    assert len(set(found)) == 1 and found[0] == pytest.approx(torch.var(x[masks].double(), correction=0).item(), rel=1e-5)
+    shuffled = torch.where(masks, x, 1e4 * torch.randn(x.shape))  # what padding holds doesn't count
+    assert on_ranks(ranks, lambda rank, all_sum: variance(shuffled[rank], masks[rank], all_sum).item()) == pytest.approx(found)
+
+
+@pytest.mark.case(31)
+def test_variance_of_one_token_and_of_equal_ones_is_zero():
+    for mask in (responses((2, 3)), responses((0, 9))):
+        assert variance(torch.full((1, 9), 7.0), mask).item() == 0
 
 
 # -- losses
@@ -302,6 +321,7 @@ def test_a_healthy_run_shows_no_symptom_however_long():
     assert diagnose(without_gold, 20) == {}
 
 
+@pytest.mark.case(17)
 @pytest.mark.parametrize("symptom, changed", [
     ("kl", {"kl": lambda i: 20.1 if i == 19 else 5.0}),
     ("critic", {"explained_variance": lambda i: 0.5 if i < 10 else -0.1}),
@@ -336,6 +356,15 @@ def quietly():
             signal.signal(number, handler)
 
 
+def main(script, words):
+    """Run a script in this process; what it locks is free again at the end."""
+    try:
+        script.main(parse_flags(script.Config, "", words))
+    finally:
+        if runtime.Run.current and runtime.Run.current.lock:
+            runtime.Run.current.lock.close()
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with prompts, demonstrations, a policy whose replies end sometimes, and two reward models."""
@@ -348,7 +377,7 @@ def root(tmp_path_factory):
         (root / f"{name}.json").write_text(json.dumps(rows))
 
     def stage(script, flags):
-        script.main(flags_module.parse_flags(script.Config, "", shlex.split(flags.format(root=root) + " --threads 1 --val-fraction 0 --batch-tokens 512")))
+        main(script, shlex.split(flags.format(root=root) + " --threads 1 --val-fraction 0 --batch-tokens 512"))
 
     with quietly():
         stage(sft, "--layers 1 --heads 2 --width 32 --block-size 64 --tokenizer toy --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
@@ -397,12 +426,12 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         trained[optimizer], run.start[name] = (name, network), copied(dict(network.state_dict()))
         return optimizer
 
-    def optimizer_step(self, optimizer, lr, max_grad_norm):
+    def optimizer_step(self, optimizer, lr, max_grad_norm, batch):
         name, network = trained[optimizer]
         gradient = {key: copied(p.grad) for key, p in network.named_parameters()}
         before = copied(dict(network.state_dict()))
-        norm = original_step(self, optimizer, lr, max_grad_norm)
-        run.steps.append(SimpleNamespace(of=name, rollout=len(run.calls["generate"]) - 1, lr=lr, gradient=gradient, before=before,
+        norm = original_step(self, optimizer, lr, max_grad_norm, batch)
+        run.steps.append(SimpleNamespace(of=name, rollout=len(run.calls["generate"]) - 1, lr=lr, gradient=gradient, before=before, batch=batch,
                                          after=copied(dict(network.state_dict()))))
         return norm
 
@@ -413,10 +442,8 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         patch.setattr(ppo, "adamw", adamw)
         for name in RECORDED:
             patch.setattr(ppo, name, record(getattr(ppo, name)))
-        ppo.main(flags_module.parse_flags(ppo.Config, "", words))
-    run.said = said.getvalue()
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    run.rows = [{k: v for k, v in row.items() if not k.endswith(("_per_second", "_share"))} for row in rows]
+        main(ppo, words)
+    run.said, run.rows = said.getvalue(), tools.metrics(out) if (out / "metrics.jsonl").exists() else []
     return run
 
 
@@ -528,7 +555,7 @@ def test_a_reward_function_that_fails_later_ends_in_one_line_and_saves_nothing(r
         return [1.0] if len(replies) == 1 else 1 / 0
 
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(moody=moody))
-    with pytest.raises(flags_module.UserError, match="mine:moody failed .ZeroDivisionError: division by zero."):
+    with pytest.raises(UserError, match="mine:moody failed .ZeroDivisionError: division by zero."):
         train(root, tmp_path / "run", reward="--reward {root}/reward --reward-fn mine:moody")
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -683,7 +710,7 @@ def kl_term(kind):
 OBJECTIVES = {
     "": clipped,
     "--clip 0.05": lambda q: clipped(q, 0.05),
-    "--dual-clip 1.3 --seed 2": lambda q: torch.where(q.advantages < 0, torch.minimum(clipped(q), -1.3 * q.advantages), clipped(q)),
+    "--dual-clip 1.01": lambda q: torch.where(q.advantages < 0, torch.minimum(clipped(q), -1.01 * q.advantages), clipped(q)),
     "--policy-loss penalty --penalty-coef 0.7": lambda q: -q.ratio * q.advantages + 0.7 * (q.ratio - 1 - q.ratio.log()),
     "--entropy-coef 0.3": lambda q: clipped(q) - 0.3 * q.entropy,
     "--kl-in loss --kl k1 --kl-coef 0.4": kl_term("k1"),
@@ -825,6 +852,7 @@ def minibatch_kls(run):
     return [kls[key] for key in sorted(kls)]
 
 
+@pytest.mark.case(17)
 def test_kl_stop_ends_the_update_before_the_step_of_the_minibatch_that_is_too_far(root, tmp_path):
     flags = "--steps 1 --epochs 3 --minibatches 2 --micro-batch-tokens 60 --lr 0.02"
     whole = train(root, tmp_path / "whole", flags)
@@ -866,6 +894,7 @@ def test_the_penalty_stays_without_a_target(root, tmp_path, default):
     assert [row["penalty_coef"] for row in run.rows] == [0.7, 0.7] and "penalty_coef" not in default.rows[0]
 
 
+@pytest.mark.case(17)
 def test_a_kl_beyond_its_limit_is_warned_of(root, tmp_path, default):
     assert [call.kl_limit for call in default.calls["diagnose"]] == [20, 20] and "warning" not in default.said
     run = train(root, tmp_path / "run", "--kl-limit 1e-6 --steps 4")
@@ -911,40 +940,61 @@ def test_a_switch_at_its_neutral_value_changes_no_metric_and_no_weight(flags, li
     assert same(steps_of(run, "critic")[-1].after, steps_of(plain, "critic")[-1].after)
 
 
+@pytest.fixture(scope="module")
+def stateful(root, tmp_path_factory):
+    """A run that is not stopped, with everything that has a state."""
+    run = train(root, tmp_path_factory.mktemp("stateful") / "run", STATEFUL)
+    assert len({row["kl_coef"] for row in run.rows}) == 3 and len({row["penalty_coef"] for row in run.rows}) > 2
+    return run
+
+
 STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty --penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 "
             "--critic-warmup 1 --steps 4 " + PTX)
 
 
-def test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for_bit(root, tmp_path, monkeypatch):
-    whole = train(root, tmp_path / "whole", STATEFUL)
-    assert len({row["kl_coef"] for row in whole.rows}) == 3 and len({row["penalty_coef"] for row in whole.rows}) > 2
-    original = runtime.Run.time_to_save
+INTERRUPTED = {  # where a run is told to stop: a function, the rollout (from 0); each time two rollouts are kept
+    "sampling": (ppo, "uniforms", 2), "scoring": (ppo, "fill_up", 2), "updating": (runtime.Run, "optimizer_step", 1)}
 
-    def stop_after_second(self, step):
-        self.stop_signal = signal.SIGTERM if step == 1 else None
-        return original(self, step)
 
-    monkeypatch.setattr(runtime.Run, "time_to_save", stop_after_second)
-    with pytest.raises(SystemExit):
-        train(root, tmp_path / "parts", STATEFUL)
-    monkeypatch.undo()
+def interrupted(where, *arguments, **options):
+    """A run that is told to stop."""
+    owner, name, rollout = INTERRUPTED[where]
+    original = getattr(owner, name)
+
+    def stopping(*args, **options):
+        run = runtime.Run.current
+        run.stop_signal = signal.SIGTERM if run.step == rollout else None
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(owner, name, stopping)
+        train(*arguments, **options)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.case(3)
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for_bit(where, stateful, root, tmp_path):
+    whole = stateful
+    interrupted(where, root, tmp_path / "parts", STATEFUL)
+    assert state_of(tmp_path / "parts")["step"] == len(tools.metrics(tmp_path / "parts")) == 2
     parts = train(root, tmp_path / "parts", STATEFUL, "--resume")
     assert parts.rows == whole.rows and [call.rollout for call in parts.calls["gae"]] == [0, 1]
     for file in ("model.safetensors", "config.json", "ema/model.safetensors", "ema/config.json"):
         assert (parts.out / file).read_bytes() == (whole.out / file).read_bytes(), file
-    (tensors, state), (other, other_state) = (resume_file(r.out) for r in (whole, parts))
-    assert same(tensors, other) and state["extra"] == other_state["extra"]
+    assert tools.same(whole.out, parts.out)
+    state, tensors = state_of(whole.out), load_file(tools.latest(whole.out) / "training.safetensors")
     assert {key.split("/")[0] for key in tensors} == {"policy", "critic", "ema", "policy_optimizer", "critic_optimizer"}
-    assert state["extra"].keys() >= {"kl_coef", "penalty_coef", "moments"} and state["extra"]["moments"][0] == 4 * 16
+    assert state["extra"].keys() == {"kl_coef", "penalty_coef", "moments"} and state["extra"]["moments"][0] == 4 * 16
     assert [len(call.history) for call in parts.calls["diagnose"]] == [3, 4]  # it remembers the rollouts before the stop
 
 
-def resume_file(folder):
-    """Tensors and metadata of resume.safetensors."""
-    with safe_open(folder / "resume.safetensors", "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["state"])
+def state_of(folder):
+    """state.json of a run's newest checkpoint."""
+    return json.loads((tools.latest(folder) / "state.json").read_text())
 
 
+@pytest.mark.case(26)
 @pytest.mark.parametrize("flag", ["reward", "ptx_data"])
 def test_resume_refuses_when_a_later_reward_or_the_demonstrations_have_changed(flag, root, tmp_path):
     demonstrations = tmp_path / "demonstrations.json"
@@ -958,7 +1008,7 @@ def test_resume_refuses_when_a_later_reward_or_the_demonstrations_have_changed(f
         (tmp_path / "other" / "model.safetensors").write_bytes((root / "reward" / "model.safetensors").read_bytes())
     else:
         demonstrations.write_text(json.dumps(json.loads(demonstrations.read_text())[1:]))
-    with pytest.raises(flags_module.UserError, match=f"what --{flag} named .* has changed since"):
+    with pytest.raises(UserError, match=f"since the run in .* began, what --{flag.replace('_', '-')} names has changed; "):
         train(root, tmp_path / "run", flags[0], "--steps 1 --resume", reward=flags[1])
 
 
@@ -966,20 +1016,18 @@ AGREEING = """
 import sys
 import torch
 import torch.distributed as dist
-import ppo, runtime
+import ppo, runtime, saving
 
 def agreed(tensor):
     least, most = tensor.clone(), tensor.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN), dist.all_reduce(most, dist.ReduceOp.MAX)
     assert torch.equal(least, tensor) and torch.equal(most, tensor)
 
-def save(self, step, modules, optimizers, extra=None):
-    for module in modules.values():
-        agreed(torch.cat([p.detach().flatten() for p in module.parameters()]))
-    for optimizer in optimizers.values():
-        agreed(torch.cat([value.flatten() for state in optimizer.state_dict()["state"].values() for value in state.values()]))
-    agreed(torch.tensor([extra["kl_coef"], extra["penalty_coef"], *extra["moments"]]))
-    plain["save"](self, step, modules, optimizers, extra)
+def _save(self, last):
+    for tensor in saving.training_state(self.modules, self.optimizers).values():
+        agreed(tensor.detach().clone())
+    agreed(torch.tensor([self.step, self.state["kl_coef"], self.state["penalty_coef"], *self.state["moments"]], dtype=torch.float64))
+    plain["_save"](self, last)
 
 def whiten(x, mask, *options):
     whitened = plain["whiten"](x, mask, *options)
@@ -1005,7 +1053,7 @@ def backward(self, loss, optimizer):
     plain["backward"](self, loss, optimizer)
 
 losses, plain = [], {}
-for owner, function in ((runtime.Run, save), (runtime.Run, backward), (ppo, whiten), (ppo, adapt_penalty), (ppo, judge_missing_eos)):
+for owner, function in ((runtime.Run, _save), (runtime.Run, backward), (ppo, whiten), (ppo, adapt_penalty), (ppo, judge_missing_eos)):
     plain[function.__name__] = getattr(owner, function.__name__)
     setattr(owner, function.__name__, function)
 runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
@@ -1030,8 +1078,67 @@ def test_two_ranks_agree_on_weights_averages_moments_and_when_to_stop(root, tmp_
         logprobs = ptx_logprobs(root, network(GPT, root / "sft"), 0, budget=20)
     assert float(re.search("first loss (.*)", done.stdout)[1]) == pytest.approx(-0.5 * logprobs.mean().item(), rel=1e-4)
     assert {row["score_2"] for row in rows} == {0.5}  # the mean over the ranks, each of which scored with its own number
-    _, state = resume_file(tmp_path / "run")
-    assert state["extra"]["moments"][0] == 2 * 16
+    assert state_of(tmp_path / "run")["extra"]["moments"][0] == 2 * 16
+
+
+def rank_of(number, monkeypatch, rank, root, out, flags):
+    """What one of several ranks does with its part of the data, the others being silent: nothing is added to its sums."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", str(rank)), patch.setenv("WORLD_SIZE", str(number))
+        for name, stand_in in {"join": lambda *args: None, "_arrive": lambda *args: None, "_all": lambda self, tensor, how: tensor,
+                               "any_rank": lambda self, flag: flag, "parallel": lambda self, module: module}.items():
+            patch.setattr(runtime.Run, name, stand_in)
+        return train(root, out, flags)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them(ranks, root, tmp_path, monkeypatch):
+    """Every reply is once in an epoch, every rank has as many in a minibatch, and which are together hangs on no rank."""
+    rows = json.loads((root / "prompts.json").read_text()) + [{"prompt": f"Say {word} and {word}."} for word in WORDS]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))  # 16 of them: none comes twice in a rollout
+    flags = f"--data {tmp_path}/prompts.json --epochs 3 --minibatches 4 --lr 1e-9 --critic-lr 1e-9"  # all play the same policy, nearly
+    one, parts = train(root, tmp_path / "one", flags), [rank_of(ranks, monkeypatch, rank, root, tmp_path / str(rank), flags) for rank in range(ranks)]
+    for rollout in (0, 1):
+        dealt = [[tuple(prompt) for prompt in run.calls["generate"][rollout].prompts] for run in (one, *parts)]
+        assert [len(prompts) for prompts in dealt] == [16] + [16 // ranks] * ranks
+        assert dealt[0] == sorted(dealt[0], key=len) == [prompt for together in zip(*dealt[1:]) for prompt in together]  # by length, one after the other
+        replies = [{tuple(ids[~mask][:len(prompt)].tolist()): ids[mask].tolist() for ids, mask, prompt in zip(generated.ids, generated.mask, prompts)}
+                   for generated, prompts in zip((rollout_of(run, rollout) for run in (one, *parts)), dealt)]
+        assert replies[0] == {prompt: reply for part in replies[1:] for prompt, reply in part.items()} and len(replies[0]) == 16
+        batches = [[step.batch for step in steps_of(run, "critic") if step.rollout == rollout] for run in (one, *parts)]
+        assert [[len(batch) for batch in run] for run in batches] == [[4] * 12] + [[4 // ranks] * 12] * ranks
+        for number, whole in enumerate(batches[0]):
+            assert set(whole) == {prompt for part in batches[1:] for prompt in part[number]}
+        epochs = [batches[0][4 * epoch:][:4] for epoch in range(3)]
+        assert all(len({prompt for batch in epoch for prompt in batch}) == 16 for epoch in epochs)  # each reply once
+        assert len({frozenset(map(frozenset, epoch)) for epoch in epochs}) == 3  # mixed anew
+
+
+@pytest.mark.case(33)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_run_that_decodes_without_a_cache_takes_the_very_steps_of_one_that_has_a_cache(rows, root, tmp_path, monkeypatch):
+    flags = f"--steps 3 --temperature 0.8 --rollout-rows {rows}"
+    cached = train(root, tmp_path / "cached", flags)
+
+    def generate(policy, prompts, max_new_tokens, tokenizer, temperature, rows, uniform, interrupted):
+        replies = []
+        for prompt, numbers in zip(prompts, uniform):
+            ids = list(prompt)
+            while len(ids) == len(prompt) or (ids[-1] not in tokenizer.stops and len(ids) < len(prompt) + max_new_tokens):
+                with torch.no_grad():
+                    logits = policy.logits(policy.transformer(torch.tensor([ids])))[:, -1]
+                ids.append(sample_token(logits, temperature, 0, 1.0, numbers[None, len(ids) - len(prompt)]).item())
+            replies.append(ids)
+        ids, lengths = pad_rows(replies, tokenizer.pad)
+        mask = pad_rows([[False] * len(prompt) + [True] * (len(reply) - len(prompt)) for prompt, reply in zip(prompts, replies)], False)[0]
+        return Generation(ids, mask, lengths, torch.tensor([reply[-1] in tokenizer.stops for reply in replies]))
+
+    monkeypatch.setattr(ppo, "generate", generate)
+    plain = train(root, tmp_path / "plain", flags)
+    assert len(cached.calls["generate"]) == 3 and 0 < sum(rollout_of(cached, i).ended.sum() for i in range(3)) < 3 * 16
+    for number in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(rollout_of(cached, number), rollout_of(plain, number)))
+    assert plain.rows == cached.rows and tools.same(plain.out, cached.out)
 
 
 # -- mistakes: one line, exit code 2, nothing written
@@ -1046,6 +1153,7 @@ def table(prompts, replies): return [[1.0]] * len(replies)
 """
 
 
+@pytest.mark.case(30)
 @pytest.mark.parametrize("flags, said", [
     ("--kl-target 6 --kl-coef 0", "--kl-target needs a --kl-coef above 0"),
     ("--kl-target 6 --kl-horizon 8", "--kl-horizon must be at least --rollout-batch"),
@@ -1108,39 +1216,39 @@ def test_a_mistake_ends_in_one_line_before_anything_is_written(flags, said, root
     assert not (tmp_path / "out").exists() and before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
 
 
+@pytest.mark.case(12)
+@pytest.mark.parametrize("block_size, pattern, said", [
+    (64, r"\S+|\s+", "--reward {}/odd has another tokenizer than --model {}/sft"), (12, None, "every row is longer than the 2 tokens that the context leaves for it"),
+    (10, None, "--max-new-tokens 10 leaves no room for a prompt in the context of 10")])
+def test_a_reward_model_that_reads_other_tokens_or_fewer_of_them_is_refused(block_size, pattern, said, root, tmp_path):
+    tokenizer = load_model(root / "reward", ScalarModel)[1]
+    other = Tokenizer("odd", pattern or tokenizer.pattern, tokenizer.ranks)
+    save_model(tmp_path / "odd", ScalarModel(GPTConfig(other.n_vocab, block_size, 1, 2, 2, 32)), other)
+    with pytest.raises(UserError, match=said.format(tmp_path, root)):
+        train(root, tmp_path / "run", reward=f"--reward {{root}}/reward {tmp_path}/odd")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_critic_from_the_reward_model_needs_one(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(zero=lambda prompts, replies: [0.0] * len(replies)))
-    with pytest.raises(flags_module.UserError, match="--critic-init reward needs a --reward folder"):
+    with pytest.raises(UserError, match="--critic-init reward needs a --reward folder"):
         train(root, tmp_path / "run", "--critic-init reward", reward="--reward-fn mine:zero")
     assert not (tmp_path / "run").exists()
 
 
 # -- runs that stop, start over and go wrong
 
-def stopped_after(monkeypatch, rollouts, *arguments, **options):
-    """A run that is told to stop after some rollouts."""
-    original = runtime.Run.time_to_save
-
-    def time_to_save(self, step):
-        self.stop_signal = signal.SIGTERM if step + 1 == rollouts else None
-        return original(self, step)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(runtime.Run, "time_to_save", time_to_save)
-        train(*arguments, **options)
-
-
-def test_resuming_after_stopped_updates_goes_on_with_the_right_demonstrations(root, tmp_path, monkeypatch):
+def test_resuming_after_stopped_updates_goes_on_with_the_right_demonstrations(root, tmp_path):
     flags = "--kl-stop 0.0005 --ptx-coef 1 --steps 4 " + PTX
     whole = train(root, tmp_path / "whole", flags)
     assert min(row["updates"] for row in whole.rows[:2]) < 4
-    stopped_after(monkeypatch, 2, root, tmp_path / "parts", flags)
+    interrupted("updating", root, tmp_path / "parts", flags)
     assert train(root, tmp_path / "parts", flags, "--resume").rows == whole.rows
 
 
 def test_overwriting_a_run_does_not_delete_the_average_that_it_starts_from(root, tmp_path):
     train(root, tmp_path / "run", "--ema 0.5 --steps 1")
-    with pytest.raises(flags_module.UserError, match="would delete the --model"):
+    with pytest.raises(UserError, match="would delete the --model"):
         train(root, tmp_path / "run", f"--model {tmp_path}/run/ema --steps 1 --overwrite")
     assert (tmp_path / "run" / "ema" / "model.safetensors").exists()
 
@@ -1150,11 +1258,11 @@ def test_the_reward_model_of_the_default_is_guarded_like_one_that_is_named(root,
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "runs" / "reward" / file).write_bytes((root / "reward" / file).read_bytes())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(flags_module.UserError, match="would delete the --reward"):
+    with pytest.raises(UserError, match="would delete the --reward"):
         train(root, Path("runs/reward"), "--overwrite", reward="")
     train(root, tmp_path / "run", "--steps 1", reward="")
     (tmp_path / "runs" / "reward" / "model.safetensors").write_bytes((root / "other" / "model.safetensors").read_bytes())
-    with pytest.raises(flags_module.UserError, match="what --reward named .* has changed since"):
+    with pytest.raises(UserError, match="since the run in .* began, what --reward names has changed; "):
         train(root, tmp_path / "run", "--steps 1 --resume", reward="")
 
 
@@ -1167,11 +1275,12 @@ def test_a_reward_function_may_return_what_a_network_computed(root, tmp_path, mo
 
 def test_reward_weights_must_be_finite(root, tmp_path):
     for number in ("nan", "inf"):
-        with pytest.raises((flags_module.UserError, SystemExit)):
+        with pytest.raises((UserError, SystemExit)):
             train(root, tmp_path / "run", f"--reward-weights {number}")
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.case(31)
 def test_scores_that_are_all_equal_are_not_blown_up():
     scores = torch.ones(4)
     assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "scale", 0.0).tolist() == pytest.approx([1.0] * 4)
@@ -1186,7 +1295,7 @@ def test_critic_warmup_leaves_beta_alone_and_the_policys_schedule_for_later(root
 
 @pytest.mark.parametrize("flag", ["--kl-stop 0.1", "--policy-loss penalty --penalty-target 0.1"])
 def test_what_looks_at_how_far_an_update_has_gone_needs_more_than_one_step(flag, root, tmp_path):
-    with pytest.raises(flags_module.UserError, match="need more than one of --epochs or --minibatches"):
+    with pytest.raises(UserError, match="need more than one of --epochs or --minibatches"):
         train(root, tmp_path / "run", f"{flag} --epochs 1 --minibatches 1")
 
 
@@ -1203,6 +1312,6 @@ def test_ppo_takes_its_part_of_the_prompts_and_evaluation_those_that_no_stage_ha
     tokenizer = load_model(root / "sft", GPT)[1]
     assert {tuple(ids) for ids in run.calls["generate"][0].prompts} == {tuple(encode_prompt(tokenizer, row.prompt)) for row in kept}
     with quietly():
-        evaluate.main(flags_module.parse_flags(evaluate.Config, "", shlex.split(f"{flags} --models {root}/sft --reward {root}/reward --out {tmp_path}/evaluation.json")))
+        main(evaluate, shlex.split(f"{flags} --models {root}/sft --reward {root}/reward --out {tmp_path}/evaluation.json"))
     replies, = json.loads((tmp_path / "evaluation.json").read_text())["replies"].values()
     assert [reply["prompt"] for reply in replies] == [row.text for row in held_out]

@@ -1,13 +1,19 @@
-"""Tiny runs in subprocesses, to be killed and broken."""
+"""Tiny runs in subprocesses and in this process, to be killed and broken."""
+import importlib
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from safetensors.torch import load_file
+
+import runtime
+import saving
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -17,6 +23,7 @@ PLAN = {  # flags of a run of each script that takes a second or two; {root} has
     "reward": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4",
     "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
     "ppo": "--model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12"}
+SHORT = "--steps 6 --save-every 1 --micro-batch-tokens 128"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
 
 
@@ -47,6 +54,22 @@ def run(script, root, *flags, timeout=120, code=0, **options):
     return text
 
 
+def here(script, root, *flags):
+    """Run a script in this process; returns its exit code."""
+    module, kept = importlib.import_module(script), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    runtime.Run.current = None
+    try:
+        runtime.run_script(module.main, module.Config, "", words(script, root, *flags))
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        if runtime.Run.current and runtime.Run.current.lock:
+            runtime.Run.current.lock.close()
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    return 0
+
+
 def wait_for(condition, process, seconds=60):
     """Until condition() holds; fails if the process ends before."""
     end = time.monotonic() + seconds
@@ -72,5 +95,44 @@ def same(one, other):
     """Whether two runs ended in the same bits: weights, training state, metrics."""
     files = [load_file(latest(folder) / name) for folder in (one, other) for name in ("model.safetensors", "training.safetensors")]
     states = [json.loads((latest(folder) / "state.json").read_text()) for folder in (one, other)]
+    for state in states:
+        state["scalers"] = {name: scaler for name, scaler in state["scalers"].items() if scaler}  # that of float32 is empty
     return (all(a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a) for a, b in zip(files[:2], files[2:]))
-            and metrics(one) == metrics(other) and all(states[0][k] == states[1][k] for k in ("step", "extra", "scalers")))
+            and metrics(one) == metrics(other) and all(states[0][k] == states[1][k] for k in ("step", "evaluated", "extra", "scalers")))
+
+
+class Killed(BaseException):
+    """The end of a run in this process that is cut off as kill -9 would."""
+
+
+def die():
+    raise Killed
+
+
+STAGES = {  # of a save: (whose function, its name, what its arguments contain, whether just before it)
+    "in the model": (saving, "save_file", "/model.safetensors", False), "in the training state": (saving, "save_file", "/training.safetensors", False),
+    "before the rename": (os, "rename", "step_", True), "before latest.json": (saving, "write_json", "latest.json", True),
+    "before the links": (saving.Checkpoints, "link", "step_", True), "in the links": (os, "link", "", False),
+    "before the deletion": (saving.Checkpoints, "link", "step_", False), "in the deletion": (shutil, "rmtree", "/step_", True)}
+PUBLISHED = list(STAGES)[4:]  # those where the new checkpoint counts
+
+
+def at_stage(stage, step, act, patch=setattr):
+    """From now on, the save of a step calls act at one of STAGES, while what is written or deleted there is half done."""
+    owner, name, contained, before = STAGES[stage]
+    original = getattr(owner, name)
+
+    def call(*args, **options):
+        due = runtime.Run.current.step == step and any(contained in str(arg) for arg in args if not isinstance(arg, dict))
+        if due and before:
+            if stage == "in the deletion":
+                os.unlink(args[0] / "manifest.json")
+            act()
+        result = original(*args, **options)
+        if due and not before:
+            if name == "save_file":
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            act()
+        return result
+
+    patch(owner, name, call)

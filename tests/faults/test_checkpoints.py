@@ -1,0 +1,474 @@
+"""Checkpoints under kill -9, damage, full disks and odd folders: whole or absent, and a resumed run ends in the bits of an unbroken one."""
+import collections
+import fcntl
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import runtime
+import saving
+import tools
+from saving import Checkpoints, damage
+
+MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+FILES = (*sorted(MODEL_FILES), "training.safetensors", "state.json", "manifest.json")
+
+
+def write(checkpoints, step, value=None, text=""):
+    folder = checkpoints.begin(step)
+    (folder / "ema").mkdir()
+    for name in ("model.safetensors", "ema/model.safetensors", "training.safetensors"):
+        (folder / name).write_text(f"{name} of step {step}{text}" * 100)
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    checkpoints.publish(step, value)
+
+
+def found(checkpoints):
+    """(Step of the newest whole checkpoint, what was said)."""
+    said = []
+    folder, state = checkpoints.newest(said.append)
+    assert folder is None or (damage(folder) == "" and state["step"] == int(folder.name[5:]))
+    return state and state["step"], " ".join(said)
+
+
+def leftovers(out):
+    """What a run's folder should not hold at the end."""
+    named = json.loads((out / "checkpoints" / "latest.json").read_text())
+    known = {named[key] for key in ("latest", "previous", "best") if key in named} | {"latest.json"}
+    return [path.name for path in (out / "checkpoints").iterdir() if path.name not in known] + [str(path) for path in out.rglob("*.tmp")]
+
+
+def cut(path, share):
+    os.truncate(path, int(path.stat().st_size * share))
+
+
+def flip(path):
+    with open(path, "r+b") as f:
+        f.seek(path.stat().st_size // 2)
+        byte = f.read(1)[0]
+        f.seek(-1, 1)
+        f.write(bytes([byte ^ 1]))
+
+
+@pytest.fixture
+def copy(unbroken, tmp_path):
+    """A copy of the unbroken reward run, to be damaged."""
+    return shutil.copytree(unbroken["reward"], tmp_path / "copy")
+
+
+# -- what is kept
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    values = {1: 0.1, 2: 0.5, 3: None, 4: 0.5, 5: 0.3, 6: 0.7, 7: None, 8: 0.6, 9: 0.6}
+    kept = {1: {1}, 2: {1, 2}, 3: {2, 3}, 4: {2, 3, 4}, 5: {2, 4, 5}, 6: {5, 6}, 7: {6, 7}, 8: {6, 7, 8}, 9: {6, 8, 9}}
+    for step, value in values.items():
+        write(checkpoints, step, value)
+        assert {int(name[5:]) for name in checkpoints.all()} == kept[step], step
+        assert checkpoints.pointer()["latest"] == f"step_{step:06d}" and not leftovers(tmp_path) and found(checkpoints) == (step, "")
+    assert checkpoints.pointer() == {"latest": "step_000009", "previous": "step_000008", "best": "step_000006", "best_value": 0.7}
+    assert (tmp_path / "model.safetensors").read_text().startswith("model.safetensors of step 9")
+
+
+def test_after_a_fall_back_the_damaged_checkpoint_is_neither_previous_nor_best_and_is_deleted(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step, value in ((2, 0.5), (4, 0.1), (6, 0.9)):
+        write(checkpoints, step, value)
+    flip(checkpoints.root / "step_000006" / "model.safetensors")
+    checkpoints = Checkpoints(tmp_path)
+    step, said = found(checkpoints)
+    assert step == 4 and "step_000006 is damaged (model.safetensors has changed" in said
+    write(checkpoints, 5, 0.2)
+    assert checkpoints.pointer() == {"latest": "step_000005", "previous": "step_000004"} | {"best": "step_000005", "best_value": 0.2}
+    assert checkpoints.all() == ["step_000005", "step_000004"]
+    write(checkpoints, 6, 0.8)
+    assert found(Checkpoints(tmp_path)) == (6, "") and checkpoints.pointer()["best"] == "step_000006"
+
+
+def test_deleting_follows_no_link_and_touches_no_other_files(tmp_path):
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    checkpoints = Checkpoints(out)
+    write(checkpoints, 1)
+    (checkpoints.root / "step_000001" / "inside").symlink_to(mine)
+    for name in ("step_000000", ".writing-step_000009", "step_000077x"):
+        (checkpoints.root / name).symlink_to(mine)
+    for name in ("notes", "step_12", "step_000001.bak"):
+        (checkpoints.root / name).mkdir()
+    for step in (2, 3, 4):
+        write(checkpoints, step)
+    assert not (checkpoints.root / "step_000001").exists()
+    with pytest.raises(OSError):
+        checkpoints.begin(9)
+    checkpoints.clear()
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert {path.name for path in checkpoints.root.iterdir()} == {"step_000000", ".writing-step_000009", "step_000077x", "notes", "step_12", "step_000001.bak"}
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_the_output_folder_shows_the_latest_model_with_hard_links_or_without(hard_links, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError("no hard links here")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse)
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model.safetensors.tmp").write_text("left by a kill")
+    for step in (1, 2, 3):
+        write(checkpoints, step)
+        for name in ("model.safetensors", "ema/model.safetensors"):
+            shown, kept = tmp_path / name, checkpoints.root / f"step_{step:06d}" / name
+            assert shown.read_bytes() == kept.read_bytes() and shown.samefile(kept) == hard_links
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "ema", "model.safetensors", "notes.txt"}
+
+
+@pytest.mark.case(2)
+@pytest.mark.parametrize("again, hard_links", [(False, True), (False, False), (True, True)])
+def test_a_kill_at_any_call_to_the_file_system_leaves_the_old_checkpoint_or_the_new_one(again, hard_links, tmp_path, monkeypatch, record_property):
+    """After steps 1 (the best) and 2, step 3 is saved, or 2 again, cut off before each call that changes the disk."""
+    start = tmp_path / "start"
+    for step, value in ((1, 0.9), (2, 0.1)):
+        write(Checkpoints(start), step, value)
+    names = [(os, "rename"), (os, "replace"), (os, "fsync"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (shutil, "copyfile"), (Path, "write_bytes")]
+    steps = []
+
+    def attempt(out, limit):
+        """Publish; be killed at call number limit."""
+        calls = 0
+        with monkeypatch.context() as patch:
+            for owner, name in names:
+                def call(*args, original=getattr(owner, name), name=name, **options):
+                    nonlocal calls
+                    calls += 1
+                    if calls == limit:
+                        if name == "write_bytes":
+                            original(args[0], args[1][:len(args[1]) // 2])
+                        raise tools.Killed
+                    if name == "link" and not hard_links:
+                        raise OSError("no hard links here")
+                    return original(*args, **options)
+                patch.setattr(owner, name, call)
+            write(Checkpoints(out), 2 if again else 3, 0.5)
+
+    for limit in range(1, 1000):
+        out = shutil.copytree(start, tmp_path / str(limit))
+        try:
+            attempt(out, limit)
+            break
+        except tools.Killed:
+            checkpoints = Checkpoints(out)
+            step, said = found(checkpoints)
+            steps.append(step)
+            assert said == "" and checkpoints.pointer()["best"] == "step_000001" and damage(checkpoints.root / "step_000001") == "", limit
+            for name in ("model.safetensors", "ema/model.safetensors"):
+                assert (out / name).read_text() in [f"{name} of step {step}" * 100 for step in (2, 3)], limit
+            checkpoints.link(checkpoints.root / f"step_{step:06d}")
+            write(checkpoints, 3, 0.5, " again")
+            write(checkpoints, 4, 0.1)
+            assert checkpoints.all() == ["step_000004", "step_000003", "step_000001"] and not leftovers(out) and found(checkpoints) == (4, ""), limit
+    record_property("tries", limit - 1), record_property("survived", len(steps))
+    assert len(steps) > 25 and steps == sorted(steps) and set(steps) == ({2} if again else {2, 3})
+
+
+# -- kill -9
+
+@pytest.mark.case(1)
+@pytest.mark.long
+@pytest.mark.parametrize("script, kills", [("sft", 13), ("reward", 13), ("ppo", 12), ("dpo", 12)])
+def test_kill_9_at_any_moment_costs_nothing_but_the_steps_since_the_last_checkpoint(script, kills, root, tmp_path, record_property):
+    """A run is killed again and again, at random moments after it has opened its folder, resumed, and in the end equals one that was left alone."""
+    flags, chance, survived, moments = "--steps 60 --save-every 1 --resume", random.Random(script), 0, collections.Counter()
+    record_property("tries", kills)
+    tools.run(script, root, flags, f"--out {tmp_path}/whole")
+    out = tmp_path / "killed0"
+    while survived < kills:
+        opened = out / "run.json"
+        before = opened.stat().st_mtime_ns if opened.exists() else 0
+        process = tools.start(script, root, flags, f"--out {out}")
+        tools.wait_for(lambda: opened.exists() and opened.stat().st_mtime_ns > before, process)
+        time.sleep(chance.uniform(0, 1.2))
+        process.kill()
+        text, _ = process.communicate()
+        if process.returncode == 0:  # it was done before
+            assert tools.same(tmp_path / "whole", out)
+            out = tmp_path / f"killed{survived}"
+            continue
+        assert process.returncode == -9, text
+        step, said = found(Checkpoints(out))
+        moments["save" if list((out / "checkpoints").glob(".writing-*")) else "start" if step is None else "step"] += 1
+        assert said == "" and (step is None or (out / "model.safetensors").exists() and load_file(out / "model.safetensors"))
+        survived += 1
+        record_property("survived", survived - 1)
+    tools.run(script, root, flags, f"--out {out}")
+    assert tools.same(tmp_path / "whole", out) and not leftovers(out)
+    assert json.loads((out / "checkpoints/latest.json").read_text()) == json.loads((tmp_path / "whole/checkpoints/latest.json").read_text())
+    record_property("survived", survived)
+    print(script, dict(moments))
+
+
+def check_killed_in_save(stage, out):
+    """The checkpoint of step 3 counts if latest.json named it; else that of step 2 does."""
+    assert found(Checkpoints(out)) == (3 if stage in tools.PUBLISHED else 2, "")
+    assert load_file(out / "model.safetensors").keys() == load_file(tools.latest(out) / "model.safetensors").keys()
+
+
+@pytest.mark.case(2)
+@pytest.mark.parametrize("stage", tools.STAGES)
+def test_a_run_killed_inside_a_save_goes_on_from_a_whole_checkpoint(stage, root, unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(tools.Killed):
+        tools.at_stage(stage, 3, tools.die, patch.setattr)
+        tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run")
+    check_killed_in_save(stage, tmp_path / "run")
+    assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run --resume") == 0
+    assert tools.same(unbroken["reward"], tmp_path / "run") and not leftovers(tmp_path / "run")
+
+
+@pytest.mark.case(2)
+@pytest.mark.long
+@pytest.mark.parametrize("stage", tools.STAGES)
+def test_kill_9_inside_a_save_leaves_a_whole_checkpoint_to_go_on_from(stage, root, unbroken, tmp_path):
+    script = ("sft", "reward", "ppo", "dpo")[list(tools.STAGES).index(stage) % 4]
+    hook = f"sys.path.insert(0, {os.path.dirname(tools.__file__)!r})\nimport os, tools\ntools.at_stage({stage!r}, 3, lambda: os.kill(os.getpid(), 9))"
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook=hook, code=-9)
+    check_killed_in_save(stage, tmp_path / "run")
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume")
+    assert tools.same(unbroken[script], tmp_path / "run") and not leftovers(tmp_path / "run")
+
+
+# -- damaged files
+
+@pytest.mark.case(7)
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_file_is_noticed_and_the_checkpoint_before_is_taken(name, share, copy):
+    path = tools.latest(copy) / name
+    size = path.stat().st_size
+    cut(path, share)
+    step, said = found(Checkpoints(copy))
+    assert step == 5 and "step_000006 is damaged" in said
+    assert ("manifest.json or state.json is damaged" if name == "manifest.json" else f"{name} has {int(size * share):,} bytes, should have {size:,}") in said
+
+
+@pytest.mark.case(8)
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_byte_is_noticed_and_the_checkpoint_before_is_taken(name, copy):
+    flip(tools.latest(copy) / name)
+    if name.endswith(".safetensors"):
+        load_file(tools.latest(copy) / name)  # which notices nothing
+    step, said = found(Checkpoints(copy))
+    assert step == 5 and "step_000006 is damaged" in said
+
+
+def change(key, value):
+    def edit(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    return edit
+
+
+MANIFESTS = {"is missing": lambda path: path.unlink(), "is no JSON": lambda path: path.write_text("{"), "is not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
+             "is a list": lambda path: path.write_text("[]"), "is a number": lambda path: path.write_text("1"), "is nested too deeply": lambda path: path.write_text("[" * 100_000),
+             "is a folder": lambda path: (path.unlink(), path.mkdir()), "names no files": change("files", None), "names strange files": change("files", {"config.json": 5}),
+             "has sizes that are text": change("files", {"config.json": {"bytes": "many", "sha256": ""}}),
+             "is of a later version": change("version", 2), "is of no version": change("version", None)}
+
+
+@pytest.mark.case(9)
+@pytest.mark.parametrize("how", MANIFESTS)
+def test_a_manifest_that_is_missing_damaged_or_of_another_version_is_noticed(how, copy):
+    MANIFESTS[how](tools.latest(copy) / "manifest.json")
+    step, said = found(Checkpoints(copy))
+    assert step == 5 and "step_000006 is damaged" in said
+    assert "version 2 of its layout is not known here, only 1" in said or how != "is of a later version"
+
+
+@pytest.mark.case(9)
+@pytest.mark.parametrize("how", ["missing", "no JSON", "edited"])
+def test_a_state_that_is_missing_or_damaged_is_noticed(how, copy):
+    path = tools.latest(copy) / "state.json"
+    {"missing": path.unlink, "no JSON": lambda: path.write_text("{"), "edited": lambda: change("step", 5)(path)}[how]()
+    step, said = found(Checkpoints(copy))
+    assert step == 5 and "step_000006 is damaged (state.json" in said
+
+
+@pytest.mark.case(9)
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "null", '{"latest": 7}', '{"latest": "../../step_000006"}', '{"latest": "step_000099"}', '{"best_value": "high"}',
+                                  '{"latest": "step_000006", "best": "step_000001"}', '{"latest": "step_000006", "best": "step_000005", "best_value": "high"}'])
+def test_without_a_readable_latest_json_the_newest_whole_checkpoint_is_taken_and_the_next_save_mends_it(text, copy):
+    path = copy / "checkpoints" / "latest.json"
+    path.unlink() if text is None else path.write_text(text)
+    checkpoints = Checkpoints(copy)
+    assert found(checkpoints)[0] == 6
+    write(checkpoints, 7, 0.1)
+    assert checkpoints.pointer() == {"latest": "step_000007", "previous": "step_000006", "best": "step_000007", "best_value": 0.1}
+
+
+@pytest.mark.case(7, 8)
+@pytest.mark.parametrize("break_file", [lambda path: cut(path, 0.5), flip])
+def test_a_run_whose_latest_checkpoint_is_damaged_says_so_and_ends_as_if_nothing_had_happened(break_file, root, unbroken, tmp_path, capsys):
+    assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 0
+    break_file(tools.latest(tmp_path / "run") / "training.safetensors")
+    capsys.readouterr()
+    assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run --resume") == 0
+    said = capsys.readouterr().out
+    assert "step_000006 is damaged (training.safetensors has" in said and "looking for the one before" in said and "after step 5" in said
+    assert tools.same(unbroken["reward"], tmp_path / "run") and not leftovers(tmp_path / "run")
+
+
+@pytest.mark.case(7, 8, 9)
+@pytest.mark.parametrize("name, break_file, said", [("model.safetensors", lambda path: cut(path, 0.99), "bytes, should have"), ("model.safetensors", flip, "SHA-256"),
+                                                    ("manifest.json", lambda path: path.unlink(), "No such file"), ("manifest.json", change("version", 2), "version 2")])
+def test_where_no_checkpoint_is_whole_a_run_ends_in_one_line_and_changes_nothing(name, break_file, said, root, copy, capsys):
+    for folder in (copy / "checkpoints").glob("step_*"):
+        break_file(folder / name)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"}
+    capsys.readouterr()
+    assert tools.here("reward", root, tools.SHORT, f"--out {copy} --resume") == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and "no checkpoint in" in shown.err and "is whole" in shown.err
+    assert all(f"{folder} is damaged" in shown.out for folder in (copy / "checkpoints").glob("step_*")) and said in shown.out
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"}
+
+
+# -- full disks
+
+@pytest.fixture
+def disk():
+    """disk(bytes): no file of this process can grow beyond; disk(): as large as may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_between(monkeypatch, disk, out, first, last, more):
+    """The disk is full while these steps are taken and saved: metrics.jsonl can grow by some bytes more, and no file can be larger."""
+    original = runtime.Run.seed_step
+
+    def seed_step(self, step):
+        if step == first:
+            disk((out / "metrics.jsonl").stat().st_size + more)
+        if step == last:
+            disk()
+        return original(self, step)
+
+    monkeypatch.setattr(runtime.Run, "seed_step", seed_step)
+
+
+@pytest.mark.case(13)
+@pytest.mark.parametrize("more", [0, 10])
+def test_while_the_disk_is_full_training_goes_on_and_afterwards_nothing_is_missing(more, root, unbroken, tmp_path, monkeypatch, disk, capsys):
+    """more: bytes of a row that still fit."""
+    full_between(monkeypatch, disk, tmp_path / "run", 2, 4, more)
+    assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 0
+    said = capsys.readouterr().out
+    for step in (3, 4):
+        assert f"warning: the checkpoint of step {step} can't be written to {tmp_path}/run/checkpoints (" in said
+    assert said.count("Training goes on") == 2 and said.count("rows wait in memory") == 1 and "File too large" in said
+    assert tools.same(unbroken["reward"], tmp_path / "run") and not leftovers(tmp_path / "run")
+
+
+@pytest.mark.case(13)
+def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(root, unbroken, tmp_path, monkeypatch, disk, capsys):
+    full_between(monkeypatch, disk, tmp_path / "run", 3, 99, 10)
+    assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 1
+    disk()
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and f"error: the checkpoint of step 6 can't be written to {tmp_path}/run/checkpoints (" in shown.err
+    assert "bytes, " in shown.err and "are free; the one before is untouched" in shown.err
+    assert found(Checkpoints(tmp_path / "run")) == (3, "") and not leftovers(tmp_path / "run")
+    monkeypatch.undo()
+    assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run --resume") == 0
+    assert tools.same(unbroken["reward"], tmp_path / "run")
+
+
+@pytest.mark.case(13)
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "dpo"])
+def test_a_process_that_may_write_no_large_files_trains_to_its_end_keeps_the_old_checkpoint_and_fails_in_one_line(script, root, unbroken, tmp_path):
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook="import os, tools\ntools.at_stage('before the rename', 3, lambda: os.kill(os.getpid(), 9))", code=-9)
+    text = tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume", code=1,
+                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert text.count("Training goes on") == 3 and "Traceback" not in text
+    assert f"error: the checkpoint of step 6 can't be written to {tmp_path}/run/checkpoints (" in text and "bytes" in text
+    assert found(Checkpoints(tmp_path / "run")) == (2, "") and not leftovers(tmp_path / "run")
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume")
+    assert tools.same(unbroken[script], tmp_path / "run")
+
+
+Usage = collections.namedtuple("Usage", "total used free")
+
+
+@pytest.mark.case(13)
+@pytest.mark.parametrize("flags", ["", "--overwrite", "--resume"])
+def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step_and_before_anything_is_deleted(flags, root, copy, tmp_path, monkeypatch, capsys):
+    out = copy if flags else tmp_path / "new"
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    held = sum(path.stat().st_size for path in (copy / "checkpoints").rglob("*")) if flags else 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6 - 5000, 5000))
+    monkeypatch.setattr(runtime.Run, "steps", None)
+    monkeypatch.setattr(runtime, "room", lambda *args: held // 4 + 1251 if flags else 1251)
+    assert tools.here("reward", root, tools.SHORT, flags, f"--out {out}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--out {out} has 5,000 bytes free" in error and "more (two, the best, and one being written)" in error
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} and not (tmp_path / "new" / "metrics.jsonl").exists()
+
+
+# -- odd output folders
+
+@pytest.mark.case(14)
+@pytest.mark.parametrize("kind, said", [("a file", "is a file; name a folder"), ("below a file", "can't be written: Not a directory"), ("a link to nowhere", "can't be written: File exists"),
+                                        ("with a file as checkpoints", "can't be written: File exists"), ("a run", "already holds a run; add --resume"),
+                                        ("a model", "already holds a run; add --resume"), ("a model, resumed", "holds a model, but no run to go on with"),
+                                        ("read-only", "is read-only"), ("in use", "another process writes to it"), ("in use, resumed", "another process writes to it")])
+def test_an_output_folder_that_cannot_be_used_is_refused_before_the_first_step(kind, said, root, copy, tmp_path, monkeypatch, capsys):
+    out = {"below a file": tmp_path / "file" / "run", "a file": tmp_path / "file", "with a file as checkpoints": tmp_path / "odd", "a link to nowhere": tmp_path / "link"}.get(kind, copy)
+    flags = "--resume" if "resumed" in kind or "read-only" in kind else "--overwrite" if kind == "in use" else ""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "checkpoints").write_text("mine")
+    if "model" in kind:
+        (copy / "metrics.jsonl").unlink(), (copy / "run.json").unlink()
+    if kind == "read-only":
+        monkeypatch.setattr(os, "access", lambda path, mode: not (mode == os.W_OK and str(path) == str(copy)))
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock" and path.is_file()}
+    monkeypatch.setattr(runtime.Run, "steps", None)
+    with open(copy / ".lock", "a") as lock:
+        if "in use" in kind:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        assert tools.here("reward", root, tools.SHORT, f"--out {out}", flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error and str(out) in error
+    assert before == {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock" and path.is_file()}
+
+
+@pytest.mark.case(14)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_an_output_folder_that_nobody_may_make_is_refused_before_the_first_step(root, monkeypatch, capsys):
+    monkeypatch.setattr(runtime.Run, "steps", None)
+    assert tools.here("reward", root, "--steps 2 --out /proc/run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--out /proc/run" in error and ("can't be written" in error or "is read-only" in error)
+
+
+@pytest.mark.case(14)
+@pytest.mark.long
+def test_two_processes_never_write_to_one_folder(root, unbroken, tmp_path):
+    out = tmp_path / "run"
+    first = tools.start("sft", root, tools.SHORT, f"--out {out}", hook="original = sft.validation_loss\n"
+                        "def slow(run, *args):\n    import time\n    time.sleep(6 if run.step == 4 else 0)\n    return original(run, *args)\nsft.validation_loss = slow")
+    tools.wait_for(lambda: (out / "checkpoints" / "step_000003").is_dir(), first)
+    for flags in ("--resume", "--overwrite"):
+        text = tools.run("sft", root, tools.SHORT, f"--out {out}", flags, code=2)
+        assert "another process writes to it" in text and "Traceback" not in text
+    text, _ = first.communicate(timeout=120)
+    assert first.returncode == 0 and tools.same(unbroken["sft"], out), text

@@ -1,0 +1,400 @@
+"""Numbers that are none, gradients that explode, no memory, no network, no GPU: what a run does then, and that nothing bad gets into the weights."""
+import json
+import math
+import re
+import signal
+import socket
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiktoken
+import torch
+from safetensors.torch import load_file
+
+import flags
+import model
+import ppo
+import runtime
+import saving
+import tools
+import toy
+
+TRAINERS = ("sft", "reward", "dpo", "ppo")
+OPTIMIZER = {name: "policy_optimizer" if name == "ppo" else "optimizer" for name in TRAINERS}
+ROWS = {"sft": "--data {root}/preferences.jsonl --tokenizer toy"}
+
+
+def here(script, root, *words):
+    """Run a script in this process, sft on few rows; returns its exit code."""
+    return tools.here(script, root, ROWS.get(script, "").format(root=root), *words)
+
+
+def wrap(monkeypatch, owner, name, around):
+    """Have owner.name(*args) be around(original, *args)."""
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **options: around(original, *args, **options))
+
+
+def state_of(run):
+    return {name: tensor.clone() for name, tensor in saving.training_state(run.modules, run.optimizers).items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def skipped(folder):
+    return [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+
+
+def finite_checkpoints(folder):
+    """Names of a run's checkpoints, which are whole, finite and complete."""
+    found = sorted(path for path in (folder / "checkpoints").iterdir() if path.is_dir())
+    for checkpoint in found:
+        assert saving.damage(checkpoint) == ""
+        assert all(tensor.isfinite().all() for file in checkpoint.glob("*.safetensors") for tensor in load_file(file).values())
+    return [path.name for path in found]
+
+
+def warnings(text):
+    return [line for line in text.splitlines() if line.startswith("warning: ")]
+
+
+def last_line(captured):
+    """The one line of an error that was printed."""
+    assert "Traceback" not in captured.err and captured.err.count("error: ") == 1, captured.err
+    return captured.err.strip().splitlines()[-1]
+
+
+# -- numbers that are not finite
+
+@pytest.mark.case(15)
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_batch_whose_loss_is_infinite_changes_nothing_is_reported_and_training_goes_on(script, root, tmp_path, monkeypatch, capsys):
+    batches, states = [], []
+
+    def backward(original, run, loss, optimizer):
+        first = run.step == 2 and not states and optimizer is run.optimizers[OPTIMIZER[script]]
+        original(run, loss * math.inf if first else loss, optimizer)
+
+    def optimizer_step(original, run, optimizer, lr, limit, batch):
+        if run.step != 2 or optimizer is not run.optimizers[OPTIMIZER[script]] or states:
+            return original(run, optimizer, lr, limit, batch)
+        states.append(state_of(run))
+        norm = original(run, optimizer, lr, limit, batch)
+        states.append(state_of(run))
+        batches.append(list(batch))
+        assert not norm.isfinite()
+        return norm
+
+    wrap(monkeypatch, runtime.Run, "backward", backward)
+    wrap(monkeypatch, runtime.Run, "optimizer_step", optimizer_step)
+    assert here(script, root, f"--out {tmp_path}/run --steps 5") == 0
+    assert equal(*states) and len(batches) == 1
+    row, = skipped(tmp_path / "run")
+    assert row["step"] == 3 and row["examples"] == batches[0] and re.fullmatch(r"the gradient of \w+\.transformer\.\S+ is not finite", row["why"])
+    warning, = warnings(capsys.readouterr().out)
+    assert row["why"] in warning and "step 3" in warning and str(batches[0][0]) in warning and "skipped.jsonl" in warning
+    rows = [row for row in tools.metrics(tmp_path / "run") if "lr" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and (script == "ppo" or "grad_norm" not in rows[2])
+    assert finite_checkpoints(tmp_path / "run") == ["step_000005"] and not equal(states[1], state_of(runtime.Run.current))
+
+
+def spoil(monkeypatch, step, part):
+    """After so many steps a weight becomes NaN."""
+    def optimizer_step(original, run, *args):
+        norm = original(run, *args)
+        if run.step + 1 == step:
+            with torch.no_grad():
+                dict(next(iter(run.modules.values())).named_parameters())[part].view(-1)[3] = math.nan
+        return norm
+
+    wrap(monkeypatch, runtime.Run, "optimizer_step", optimizer_step)
+
+
+WEIGHT = "transformer.h.0.mlp.c_fc.weight"
+
+
+@pytest.mark.case(15)
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_weight_that_is_nan_is_named_ends_the_run_and_is_never_saved(script, root, tmp_path, monkeypatch, capsys):
+    whole = f"--out {tmp_path}/whole --steps 6 --save-every 2"
+    assert here(script, root, whole) == 0
+    with monkeypatch.context() as patch:
+        spoil(patch, 3, WEIGHT)
+        assert here(script, root, f"--out {tmp_path}/run --steps 6 --save-every 2") == 1
+        captured = capsys.readouterr()
+        owner = "reward" if script == "reward" else "policy"
+        assert f"{WEIGHT} is not finite" in last_line(captured) and f"the weight {owner}.{WEIGHT} is not finite" in warnings(captured.out)[-1]
+        assert finite_checkpoints(tmp_path / "run") == ["step_000002"]
+    assert here(script, root, f"--out {tmp_path}/run --steps 6 --save-every 2 --resume") == 0
+    assert tools.same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.case(15)
+@pytest.mark.parametrize("script, batches", [("sft", 1), ("dpo", 1), ("ppo", 4)])
+def test_the_run_ends_after_as_many_skipped_batches_as_it_was_told(script, batches, root, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, 2, WEIGHT)
+    assert here(script, root, f"--out {tmp_path}/run --steps 9 --eval-every 100" if script != "ppo" else f"--out {tmp_path}/run --steps 9", "--max-skipped 3") == 1
+    line, rows = last_line(capsys.readouterr()), skipped(tmp_path / "run")
+    assert re.search(rf"the weight policy\.{WEIGHT} is not finite, and more than --max-skipped 3 batches", line)
+    assert len(rows) >= 4 and all(row["examples"] and "policy." in row["why"] for row in rows)
+    assert rows[0]["step"] == (2 if script == "ppo" else 3) and rows[-1]["step"] == (3 if script == "ppo" else 6)
+    assert not finite_checkpoints(tmp_path / "run") and not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def flawed(bad, monkeypatch):
+    """A reward function that gives NaN to the second reply of some rollouts, number 0 being the trial; the prompts that it saw."""
+    seen = []
+
+    def score(prompts, replies):
+        seen.append(prompts)
+        return [math.nan if len(seen) - 1 in bad and i == 1 else float(len(reply)) for i, reply in enumerate(replies)]
+
+    monkeypatch.setitem(sys.modules, "flawed", SimpleNamespace(score=score))
+    return seen
+
+
+@pytest.mark.case(15)
+@pytest.mark.parametrize("source", ["function", "model"])
+def test_one_reward_that_is_nan_costs_its_rollout_alone_and_is_named(source, root, tmp_path, monkeypatch, capsys):
+    seen, states, original = flawed({3} if source == "function" else set(), monkeypatch), {}, ppo.last_scores
+
+    def last_scores(model, ids, lengths):
+        scores = original(model, ids, lengths)
+        if runtime.Run.current.step == 2 and source == "model":
+            scores[lengths.argmin()] = math.nan
+        return scores
+
+    monkeypatch.setattr(ppo, "last_scores", last_scores)
+    wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run: (states.setdefault(run.step, state_of(run)), original(run)) and None)
+    assert here("ppo", root, f"--out {tmp_path}/run --steps 5 --reward-fn flawed:score --critic-init reward") == 0
+    assert equal(states[2], states[3]) and not equal(states[1], states[2]) and not equal(states[3], states[4])
+    row, = skipped(tmp_path / "run")
+    warning, = warnings(capsys.readouterr().out)
+    assert row["step"] == 3 and row["why"] == "the score is not finite" and "step 3: the score is not finite" in warning and len(row["examples"]) == 1
+    if source == "function":
+        assert toy.World(0).prompts("train")[row["examples"][0]].text == seen[3][1]
+    assert [row["step"] for row in tools.metrics(tmp_path / "run")] == [1, 2, 4, 5]
+
+
+@pytest.mark.case(15)
+def test_rewards_that_are_always_nan_end_the_run_with_what_was_good_saved(root, tmp_path, monkeypatch, capsys):
+    flawed(range(3, 100), monkeypatch)
+    assert here("ppo", root, f"--out {tmp_path}/run --steps 9 --reward-fn flawed:score --max-skipped 2") == 1
+    assert "the score is not finite, and more than --max-skipped 2 batches" in last_line(capsys.readouterr())
+    assert [row["step"] for row in skipped(tmp_path / "run")] == [3, 4, 5]
+    assert finite_checkpoints(tmp_path / "run") == ["step_000005"] and tools.metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+@pytest.mark.case(15)
+def test_a_rollout_that_is_skipped_leaves_nothing_behind_that_resuming_would_lack(root, tmp_path, monkeypatch):
+    """PPO-ptx draws its batches by the number of the step, as everything else does."""
+    words = "--reward-fn flawed:score --steps 4 --ptx-coef 0.5 --ptx-data toy --ptx-tokens 128"
+    flawed({2}, monkeypatch)  # rollout 2
+    assert here("ppo", root, words, f"--out {tmp_path}/whole") == 0
+    flawed({2}, monkeypatch)
+    with monkeypatch.context() as patch:
+        wrap(patch, runtime.Run, "optimizer_step", lambda original, run, *args: (setattr(run, "stop_signal", signal.SIGTERM if run.step == 2 else None), original(run, *args))[1])
+        assert here("ppo", root, words, f"--out {tmp_path}/run") == 143
+    flawed(set(), monkeypatch)
+    assert here("ppo", root, words, f"--out {tmp_path}/run --resume") == 0
+    assert tools.same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.case(15)
+def test_sampling_from_logits_that_are_nan_gives_tokens_of_the_vocabulary():
+    for width in (5, 256, 300):
+        token = model.sample_token(torch.full((3, width), math.nan), 1.0, 0, 1.0, torch.rand(3, 2, dtype=torch.float64))
+        assert ((0 <= token) & (token < width)).all()
+
+
+# -- gradients that explode
+
+def multiply_gradients(monkeypatch, factors):
+    wrap(monkeypatch, runtime.Run, "backward", lambda original, run, loss, optimizer: original(run, loss * factors.get(run.step, 1.0), optimizer))
+
+
+@pytest.mark.case(16)
+@pytest.mark.parametrize("script", TRAINERS)
+def test_gradients_of_ten_thousand_times_the_size_are_clipped_to_the_same_step_and_logged(script, root, tmp_path, monkeypatch):
+    words = "--steps 5 --max-grad-norm 0.01"
+    assert here(script, root, words, f"--out {tmp_path}/calm") == 0
+    multiply_gradients(monkeypatch, {2: 1e4})
+    assert here(script, root, words, f"--out {tmp_path}/wild") == 0
+    for calm, wild in zip(*(tools.metrics(tmp_path / name) for name in ("calm", "wild"))):
+        norms = {key: (calm.pop(key), wild.pop(key)) for key in [key for key in calm if key.endswith("grad_norm")]}
+        for before, after in norms.values():
+            assert before > 0.01 and after == pytest.approx(before * (1e4 if calm["step"] == 3 else 1), rel=1e-3)
+        if calm["step"] == 3:  # the losses of this batch were multiplied, too
+            calm, wild = ({key: value for key, value in row.items() if "loss" not in key} for row in (calm, wild))
+        assert wild == pytest.approx(calm, rel=1e-3, abs=1e-4)
+    assert not (tmp_path / "wild" / "skipped.jsonl").exists()
+
+
+@pytest.mark.case(16)
+@pytest.mark.parametrize("script, first", [("sft", 20), ("ppo", 5)])
+def test_spikes_of_the_gradient_norm_are_skipped_if_asked_for_however_many_and_each_optimizer_by_its_own_norms(script, first, root, tmp_path, monkeypatch, capsys):
+    words = "--steps 26 --eval-every 100 --lr 1e-5" if script == "sft" else "--steps 8 --lr 1e-5 --critic-lr 1e-5"  # four steps of each optimiser per rollout
+    spikes, states = dict.fromkeys(range(first, first + 4), 30.0), {}
+    wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run: (states.setdefault(run.step, state_of(run)), original(run)) and None)
+    multiply_gradients(monkeypatch, spikes)
+    assert here(script, root, words, f"--out {tmp_path}/off --max-skipped 0") == 0
+    assert not (tmp_path / "off" / "skipped.jsonl").exists() and not equal(states[first], states[first + 1])
+    states.clear()
+    capsys.readouterr()
+    assert here(script, root, words, f"--out {tmp_path}/on --skip-sigma 6 --max-skipped 0") == 0
+    assert all(equal(states[first], states[step]) for step in range(first, min(first + 5, max(states) + 1)) if step in states)
+    rows, said = skipped(tmp_path / "on"), warnings(capsys.readouterr().out)
+    assert {row["step"] for row in rows} <= {step + 1 for step in spikes} and all("deviations above" in row["why"] for row in rows)
+    assert len(rows) == len(said) and f"Skipped so far: {len(rows)}" in said[-1]
+
+
+@pytest.mark.case(16)
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_learning_rate_of_a_thousand_ends_in_a_clear_line_and_saves_nothing_that_is_not_finite(script, root, tmp_path, capsys):
+    words = {"ppo": "--critic-lr 1e3"}.get(script, "--weight-decay 0.1")  # weights grow a hundredfold with each step
+    assert here(script, root, f"--out {tmp_path}/run --steps 40 --save-every 4 --lr 1e3 --warmup 1 --max-grad-norm 1e9", words) == 1
+    line = last_line(capsys.readouterr())
+    assert "is not finite" in line and "lower the learning rate" in line
+    assert len(finite_checkpoints(tmp_path / "run")) <= 4 and not list((tmp_path / "run" / "checkpoints").glob(".writing*"))
+    assert all(math.isfinite(value) for row in tools.metrics(tmp_path / "run") for value in row.values())
+
+
+@pytest.mark.case(17)
+def test_ppo_warns_of_a_kl_that_blows_up_and_ends_with_all_saved_if_asked_to(root, tmp_path, capsys):
+    words = "--steps 6 --lr 0.3 --warmup 1 --kl-limit 5"
+    assert here("ppo", root, words, f"--out {tmp_path}/warned") == 0
+    assert "beyond --kl-limit 5: raise --kl-coef" in warnings(capsys.readouterr().out)[0]
+    rows = tools.metrics(tmp_path / "warned")
+    first = next(row["step"] for row in rows if row["kl"] > 5)
+    assert len(rows) == 6 and 1 < first < 6
+    assert here("ppo", root, words, f"--out {tmp_path}/run --kl-limit-stop") == 1
+    line = last_line(capsys.readouterr())
+    assert f"step {first}: the KL per reply" in line and "is beyond --kl-limit 5, and --kl-limit-stop was asked for" in line
+    assert finite_checkpoints(tmp_path / "run") == [f"step_{first:06d}"] and tools.metrics(tmp_path / "run") == rows[:first]
+    assert here("ppo", root, words, f"--out {tmp_path}/run --kl-limit-stop --resume --override --kl-limit 1e9") == 0  # goes on if told to
+    assert tools.metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+# -- out of memory
+
+@pytest.mark.case(29)
+@pytest.mark.parametrize("script, owner, said", [
+    ("sft", model.GPT, r"in step 3, pass 2 of \d+ \(of \d+ examples\); lower --micro-batch-tokens \(now 100\), add --checkpoint-activations, "),
+    ("reward", model.ScalarModel, r"in step 3, pass 2 of \d+ \(of \d+ examples\); lower --micro-batch-tokens \(now 100\), add --checkpoint-activations, "),
+    ("dpo", model.GPT, r"in step 3, pass 2 of \d+ \(of \d+ examples\); lower --micro-batch-tokens \(now 100\), add --checkpoint-activations, "),
+    ("ppo", None, r"in step 3, sampling 16 replies at once; lower --micro-batch-tokens \(now 100\), bound --rollout-rows \(now 0\), ")])
+def test_no_memory_is_one_line_that_says_where_and_which_flags_help_and_the_run_can_go_on(script, owner, said, root, tmp_path, monkeypatch, capsys):
+    words = f"--out {tmp_path}/run --steps 4 --save-every 2 --micro-batch-tokens 100" + " --eval-every 100" * (script != "ppo")
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory") if script in ("sft", "ppo") else torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    def forward(original, *args, **options):
+        run = runtime.Run.current
+        if run.step == 2 and run.clean and (owner is None or "pass 2 of" in run.doing):
+            raise error
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        wrap(patch, *((ppo, "generate") if owner is None else (owner, "forward")), forward)
+        assert here(script, root, words) == 1
+    assert re.fullmatch(rf"error: out of memory {said}.*--lora-rank.*", last_line(capsys.readouterr()))
+    assert finite_checkpoints(tmp_path / "run") == ["step_000002"]
+    assert here(script, root, words, "--resume") == 0
+
+
+@pytest.mark.case(29)
+@pytest.mark.long
+def test_a_process_that_may_have_no_more_memory_says_so(root, tmp_path):
+    hook = """
+import resource
+begin = runtime.Run.begin
+def limited(self, *args, **options):
+    begun = begin(self, *args, **options)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, -1))
+    return begun
+runtime.Run.begin = limited
+"""
+    said = tools.run("sft", root, f"--out {tmp_path}/run --steps 4 --batch-tokens 1000000 --micro-batch-tokens 1000000 --eval-every 100", hook=hook, code=1)
+    assert re.search(r"^error: out of memory in step \d, pass 1 of 1 \(of \d+ examples\); lower --micro-batch-tokens \(now 1000000\)", said, re.M) and "Traceback" not in said
+
+
+# -- no network, no cache, no GPU
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """No network, and no tokenizer that was fetched before; returns the attempts."""
+    attempts = []
+
+    def deny(*args, **options):
+        attempts.append(args)
+        raise OSError(101, "Network is unreachable")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, deny)
+    for name in ("getaddrinfo", "create_connection", "gethostbyname"):
+        monkeypatch.setattr(socket, name, deny)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    return attempts
+
+
+@pytest.mark.case(28)
+@pytest.mark.parametrize("script", [*TRAINERS, "toy", "evaluate"])
+def test_nothing_asks_the_network_by_default(script, root, tmp_path, monkeypatch, alone):
+    monkeypatch.delitem(ROWS, "sft")
+    words = {"toy": f"--model {root}/sft --groups 20 --heldout-groups 4 --samples 1 --max-new-tokens 8",
+             "evaluate": f"--models {root}/sft --prompts 4 --max-new-tokens 8"}
+    monkeypatch.setattr(tools, "PLAN", tools.PLAN | words)
+    out = f"{tmp_path}/results.json" if script == "evaluate" else f"{tmp_path}/run"
+    assert here(script, root, f"--out {out}", "--steps 1" if script in TRAINERS else "") == 0 and not alone
+
+
+@pytest.mark.case(28)
+@pytest.mark.parametrize("words, said", [
+    ("--tokenizer gpt2", "the gpt2 tokenizer is not in tiktoken's cache and could not be fetched"),
+    ("--data {tmp}/rows.json", "the gpt2 tokenizer is not in tiktoken's cache and could not be fetched"),
+    ("--model gpt2-org/gpt2-tiny", "gpt2-org/gpt2-tiny"), ("--data hf:somebody/something:train --tokenizer toy", "hf:somebody/something")])
+def test_without_network_and_cache_what_needs_them_ends_in_one_line(words, said, root, tmp_path, monkeypatch, capsys, alone):
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "Say hello.", "response": "Hello!"}] * 20))
+    monkeypatch.setattr(tools, "PLAN", {"sft": ""})
+    monkeypatch.delitem(ROWS, "sft")
+    assert here("sft", root, words.format(tmp=tmp_path), f"--out {tmp_path}/run --steps 1") == 2
+    captured = capsys.readouterr()
+    assert said in last_line(captured) and captured.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.case(28)
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("script", TRAINERS)
+def test_a_device_that_is_not_there_is_refused_in_one_line(script, device, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert here(script, root, f"--out {tmp_path}/run --device {device}") == 2
+    assert last_line(capsys.readouterr()) == f"error: --device {device}: PyTorch finds no such device here; use --device auto or cpu" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.case(28)
+@pytest.mark.long
+def test_compiling_without_a_compiler_ends_in_one_line(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(tools.ENVIRONMENT, "CXX", "no-such-compiler")
+    monkeypatch.setitem(tools.ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    said = tools.run("sft", root, f"--out {tmp_path}/run --steps 2 --compile", code=1)
+    assert "error: --compile needs a C++ compiler" in said.splitlines()[-1] and "Traceback" not in said
+
+
+@pytest.mark.case(28)
+def test_more_ranks_than_gpus_are_refused_and_auto_takes_what_is_there(monkeypatch):
+    from hardware import pick_device
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(flags.UserError, match="local rank 2 has no GPU, this machine has 2; lower --nproc.per.node"):
+        pick_device("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
