@@ -332,9 +332,10 @@ def test_every_step_and_rank_draws_from_a_seed_of_its_own_and_the_generator_from
 
 
 @pytest.mark.case(15, 16)
-def test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them_and_takes_none_that_is_not_finite():
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them_and_takes_none_that_is_not_finite(fused):
     a, b = (torch.nn.Parameter(torch.zeros(())) for _ in range(2))
-    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=99.0, fused=True)
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=99.0, fused=fused)
     run = object.__new__(runtime.Run)
     run.scalers, run.device, run.dtype, run.world_size, run.attempts, run.config = {}, torch.device("cpu"), torch.float32, 1, [], SimpleNamespace(skip_sigma=0.0)
     at = torch.zeros(2)

@@ -233,13 +233,15 @@ def test_a_run_killed_inside_a_save_goes_on_from_a_whole_checkpoint(stage, root,
     assert tools.same(unbroken["reward"], tmp_path / "run") and not leftovers(tmp_path / "run")
 
 
+KILLED = "import os, tools\ntools.at_stage('{stage}', 3, lambda: os.kill(os.getpid(), 9))"
+
+
 @pytest.mark.case(2)
 @pytest.mark.long
 @pytest.mark.parametrize("stage", tools.STAGES)
 def test_kill_9_inside_a_save_leaves_a_whole_checkpoint_to_go_on_from(stage, root, unbroken, tmp_path):
     script = ("sft", "reward", "ppo", "dpo")[list(tools.STAGES).index(stage) % 4]
-    hook = f"sys.path.insert(0, {os.path.dirname(tools.__file__)!r})\nimport os, tools\ntools.at_stage({stage!r}, 3, lambda: os.kill(os.getpid(), 9))"
-    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook=hook, code=-9)
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook=KILLED.format(stage=stage), code=-9)
     check_killed_in_save(stage, tmp_path / "run")
     tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume")
     assert tools.same(unbroken[script], tmp_path / "run") and not leftovers(tmp_path / "run")
@@ -394,7 +396,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(
 @pytest.mark.long
 @pytest.mark.parametrize("script", ["sft", "reward", "ppo", "dpo"])
 def test_a_process_that_may_write_no_large_files_trains_to_its_end_keeps_the_old_checkpoint_and_fails_in_one_line(script, root, unbroken, tmp_path):
-    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook="import os, tools\ntools.at_stage('before the rename', 3, lambda: os.kill(os.getpid(), 9))", code=-9)
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook=KILLED.format(stage="before the rename"), code=-9)
     text = tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume", code=1,
                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert text.count("Training goes on") == 3 and "Traceback" not in text

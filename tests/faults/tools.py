@@ -35,7 +35,7 @@ def start(script, root, *flags, hook="", launcher=(sys.executable,), **options):
     """Popen of a script's run. hook: Python that is executed before the script's main, to break things; {script} is imported by then."""
     if hook:
         file = Path(root) / f"hook{abs(hash((script, hook))):x}.py"
-        file.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport runtime, {script}\n{hook}\n"
+        file.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests' / 'faults')]}\nimport runtime, {script}\n{hook}\n"
                         f"runtime.run_script({script}.main, {script}.Config, '')\n")
     else:
         file = ROOT / f"{script}.py"
