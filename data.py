@@ -87,7 +87,7 @@ def preference_groups(config, tokenizer, limit, say):
         world = toy.World(config.seed)
         rows, heldout = world.preferences("train", 24000), world.preferences("heldout", 2000)
     else:
-        rows, heldout = read_rows(config.data, "preferences", say, config.part), []
+        rows, heldout = read_rows(config.data, "preferences", say, config.part, config.skip_bad), []
     if config.val_data:
         heldout = read_rows(config.val_data, "preferences", say)
     elif config.data != "toy":

@@ -41,6 +41,7 @@ class RunConfig:
     block_size: Count = 256  # context of a model from scratch, tokens
     allow_pickle: bool = False  # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
     part: str = ""  # take one part of --data, by prompt: 2/4/4:1 is the first of three in the ratio 2 to 4 to 4
+    skip_bad: bool = False  # leave out rows of --data that can't be read, if they are at most one in a hundred, instead of stopping at the first
     max_length: Natural = 0  # leave out rows of --data longer than this (plain text is cut), tokens; 0: the model's context
     lora_rank: Natural = 0  # train low-rank adapters of this rank on a frozen model; 0 trains all weights
     lora_alpha: NonNegative = 16.0  # the adapters count alpha / rank times

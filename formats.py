@@ -355,18 +355,24 @@ def decode_json(text, at, path, line, where):
 
 
 def read_lines(file, path):
-    """Rows of JSON Lines, one line in memory at a time."""
+    """Rows of JSON Lines, one line in memory at a time; of a line that holds none, the UserError."""
     for number in itertools.count(1):
         raw = file.readline(LONGEST + 1)
         if not raw:
             return
         where = f"{path}:{number}"
-        require(len(raw) <= LONGEST, f"{where} is longer than {LONGEST >> 20} MB: is there one object per line?")
-        text = decode_text(raw, path, number).strip()
-        if text:
+        try:
+            while len(raw) > LONGEST and (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
+                pass  # to the end of the line
+            require(len(raw) <= LONGEST, f"{where} is longer than {LONGEST >> 20} MB: is there one object per line?")
+            text = decode_text(raw, path, number).strip()
+            if not text:
+                continue
             row, end = decode_json(text, 0, path, number, where)
             require(end == len(text), f"{where} is not valid JSON: something follows the first value")
-            yield where, row
+        except UserError as error:
+            row = error
+        yield where, row
 
 
 def read_array(file, path):
@@ -433,7 +439,7 @@ READERS = {".json": read_array, ".json.gz": read_array, ".jsonl": read_lines, ".
 
 
 def read_objects(path):
-    """Yield (where, dict) for every row of a file or of an hf: data set; UserError names file and line."""
+    """Yield (where, dict) for every row of a file or of an hf: data set, or a UserError, which names file and line, in place of a dict."""
     if path.startswith("hf:") and not os.path.isfile(path):
         yield from read_hub(path)
         return
@@ -443,19 +449,20 @@ def read_objects(path):
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             for where, row in reader(file, path):
-                require(isinstance(row, dict), f"{where} is not a JSON object with named fields")
-                yield where, row
+                yield where, row if isinstance(row, (dict, UserError)) else UserError(f"{where} is not a JSON object with named fields")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read: {error}") from None
 
 
-def read_source(path, want, say):
-    """Rows of kind want from one file or hf: data set; says what it found and dropped."""
-    rows, rated, formats, dropped = [], [], Counter(), Counter()
-    for where, found in read_objects(path):
-        fields = ", ".join(repr(name[:40])[1:-1] for name in list(found)[:8]) or "none"
-        form = "no known format"
+def read_source(path, want, say, skip_bad=False):
+    """Rows of kind want from one file or hf: data set; says what it found and dropped. skip_bad: up to one row in a hundred may be unreadable."""
+    rows, rated, formats, dropped, bad = [], [], Counter(), Counter(), []
+    for number, (where, found) in enumerate(read_objects(path), 1):
+        form, fields = "no known format", "none"
         try:
+            if isinstance(found, UserError):
+                raise found
+            fields = ", ".join(repr(name[:40])[1:-1] for name in list(found)[:8]) or "none"
             for row in expand({name: value for name, value in found.items() if value is not None}):
                 form = recognise(row)
                 require(form and want in FORMATS[form][1], f"{where} doesn't hold {NEEDED[want]}; its fields are {fields}")
@@ -465,8 +472,13 @@ def read_source(path, want, say):
                     (rated if to_merge else rows).append(parse(row, form, want))
                 except BadRow as reason:
                     dropped[str(reason)] += 1
-        except (TypeError, OverflowError) as error:
-            raise UserError(f"{where}: {error} (read as {form}; its fields are {fields})") from None
+        except (TypeError, OverflowError, UserError) as error:
+            bad.append(error if isinstance(error, UserError) else UserError(f"{where}: {error} (read as {form}; its fields are {fields})"))
+            if not skip_bad:
+                raise bad[0] from None
+    if bad:
+        require(100 * len(bad) <= number, f"{path}: {len(bad)} of {number} rows can't be read, and --skip-bad leaves out one in a hundred at most; the first is {bad[0]}")
+        say(f"warning: {path}: left out {len(bad)} of {number} rows; the first is {bad[0]}")
     rows += merge(rated, want, dropped)
     reasons = [f"; dropped {n}: {reason}" for reason, n in dropped.most_common() if n]
     say(f"{path}: {sum(formats.values())} rows ({', '.join(formats) or 'no format'}), {len(rows)} kept as {want}"
@@ -522,14 +534,14 @@ def take_part(rows, part):
     return [row for row in rows if bisect.bisect(ends, unit_hash(row.text, "part ") * ends[-1]) + 1 == int(form[2])]
 
 
-def read_rows(spec, want, say=print, part=""):
+def read_rows(spec, want, say=print, part="", skip_bad=False):
     """Rows of kind want ('demonstrations', 'preferences', 'prompts') from what --data names: see `parse_sources`.
 
-    part: see `take_part`. Of a mixture come as many rows as its weights allow when no row is repeated.
+    part: see `take_part`; skip_bad: see `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
     """
     sources, found = parse_sources(str(spec)), []
     for path, _ in sources:
-        rows = read_source(path, want, say)
+        rows = read_source(path, want, say, skip_bad)
         if part:
             kept = take_part(rows, part)
             say(f"{path}: {len(kept)} of {len(rows)} rows are in part {part}")

@@ -409,7 +409,7 @@ def main(config):
     # prompts, and demonstrations for PPO-ptx
     world = toy.World(config.seed) if config.data == "toy" else None
     require(not (world and config.part), "--part is for files, not for the toy task")
-    rows = world.prompts("train") if world else split_by_prompt(read_rows(config.data, "prompts", run.say, config.part), config.val_fraction)[0]
+    rows = world.prompts("train") if world else split_by_prompt(read_rows(config.data, "prompts", run.say, config.part, config.skip_bad), config.val_fraction)[0]
     require(rows, f"--val-fraction {config.val_fraction} leaves no prompt")
     prompts = [(row, encode_prompt(tokenizer, row.prompt)) for row in rows]
     context = min(model.config.block_size for model in [policy_model, critic_model, *reward_models])
@@ -600,7 +600,7 @@ def main(config):
                     | ({"penalty_coef": penalty_coef} if config.policy_loss == "penalty" else {}),
                     show=("score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance"))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
-            for i in range(min(3, share)):
+            for i in range(0, share, max(1, share // 3))[:3]:
                 run.say(f"  sample: {questions[i]!r} -> {texts[i]!r} (score {scores[i]:.2f})")
         if config.kl_target > 0 and train_policy:
             kl_coef = adapt_kl_coef(kl_coef, means["kl"], config.kl_target, config.rollout_batch, config.kl_horizon)

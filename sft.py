@@ -70,7 +70,7 @@ def main(config):
         require(not config.part, "--part is for files, not for the toy task")
         rows, heldout = world.demonstrations("train"), world.demonstrations("heldout", per_prompt=2)
     else:
-        rows, heldout = split_by_prompt(read_rows(config.data, "demonstrations", run.say, config.part), config.val_fraction)
+        rows, heldout = split_by_prompt(read_rows(config.data, "demonstrations", run.say, config.part, config.skip_bad), config.val_fraction)
         require(rows, f"--val-fraction {config.val_fraction} leaves nothing to train on")
     model, tokenizer = open_model(config, GPT, config.dropout)
 

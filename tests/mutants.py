@@ -3,7 +3,7 @@
 A mutant is one replacement in one file. It is killed when a test fails that passes without it: the test that it names, or else any of
 the whole suite. Two are tried at a time, each in a copy of its own; the repository itself is never touched.
 
-    python tests/mutants.py            all of them: about 14 minutes on 2 busy cores
+    python tests/mutants.py            all of them: about 40 minutes on 2 busy cores
     python tests/mutants.py NAME...    those with these names, or with these words in them
     python tests/mutants.py --list     their names; like every run, exit code 1 if a replacement no longer fits its file
 """
@@ -194,7 +194,7 @@ MUTANTS = [
            "[False] + mask[i + 1:i + limit])",
            "mask[i:i + limit])"),
     Mutant("preferences: --part is ignored", "data.py", "test_data.py::test_preference_groups_take_the_part_and_hold_prompts_out",
-           'read_rows(config.data, "preferences", say, config.part)',
+           'read_rows(config.data, "preferences", say, config.part, config.skip_bad)',
            'read_rows(config.data, "preferences", say)'),
     Mutant("accuracy: ties count as right", "data.py", LOSSES,
            "((values[better] > values[worse]) + 0.5 * (values[better] == values[worse]))",
@@ -528,7 +528,7 @@ MUTANTS = [
            "-logprob * weight / tokens",
            "-logprob / tokens"),
     Mutant("sft: --part is ignored", "sft.py", "test_runs.py::test_training_takes_its_part_of_a_file_and_holds_prompts_out[sft]",
-           'read_rows(config.data, "demonstrations", run.say, config.part)',
+           'read_rows(config.data, "demonstrations", run.say, config.part, config.skip_bad)',
            'read_rows(config.data, "demonstrations", run.say)'),
 
     # -- reward.py
@@ -592,7 +592,7 @@ MUTANTS = [
 
     # -- ppo.py: prompts, scores
     Mutant("ppo: --part is ignored", "ppo.py", PROMPTS,
-           'read_rows(config.data, "prompts", run.say, config.part)',
+           'read_rows(config.data, "prompts", run.say, config.part, config.skip_bad)',
            'read_rows(config.data, "prompts", run.say)'),
     Mutant("ppo: --val-fraction is ignored", "ppo.py", PROMPTS,
            "run.say, config.part), config.val_fraction)[0]",

@@ -619,7 +619,7 @@ def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
 def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     tokenizer, said = toy.tokenizer(), []
     path = write(tmp_path / "a.jsonl", [PAIR | {"prompt": f"Cube {i}."} for i in range(300)] + [PAIR | {"prompt": "Cube 4." * 99}])
-    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, part="1/2:2", seed=0)
+    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="1/2:2", seed=0)
     train, val = data.preference_groups(config, tokenizer, 60, said.append)
     rows = [row for row, _ in train + val]
     assert 160 < len(rows) < 240 and 20 < len(val) < 60 and not {row.text for row, _ in train} & {row.text for row, _ in val}
@@ -649,7 +649,7 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
     assert examples[:kept] == [data.encode_demonstration(tokenizer, row) for row, length in zip(rows, lengths) if length <= limit]  # whole, not cut
     path = write(tmp_path / "a.jsonl", [{"prompt": chat(*(turn["content"] for turn in row.prompt)), "chosen": row.replies[0], "rejected": row.replies[1] + " !"}
                                         for row in rows[:200]])
-    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, part="", seed=0)
+    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="", seed=0)
     train, val = data.preference_groups(config, tokenizer, limit, SILENT)
     assert all(len(ids) <= limit and any(mask) for _, group in train + val for ids, mask in group)
     fitting = [row.text for row in formats.read_rows(path, "preferences", SILENT) if max(len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit]
@@ -938,3 +938,27 @@ def test_toy_tokenizer_has_a_token_for_nearly_every_answer():
     words = {w for item in toy.ITEMS for sentence in item.accepted for w in re.findall(r" [A-Za-z]{2,}", sentence)}
     single = [len(toy.tokenizer().encode(word)) == 1 for word in words]
     assert len(words) > 200 and np.mean(single) > 0.9
+
+
+@pytest.mark.case(18)
+def test_rows_that_cannot_be_read_are_left_out_if_asked_to_and_at_most_one_in_a_hundred(tmp_path):
+    good = [json.dumps({"prompt": f"p{i}", "completion": f"r{i}"}).encode() for i in range(297)]
+    ill = [b'{"prompt": "a", "completion"', b'{"prompt": "a", "completion": "\xff"}', b"[1]"]
+    path, said = tmp_path / "rows.jsonl", []
+    path.write_bytes(b"\n".join([*good[:16], ill[0], *good[16:200], ill[1], b"", *good[200:], ill[2]]) + b"\n")
+    rows = formats.read_rows(path, "demonstrations", said.append, skip_bad=True)
+    assert [row.replies[0] for row in rows] == [f"r{i}" for i in range(297)]
+    assert said[0].startswith(f"warning: {path}: left out 3 of 300 rows; the first is {path}:17 is not valid JSON")
+    with pytest.raises(UserError, match=r"rows.jsonl:17 is not valid JSON"):
+        formats.read_rows(path, "demonstrations", SILENT)
+    path.write_bytes(b"\n".join([*good[:296], *ill]))
+    with pytest.raises(UserError, match=r"3 of 299 rows can't be read, and --skip-bad leaves out one in a hundred at most; the first is .*:297 is not valid"):
+        formats.read_rows(path, "demonstrations", SILENT, skip_bad=True)
+
+
+@pytest.mark.case(18)
+def test_a_line_that_is_too_long_is_left_out_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "LONGEST", 100)
+    lines = [json.dumps({"prompt": f"p{i}", "completion": "r"}) for i in range(99)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:50], json.dumps({"prompt": "p", "completion": 1000 * "r"}), *lines[50:]]))
+    assert [row.text for row in formats.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)] == [f"p{i}" for i in range(99)]
