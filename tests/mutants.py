@@ -595,7 +595,7 @@ MUTANTS = [
            'read_rows(config.data, "prompts", run.say, config.part, config.skip_bad)',
            'read_rows(config.data, "prompts", run.say)'),
     Mutant("ppo: --val-fraction is ignored", "ppo.py", PROMPTS,
-           "run.say, config.part), config.val_fraction)[0]",
+           "run.say, config.part, config.skip_bad), config.val_fraction)[0]",
            "run.say, config.part), 0.0)[0]"),
     Mutant("missing end token: the other replies are judged", "ppo.py",
            "test_ppo.py::test_a_missing_end_token_is_judged_by_its_rule_and_replies_that_ended_keep_their_score",
