@@ -86,11 +86,20 @@ def test_after_a_fall_back_the_damaged_checkpoint_is_neither_previous_nor_best_a
     checkpoints = Checkpoints(tmp_path)
     step, said = found(checkpoints)
     assert step == 4 and "step_000006 is damaged (model.safetensors has changed" in said
-    write(checkpoints, 5, 0.2)
-    assert checkpoints.pointer() == {"latest": "step_000005", "previous": "step_000004"} | {"best": "step_000005", "best_value": 0.2}
-    assert checkpoints.all() == ["step_000005", "step_000004"]
-    write(checkpoints, 6, 0.8)
-    assert found(Checkpoints(tmp_path)) == (6, "") and checkpoints.pointer()["best"] == "step_000006"
+    write(checkpoints, 7, 0.2)
+    assert checkpoints.pointer() == {"latest": "step_000007", "previous": "step_000004", "best": "step_000007", "best_value": 0.2}
+    assert checkpoints.all() == ["step_000007", "step_000004"] and found(Checkpoints(tmp_path)) == (7, "")
+
+
+def test_what_a_damaged_checkpoint_was_is_computed_and_saved_again(tmp_path):
+    for step, value in ((2, 0.5), (4, 0.1), (6, 0.9)):
+        write(Checkpoints(tmp_path), step, value)
+    flip(tmp_path / "checkpoints" / "step_000006" / "state.json")
+    checkpoints = Checkpoints(tmp_path)
+    assert found(checkpoints)[0] == 4
+    write(checkpoints, 6, 0.9)
+    assert found(Checkpoints(tmp_path)) == (6, "") and not leftovers(tmp_path)
+    assert checkpoints.pointer() == {"latest": "step_000006", "previous": "step_000004", "best": "step_000006", "best_value": 0.9}
 
 
 def test_deleting_follows_no_link_and_touches_no_other_files(tmp_path):
