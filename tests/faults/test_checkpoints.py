@@ -9,13 +9,15 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 import runtime
-import saving
+import sft
 import tools
+from metrics import Metrics
 from saving import Checkpoints, damage
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -232,6 +234,17 @@ def check_killed_in_save(stage, out):
 
 
 @pytest.mark.case(2)
+def test_a_run_killed_before_its_last_model_was_shown_shows_it_when_resumed(root, unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(tools.Killed):
+        tools.at_stage("before the links", 6, tools.die, patch.setattr)
+        tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run")
+    model = tools.latest(tmp_path / "run") / "model.safetensors"
+    assert not (tmp_path / "run" / model.name).samefile(model)
+    assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run --resume") == 0
+    assert (tmp_path / "run" / model.name).samefile(model) and tools.same(unbroken["reward"], tmp_path / "run")
+
+
+@pytest.mark.case(2)
 @pytest.mark.parametrize("stage", tools.STAGES)
 def test_a_run_killed_inside_a_save_goes_on_from_a_whole_checkpoint(stage, root, unbroken, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(tools.Killed):
@@ -415,6 +428,16 @@ def test_a_process_that_may_write_no_large_files_trains_to_its_end_keeps_the_old
     assert tools.same(unbroken[script], tmp_path / "run")
 
 
+@pytest.mark.case(13)
+def test_rows_of_metrics_are_whole_though_the_disk_takes_some_bytes_at_a_time(tmp_path):
+    written, rows = Metrics(sft.Config(out=str(tmp_path)), 0, False), [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    file = written.file
+    written.file = SimpleNamespace(write=lambda data: file.write(data[:7]))
+    for number, row in enumerate(rows):
+        written.write(row, pytest.fail)
+        assert tools.metrics(tmp_path) == rows[:number + 1]
+
+
 Usage = collections.namedtuple("Usage", "total used free")
 
 
@@ -434,6 +457,15 @@ def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step_and_befor
 
 
 # -- odd output folders
+
+@pytest.mark.case(14)
+def test_overwrite_leaves_nothing_of_the_run_before(root, copy):
+    (copy / "notes.txt").write_text("mine")
+    (copy / "checkpoints" / ".writing-step_000009").mkdir()
+    assert tools.here("reward", root, "--steps 2 --overwrite", f"--out {copy}") == 0
+    assert Checkpoints(copy).all() == ["step_000002"] and not leftovers(copy) and tools.metrics(copy)[-1]["step"] == 2
+    assert (copy / "notes.txt").read_text() == "mine"
+
 
 @pytest.mark.case(14)
 @pytest.mark.parametrize("kind, said", [("a file", "is a file; name a folder"), ("below a file", "can't be written: Not a directory"), ("a link to nowhere", "can't be written: File exists"),

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ TRAINERS = ("sft", "reward", "dpo", "ppo")
 def write_gradients(script, words, file):
     """Run a trainer in this process, on all ranks; write the gradients {name: tensor} of each optimiser's first step to a file."""
     found, original, module = {}, runtime.Run.optimizer_step, importlib.import_module(script)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def optimizer_step(run, optimizer, *args):
         for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -36,7 +38,8 @@ def write_gradients(script, words, file):
         module.main(flags.parse_flags(module.Config, "", shlex.split(words)))
     finally:
         runtime.Run.optimizer_step = original
-        runtime.Run.current.lock and runtime.Run.current.lock.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if runtime.Run.current.main:
         save_file(found, file)
 
@@ -52,10 +55,11 @@ if __name__ == "__main__":  # one rank of those that the test below starts
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory):
-    """A folder with data whose rows, replies and numbers of replies differ in length, and models whose replies do: seven rows, so that one of two ranks has fewer."""
+    """A folder with seven rows of data, so that one of two ranks has fewer, of many lengths and numbers of replies; and models whose replies differ in length."""
     root = tmp_path_factory.mktemp("uneven")
     replies = ["No.", "It is good.", "It is sad, and so it is, and it was so before it was not."]
-    prompts = [f"Say {'please, ' * (5 * i % 7)}{word}." for i, word in enumerate(("river", "stone", "apple", "window", "garden", "pencil", "bridge", "candle"))]
+    words = ("river", "stone", "apple", "window", "garden", "pencil", "bridge", "candle")
+    prompts = [f"Say {'please, ' * (5 * i % 7)}{word}." for i, word in enumerate(words)]
     ranks = [[0, 1], [1, 0, 2], [0, 1, 1], [1, 0]]
     rows = {"demonstrations": [{"prompt": p, "response": replies[i % 3]} for i, p in enumerate(prompts[:7])],
             "rankings": [{"prompt": p, "completions": replies[i % 2:][:len(r)] if len(r) == 2 else replies, "ranks": r, "margin": 0.3 * i}
@@ -66,7 +70,6 @@ def uneven(tmp_path_factory):
     plan = "--threads 1 --val-fraction 0 --batch-tokens 100000 --warmup 1"
     for script, words in (("sft", f"{tools.TINY} --tokenizer toy --data {root}/demonstrations.json --steps 40 --lr 0.02"),
                           ("reward", f"--model {root}/sft --data {root}/rankings.json --steps 3")):
-        module = importlib.import_module(script)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tools, "PLAN", {script: plan})
             assert tools.here(script, root, words, f"--out {root}/{script}") == 0
@@ -76,10 +79,12 @@ def uneven(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plan(uneven):
     """Flags of a step of each trainer that takes all rows."""
-    rows = f"--model {uneven}/sft --val-fraction 0 --batch-tokens 100000 --warmup 1 --threads 1 --steps 1"
-    return {"sft": f"{rows} --data {uneven}/demonstrations.json", "reward": f"{rows} --data {uneven}/rankings.json", "dpo": f"{rows} --data {uneven}/rankings.json",
-            "ppo": f"--model {uneven}/sft --reward {uneven}/reward --data {uneven}/prompts.json --rollout-batch 8 --minibatches 1 --epochs 1 --warmup 1 --max-new-tokens 20 "
-                   f"--threads 1 --steps 1 --entropy-coef 0.01 --reward-norm scale --ptx-coef 0.5 --ptx-data {uneven}/demonstrations.json --ptx-tokens 100000"}
+    common = f"--model {uneven}/sft --warmup 1 --threads 1 --steps 1 --val-fraction 0"
+    rows = f"{common} --batch-tokens 100000"
+    return {"sft": f"{rows} --data {uneven}/demonstrations.json", "reward": f"{rows} --data {uneven}/rankings.json",
+            "dpo": f"{rows} --data {uneven}/rankings.json",
+            "ppo": f"{common} --reward {uneven}/reward --data {uneven}/prompts.json --rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 20 "
+                   f"--entropy-coef 0.01 --reward-norm scale --ptx-coef 0.5 --ptx-data {uneven}/demonstrations.json --ptx-tokens 100000"}
 
 
 @pytest.mark.case(25)
@@ -87,12 +92,14 @@ def plan(uneven):
 def test_gradients_of_uneven_rows_are_the_same_in_one_pass_row_by_row_on_two_ranks_and_in_shards(passes, uneven, plan, tmp_path):
     """Measured: 3e-7 (PPO: 1.4e-6 of gradients up to 7). Dividing by each pass's own count is wrong by 5e-2."""
     jobs, budgets = [], dict.fromkeys(TRAINERS, 1) | {"ppo": 50}  # so that one rank makes a pass less than the other
+
+    def job(script, name, budget, words=""):
+        return script, f"{plan[script]} --micro-batch-tokens {budget} {words} --out {tmp_path}/{script}-{name}", f"{tmp_path}/{script}-{name}.safetensors"
+
     for script in TRAINERS:
-        for kind, words in (("one", "--micro-batch-tokens 100000"), ("accumulated", "--micro-batch-tokens 1")):
-            write_gradients(script, f"{plan[script]} {words} --out {tmp_path}/{script}-{kind}", f"{tmp_path}/{script}-{kind}.safetensors")
-        budget = budgets[script] if passes == "many" else 100_000
-        jobs += [(script, f"{plan[script]} --micro-batch-tokens {budget} --parallel {parallel} --out {tmp_path}/{script}-{parallel}", f"{tmp_path}/{script}-{parallel}.safetensors")
-                 for parallel in ("ddp", "fsdp")]
+        write_gradients(*job(script, "one", 100_000))
+        write_gradients(*job(script, "accumulated", 1))
+        jobs += [job(script, parallel, budgets[script] if passes == "many" else 100_000, f"--parallel {parallel}") for parallel in ("ddp", "fsdp")]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run([*tools.TORCHRUN, __file__, tmp_path / "jobs.json"], env=tools.ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -163,7 +170,7 @@ def trajectories(tmp_path_factory):
 
 @pytest.mark.case(33)
 @pytest.mark.long
-@pytest.mark.parametrize("script, variant", [(script, variant) for script in TRAINERS for variant in VARIANTS if script == "ppo" or variant in list(VARIANTS)[:4]])
+@pytest.mark.parametrize("script, variant", [(script, variant) for script in TRAINERS for variant in list(VARIANTS)[:None if script == "ppo" else 4]])
 def test_thirty_steps_are_one_trajectory_without_drift_however_they_are_computed(script, variant, trajectories):
     """Differences relative to numbers above 1, absolute below. Measured (largest, mean of the signed ones): losses 6e-7, 3e-7, norms 3e-6, 1.3e-6;
     in PPO, where 30 rollouts follow from each other, 9e-6, 9e-7, norms 2.2e-5, 1.3e-6. Norms of one process itself are 2e-6 too small: float32 adds up
@@ -174,7 +181,7 @@ def test_thirty_steps_are_one_trajectory_without_drift_however_they_are_computed
     rows, others = trajectories[script], trajectories.run(script, f"{script}-{list(VARIANTS).index(variant)}", words, **options)
     assert [row.keys() for row in rows] == [row.keys() for row in others] and [row["step"] for row in rows] == [row["step"] for row in others]
     compared = {key for row in rows for key in row if not key.endswith(ROUNDED)}
-    assert {"grad_norm", *(("score", "kl", "policy_loss", "value_loss", "critic_grad_norm") if script == "ppo" else ("loss", "val_accuracy" if script == "reward" else "val_loss"))} - compared <= {"val_accuracy"}
+    assert compared > {"grad_norm"} | ({"score", "kl", "policy_loss", "value_loss", "critic_grad_norm"} if script == "ppo" else {"loss"})
     for key in compared:
         changes = [(other[key] - row[key]) / max(1, abs(row[key])) for row, other in zip(rows, others) if key in row]
         largest, mean = max(map(abs, changes)), statistics.mean(changes)

@@ -10,13 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import flags
-import runtime
 import saving
 import tools
 
 RUN = "--steps 24 --save-every 8 --micro-batch-tokens 200"
-TRAINERS = ("sft", "reward", "dpo", "ppo")
 
 
 def sharded(folder):
@@ -100,7 +97,8 @@ runtime.Run.backward = backward
 @pytest.mark.case(6)
 @pytest.mark.parametrize("script, parallel, what", [
     ("sft", "ddp", "os._exit(3)"), *[pytest.param(*values, marks=pytest.mark.long) for values in (
-        ("sft", "fsdp", "os._exit(3)"), ("ppo", "ddp", "os._exit(3)"), ("sft", "ddp", "time.sleep(600)"), ("sft", "fsdp", "time.sleep(600)"), ("ppo", "ddp", "time.sleep(600)"))]])
+        ("sft", "fsdp", "os._exit(3)"), ("ppo", "ddp", "os._exit(3)"),
+        ("sft", "ddp", "time.sleep(600)"), ("sft", "fsdp", "time.sleep(600)"), ("ppo", "ddp", "time.sleep(600)"))]])
 def test_a_rank_that_is_lost_ends_the_job_soon_is_named_and_costs_only_the_steps_since_the_last_checkpoint(script, parallel, what, root, tmp_path):
     words = f"--steps 6 --save-every 2 --parallel {parallel} --rank-timeout 10 --out {tmp_path}/run"
     said = tools.run(script, root, words, hook=LOST.format(what=what), launcher=tools.TORCHRUN, code=1)
@@ -158,7 +156,8 @@ runtime.Run.optimizer_step = optimizer_step
 @pytest.mark.parametrize("script, parallel, hook, code, named, steps", [
     ("ppo", "ddp", FLAWED, 0, "the score", [3]), ("ppo", "fsdp", FLAWED, 0, "the score", [3]),
     ("sft", "ddp", INFINITE, 0, "the gradient of policy.", [3]), ("reward", "fsdp", INFINITE, 0, "the gradient of reward.", [3]),
-    ("sft", "ddp", NAN, 1, "the weight policy.transformer.h.0.mlp.c_fc.weight", [3, 4]), ("dpo", "fsdp", NAN, 1, "the weight policy.transformer.h.0.mlp.c_fc.weight", [3, 4])])
+    ("sft", "ddp", NAN, 1, "the weight policy.transformer.h.0.mlp.c_fc.weight", [3, 4]),
+    ("dpo", "fsdp", NAN, 1, "the weight policy.transformer.h.0.mlp.c_fc.weight", [3, 4])])
 def test_what_is_not_finite_on_one_rank_is_skipped_by_both_and_named_wherever_it_is(script, parallel, hook, code, named, steps, root, tmp_path):
     words = "--reward-fn flawed:score" if script == "ppo" else "--eval-every 100"
     said = tools.run(script, root, f"--out {tmp_path}/run --steps 6 --max-skipped 1 --parallel {parallel}", words, hook=hook, launcher=tools.TORCHRUN, code=code)
@@ -166,7 +165,8 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_both_and_named_wherever_it
     assert [row["step"] for row in rows] == steps and all(row["why"].startswith(named) and row["examples"] for row in rows), rows
     assert len(re.findall("^warning: step", said, re.M)) == len(steps) and said.count("error: ") == code
     if code == 0:
-        assert all(tensor.isfinite().all() for part in contents(tmp_path / "run") for tensor in part.values()) and tools.latest(tmp_path / "run").name == "step_000006"
+        assert all(tensor.isfinite().all() for part in contents(tmp_path / "run") for tensor in part.values())
+        assert tools.latest(tmp_path / "run").name == "step_000006"
     else:
         assert "and more than --max-skipped 1 batches were skipped" in said and not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -174,7 +174,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_both_and_named_wherever_it
 # -- other settings
 
 @pytest.mark.case(26)
-@pytest.mark.parametrize("script", TRAINERS)
+@pytest.mark.parametrize("script", ["sft", "ppo", *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "dpo"))])
 def test_resuming_with_other_settings_or_data_lists_them_all_and_takes_them_if_told_to_but_never_another_shape(script, root, tmp_path, capsys):
     rows = (root / "preferences.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:100]))
@@ -216,7 +216,8 @@ def test_what_only_says_how_and_where_to_compute_may_change_without_a_word(root,
     assert tools.here("sft", root, words, "--steps 4 --save-every 2") == 0
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     (tmp_path / "other" / "checkpoints" / "latest.json").write_text('{"latest": "step_000002"}')
-    assert tools.here("sft", root, words, f"--out {tmp_path}/other --steps 4 --save-every 1 --log-every 2 --resume --checkpoint-activations --max-skipped 9 --rank-timeout 5") == 0
+    other = "--save-every 1 --log-every 2 --checkpoint-activations --max-skipped 9 --rank-timeout 5"
+    assert tools.here("sft", root, words, f"--out {tmp_path}/other --steps 4 --resume", other) == 0
     assert "going on with other settings" not in capsys.readouterr().out and equal(contents(tmp_path / "run"), contents(tmp_path / "other"))
 
 
