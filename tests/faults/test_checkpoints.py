@@ -459,10 +459,14 @@ def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step_and_befor
 # -- odd output folders
 
 @pytest.mark.case(14)
-def test_overwrite_leaves_nothing_of_the_run_before(root, copy):
+def test_overwrite_leaves_nothing_of_the_run_before_even_if_killed_before_its_first_save(root, copy, monkeypatch):
     (copy / "notes.txt").write_text("mine")
     (copy / "checkpoints" / ".writing-step_000009").mkdir()
-    assert tools.here("reward", root, "--steps 2 --overwrite", f"--out {copy}") == 0
+    with monkeypatch.context() as patch, pytest.raises(tools.Killed):
+        tools.at_stage("in the model", 2, tools.die, patch.setattr)
+        tools.here("reward", root, "--steps 2 --overwrite", f"--out {copy}")
+    assert found(Checkpoints(copy)) == (None, "") and not (copy / "model.safetensors").exists()
+    assert tools.here("reward", root, "--steps 2 --resume", f"--out {copy}") == 0
     assert Checkpoints(copy).all() == ["step_000002"] and not leftovers(copy) and tools.metrics(copy)[-1]["step"] == 2
     assert (copy / "notes.txt").read_text() == "mine"
 
