@@ -150,10 +150,11 @@ class Run(Optimizing):
             raise UserError(f"--out {self.out} can't be written: {error.strerror}") from None
 
     def say(self, text):
-        """Print on rank 0, without breaking the progress bar."""
+        """Print on rank 0, without breaking the progress bar. What can't be printed (to a file on a full disk) must not end the run."""
         if self.main:
-            tqdm.write(text)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                tqdm.write(text)
+                sys.stdout.flush()
 
     def begin(self, modules, optimizers, models, best=""):
         """Restore the run if --resume finds one, then open the output folder; called once every input has been checked.
@@ -249,7 +250,8 @@ class Run(Optimizing):
         if self.stop_signal and (self.world_size == 1 or now - self.signalled > 1):  # torchrun may send the terminal's a second time
             os._exit(128 + number)
         if not self.stop_signal and self.main:  # print would not be safe here: the signal may have come in the middle of one
-            os.write(2, b"\nstopping as soon as nothing is lost; once more stops at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping as soon as nothing is lost; once more stops at once\n")
         self.stop_signal, self.signalled = number, now
 
     def safe_point(self):

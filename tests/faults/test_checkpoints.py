@@ -1,5 +1,6 @@
 """Checkpoints under kill -9, damage, full disks and odd folders: whole or absent, and a resumed run ends in the bits of an unbroken one."""
 import collections
+import contextlib
 import fcntl
 import json
 import os
@@ -123,6 +124,10 @@ def test_deleting_follows_no_link_and_touches_no_other_files(tmp_path):
     checkpoints.clear()
     assert (mine / "thesis.txt").read_text() == "years of work"
     assert {path.name for path in checkpoints.root.iterdir()} == {"step_000000", ".writing-step_000009", "step_000077x", "notes", "step_12", "step_000001.bak"}
+
+
+def test_who_may_read_one_file_of_a_checkpoint_may_read_all(copy):
+    assert len({path.stat().st_mode for path in tools.latest(copy).iterdir()}) == 1
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
@@ -426,6 +431,18 @@ def test_a_process_that_may_write_no_large_files_trains_to_its_end_keeps_the_old
     assert found(Checkpoints(tmp_path / "run")) == (2, "") and not leftovers(tmp_path / "run")
     tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume")
     assert tools.same(unbroken[script], tmp_path / "run")
+
+
+@pytest.mark.case(13)
+def test_rows_and_what_is_printed_wait_until_the_last_checkpoint_has_room(root, unbroken, tmp_path, monkeypatch, disk):
+    """stdout is a file on the same disk, as it is with nohup."""
+    full_between(monkeypatch, disk, tmp_path / "run", 5, 99, 0)
+    original = Checkpoints.begin
+    monkeypatch.setattr(Checkpoints, "begin", lambda self, step: step == 6 and disk() or original(self, step))
+    with open(tmp_path / "log.txt", "w") as log, contextlib.redirect_stdout(log):
+        assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 0
+    assert tools.same(unbroken["reward"], tmp_path / "run")
+    assert "rows wait in memory" in (tmp_path / "log.txt").read_text() and "held-out accuracy" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.case(13)

@@ -146,6 +146,17 @@ def test_a_last_evaluation_that_was_cut_short_is_made_up_for_in_the_reward_model
         assert (folder / "evaluation.json").read_text() == (unbroken["reward"] / "evaluation.json").read_text()
 
 
+@pytest.mark.case(3)
+def test_a_signal_is_obeyed_where_nothing_can_be_printed(root, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise BrokenPipeError
+
+    watch(monkeypatch, (3, "pass"), send(signal.SIGTERM))
+    monkeypatch.setattr(os, "write", refuse)
+    assert tools.here("reward", root, FLAGS, f"--out {tmp_path}/run") == 143
+    assert Checkpoints(tmp_path / "run").newest(pytest.fail)[1]["step"] == 3
+
+
 # -- a second signal
 
 def end_at_once(code):
