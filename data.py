@@ -58,13 +58,32 @@ def ranked_pairs(rows):
 def ranking_accuracy(values, rows):
     """Share of the ranked pairs of some rows that values (N,), for their replies laid end to end, order right; ties count half.
 
-    Returns (accuracy, half the width of its 95 % interval); every prompt weighs the same, and they are what the interval is over.
+    Every row weighs the same. Returns (accuracy, lower and upper end of its 95 % interval). Rows of one prompt are no
+    independent trials, so the interval is Wilson's (1927) for as many trials as would spread the mean as the prompts do
+    (effective sample size; Korn and Graubard 1998): never more than there are pairs, so it doesn't collapse where all
+    prompts agree.
     """
-    better, worse, weight, _ = (t.numpy() for t in ranked_pairs(rows))
-    right = weight * ((values[better] > values[worse]) + 0.5 * (values[better] == values[worse]))
-    prompt = np.repeat(np.arange(len(rows)), [len(row.replies) for row in rows])[better]  # (P,)
-    per_prompt = np.bincount(prompt, right, len(rows))
-    return float(per_prompt.mean()), float(1.96 * per_prompt.std() / math.sqrt(len(rows)))
+    better, worse, _, _ = (t.numpy() for t in ranked_pairs(rows))
+    right = (values[better] > values[worse]) + 0.5 * (values[better] == values[worse])  # (P,)
+    row_of_reply = np.repeat(np.arange(len(rows)), [len(row.replies) for row in rows])  # (N,)
+    row_of_pair = row_of_reply[better]  # (P,)
+    per_row = np.bincount(row_of_pair, right, len(rows)) / np.bincount(row_of_pair, minlength=len(rows))
+    accuracy = per_row.mean()
+    _, prompt_of_row = np.unique([row.text for row in rows], return_inverse=True)
+    prompts = prompt_of_row.max() + 1
+    off = np.bincount(prompt_of_row, per_row - accuracy)  # (prompts,)
+    variance = (off**2).sum() / len(rows) ** 2 * prompts / max(1, prompts - 1)  # of the mean
+    trials = prompts if accuracy in (0, 1) or prompts == 1 else len(better)
+    if variance > 0:
+        trials = min(trials, accuracy * (1 - accuracy) / variance)
+    return float(accuracy), *wilson(accuracy, trials)
+
+
+def wilson(share, trials, z=1.96):
+    """Ends of the interval that holds the probability behind a share of trials, in 95 of 100 cases (Wilson 1927)."""
+    centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
 def drop_long(rows, lengths, limit, say=print):
@@ -91,7 +110,7 @@ def preference_groups(config, tokenizer, limit, say):
     if config.val_data:
         heldout = read_rows(config.val_data, "preferences", say)
     elif config.data != "toy":
-        rows, heldout = split_by_prompt(rows, config.val_fraction)
+        rows, heldout = split_by_prompt(rows, config.val_fraction, say)
 
     def encode(rows):
         groups = [(row, encode_group(tokenizer, row)) for row in rows]
@@ -110,33 +129,35 @@ def preference_groups(config, tokenizer, limit, say):
 WINDOW = 16  # batches' worth of examples that are sorted by length together
 
 
-def token_batches(lengths, budget, seed, epoch):
+def token_batches(lengths, budget, seed, epoch, rows=None):
     """One epoch of batches: lists of example numbers, each example once, rows * longest <= budget tokens.
 
+    lengths: tokens of each example, of the longest of its rows where it has several; rows: how many it has (None: one).
     Examples of like length share a batch (sorted within windows of a random order), so little is padding. A pure
     function of its arguments: resuming needs the epoch and the batch's number, nothing more. An example longer
     than the budget makes a batch of its own.
     """
     rng = np.random.default_rng([seed, epoch])
-    lengths = np.asarray(lengths)
+    lengths, rows = np.asarray(lengths), np.ones(len(lengths), int) if rows is None else np.asarray(rows)
     order = rng.permutation(len(lengths))
-    window = max(1, WINDOW * budget // int(lengths.mean()))
+    window = max(1, WINDOW * budget // int((lengths * rows).mean()))
     batches = []
     for start in range(0, len(order), window):
         part = order[start:start + window]
-        batches += micro_batches(part[np.argsort(lengths[part], kind="stable")], lengths, budget)
+        batches += micro_batches(part[np.argsort(lengths[part], kind="stable")], lengths, budget, rows)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def count_steps(config, lengths):
-    """--steps, or as many batches as --epochs passes over examples of these lengths make."""
-    return sum(len(token_batches(lengths, config.batch_tokens, config.seed, epoch)) for epoch in range(config.epochs)) or config.steps
+def count_steps(config, lengths, rows=None):
+    """--steps, or as many batches as --epochs passes over examples of these lengths and rows make (see `token_batches`)."""
+    epochs = [token_batches(lengths, config.batch_tokens, config.seed, epoch, rows) for epoch in range(config.epochs)]
+    return sum(map(len, epochs)) or config.steps
 
 
-def endless_batches(lengths, budget, seed, start=0):
+def endless_batches(lengths, budget, seed, start=0, rows=None):
     """Batches of epoch after epoch, from batch number `start` on: what an optimiser step trains on depends on its number alone."""
     for epoch in itertools.count():
-        batches = token_batches(lengths, budget, seed, epoch)
+        batches = token_batches(lengths, budget, seed, epoch, rows)
         yield from batches[start:]
         start = max(0, start - len(batches))
 
@@ -148,21 +169,25 @@ def endless_order(n, seed, start=0):
         start = 0
 
 
-def micro_batches(examples, lengths, budget):
-    """Cut examples, in their order, into pieces of at most budget padded tokens (at least one example each)."""
-    pieces, longest = [], 0
+def micro_batches(examples, lengths, budget, rows=None):
+    """Cut examples, in their order, into pieces of at most budget padded tokens (at least one example each).
+
+    lengths, rows: see `token_batches`. A piece is padded to its longest row, all rows of its examples.
+    """
+    pieces, longest, height = [], 0, 0
     for i in examples:
-        longest = max(longest, lengths[i])
-        if not pieces or longest * (len(pieces[-1]) + 1) > budget:
+        own = 1 if rows is None else rows[i]
+        longest, height = max(longest, lengths[i]), height + own
+        if not pieces or longest * height > budget:
             pieces.append([])
-            longest = lengths[i]
+            longest, height = lengths[i], own
         pieces[-1].append(int(i))
     return pieces
 
 
-def by_length(examples, lengths, budget):
+def by_length(examples, lengths, budget, rows=None):
     """micro_batches of examples sorted by length: the least padding; no order of pieces can change a summed loss."""
-    return micro_batches(sorted(examples, key=lambda i: (lengths[i], i)), lengths, budget)
+    return micro_batches(sorted(examples, key=lambda i: (lengths[i], i)), lengths, budget, rows)
 
 
 def pad_rows(rows, fill, device=None):

@@ -25,7 +25,7 @@ from adapters import prepare
 from checkpoint import open_model, save_model
 from data import collate, count_steps, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
 from model import GPT, show_samples, twin
-from flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig
+from flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
 from optim import adamw, scheduled_lr
 from runtime import Run, run_script
 
@@ -65,8 +65,10 @@ def preference_loss(log_ratios, better, worse, weight, beta, kind="dpo", label_s
         losses = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     elif kind == "ipo":
         losses = (gap - 1 / (2 * beta)).square()
-    else:
+    elif kind == "hinge":
         losses = (1 - h).clamp(min=0)
+    else:
+        raise ValueError(f"unknown loss {kind}")
     accuracy = (h > 0).float() + 0.5 * (h == 0).float()
     return (weight * losses).sum(), {"accuracy": (weight * accuracy).sum(), "margin": (weight * h).sum()}
 
@@ -86,6 +88,8 @@ def reply_logprobs(run, model, examples, budget, pad):
 
 def main(config):
     run = Run(config)
+    require(config.label_smoothing == 0 or config.loss == "dpo",
+            f"--label-smoothing is for --loss dpo; {config.loss} has no probability of a label to smooth")
     model, tokenizer = open_model(config, GPT)
     shared = config.lora_rank > 0 and config.parallel == "ddp"  # shards have one owner
     reference = twin(model, shared).requires_grad_(False)  # without the adapters that the policy gets
@@ -93,14 +97,18 @@ def main(config):
 
     # 1. rows to groups of encoded replies
     train, val = preference_groups(config, tokenizer, min(config.max_length or model.config.block_size, model.config.block_size), run.say)
-    lengths = [len(group) * max(len(ids) for ids, _ in group) for _, group in train]  # padded tokens of a group
+    lengths = [max(len(ids) for ids, _ in group) for _, group in train]
+    replies = [len(group) for _, group in train]
+    with_margin = sum(row.margin != 0 for row, _ in train)
+    if with_margin:
+        run.say(f"warning: {with_margin} rows have a margin, which only reward.py uses; it counts for nothing here")
 
     # 2. model, optimiser, reference log-probabilities of the prompts that the steps will visit
     policy, reference = run.parallel(model), run.parallel(reference)
     optimizer = adamw(model, config.lr, config.weight_decay)
-    config.steps = count_steps(config, lengths)
+    config.steps = count_steps(config, lengths, replies)
     first, _ = run.begin({"policy": model}, {"optimizer": optimizer}, {"": lambda folder: save_model(folder, model, tokenizer, config)}, best="-val_loss")
-    batches = endless_batches(lengths, config.batch_tokens, config.seed)
+    batches = endless_batches(lengths, config.batch_tokens, config.seed, rows=replies)
     plan = [next(batches) for _ in range(config.steps)]
     visited = sorted({i for batch in plan for i in batch})
     run.say(f"computing the reference's log-probabilities of {len(visited)} prompts' replies")
@@ -115,8 +123,9 @@ def main(config):
     def evaluate(step):
         ratios = reply_logprobs(run, model, val_examples, config.micro_batch_tokens, tokenizer.pad) - ref_val
         loss, result = preference_loss(ratios, *val_pairs[:2], val_pairs[2] / len(val), config.beta, config.loss, config.label_smoothing)
-        accuracy, interval = ranking_accuracy(ratios.numpy(), [r for r, _ in val])
-        run.log(step, {"val_loss": loss, "val_accuracy": accuracy, "val_accuracy_interval": interval, "val_margin": result["margin"]}, show=("val_accuracy",))
+        accuracy, low, high = ranking_accuracy(ratios.numpy(), [row for row, _ in val])
+        run.log(step, {"val_loss": loss, "val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high,
+                       "val_margin": result["margin"]}, show=("val_accuracy",))
         show_samples(run, model, tokenizer, [row for row, _ in val], config.max_new_tokens, run.seed_step(step))
 
     # 3. train
@@ -124,7 +133,7 @@ def main(config):
         run.seed_step(step)
         batch = plan[step]
         totals = {}
-        for piece, share in run.passes(run.split(batch, lengths, config.micro_batch_tokens), policy):
+        for piece, share in run.passes(run.split(batch, lengths, config.micro_batch_tokens, replies), policy):
             ids, mask, _ = collate([example for i in piece for example in train[i][1]], tokenizer.pad, run.device)  # (B, T)
             better, worse, weight, _ = (t.to(run.device, non_blocking=True) for t in ranked_pairs([train[i][0] for i in piece]))
             weight = weight * share / len(batch)

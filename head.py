@@ -1,6 +1,6 @@
 """From states and head to log-probabilities of tokens, with the gradient by hand: it costs what the products cost, and little memory.
 
-Shapes: N tokens, C width, V vocabulary, n tokens of a chunk.
+Shapes: N tokens, C width, V vocabulary, V' the same rounded up to 64, n tokens of a chunk.
 """
 import torch
 
@@ -11,8 +11,11 @@ IN_CACHE = 1 << 20  # numbers that a CPU's cache holds, so that several passes o
 class Head(torch.autograd.Function):
     """States and head to log-probabilities: product, softmax and their gradients in one buffer, a chunk of rows at a time.
 
-    The gradient needs q, the softmax, and gets it the cheapest way there is. summed: all tokens weigh the same, so it is
-    computed at once, while q is at hand. Few tokens: q is kept. Else the logits are computed again, a fourth product.
+    The gradient needs q, the softmax, and gets it the cheapest way there is:
+    at once   summed: all tokens weigh the same, so the gradient is computed while q is at hand
+    kept      few tokens: q stays
+    again     else the logits are computed again: three products of the forward pass's size become four
+    In float16 nothing is computed at once: a gradient that overflows must shrink with the loss, which is scaled later.
     """
 
     @staticmethod
@@ -21,31 +24,50 @@ class Head(torch.autograd.Function):
 
         dtype: of the products; learning: whether a backward pass may follow (inside a Function PyTorch doesn't tell).
         """
-        N, most = len(targets), max(1, LOGITS_AT_ONCE // len(weight))
+        N = len(targets)
+        most = max(1, LOGITS_AT_ONCE // len(weight))
         if N > 2 * most:
             most = max(1, most // 2)
-        rows = -(-N // -(-N // most)) if N > 0 else 1  # chunks of equal size
+        # chunks of equal size
+        rows = -(-N // -(-N // most)) if N > 0 else 1
         x, w, q = states.to(dtype), weight.to(dtype), None
         logprobs, entropy = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
-        gradients = [torch.zeros_like(t, dtype=torch.float32) if summed and learning and need else None for t, need in zip((x, w), ctx.needs_input_grad)]
+        ctx.at_once = summed and dtype != torch.float16
+        gradients = [None, None]
+        if ctx.at_once and learning:
+            gradients = zeros_where_needed((x, w), ctx.needs_input_grad)
         for at, q in chunks_of_softmax(x, w, rows, targets, logprobs, entropy if with_entropy else None):
-            if summed and learning:
-                add_head_gradients(gradients, at, q, x, w, targets, x.new_ones(N, dtype=torch.float32))
+            if ctx.at_once and learning:
+                add_head_gradients(gradients, at, q, x, w, targets, logprobs, x.new_ones(N, dtype=torch.float32))
         ctx.rows, ctx.dtypes = rows, (states.dtype, weight.dtype)
-        ctx.save_for_backward(*gradients if summed else (x, w, targets, entropy, q if rows == N else None))
+        kept = q if rows == N else None
+        ctx.save_for_backward(*gradients if ctx.at_once else (x, w, targets, logprobs, entropy, kept))
         return logprobs.sum() if summed else logprobs, entropy if with_entropy else None
 
     @staticmethod
     def backward(ctx, g, h):
         """g, h: gradients of logprobs and entropy, (N,) each; summed: g ()."""
-        if len(ctx.saved_tensors) == 2:
+        if ctx.at_once:
             gradients = [None if d is None else d * g for d in ctx.saved_tensors]
         else:
-            x, w, targets, entropy, kept = ctx.saved_tensors
-            gradients = [torch.zeros_like(t, dtype=torch.float32) if need else None for t, need in zip((x, w), ctx.needs_input_grad)]
-            for at, q in chunks_of_softmax(x, w, ctx.rows, targets) if kept is None else [(slice(None), kept)]:
-                add_head_gradients(gradients, at, q, x, w, targets, g, h, entropy)
-        return *(None if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes)), None, None, None, None, None
+            x, w, targets, logprobs, entropy, kept = ctx.saved_tensors
+            g = g.expand(len(targets))
+            gradients = zeros_where_needed((x, w), ctx.needs_input_grad)
+            chunks = chunks_of_softmax(x, w, ctx.rows, targets) if kept is None else [(slice(None), kept)]
+            for at, q in chunks:
+                add_head_gradients(gradients, at, q, x, w, targets, logprobs, g, h, entropy)
+        of_states, of_weight = (None if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes))
+        return of_states, of_weight, None, None, None, None, None
+
+
+def zeros_where_needed(tensors, needed):
+    """Zeros in fp32 like each tensor that a gradient is needed of, None for the others."""
+    return [torch.zeros_like(t, dtype=torch.float32) if need else None for t, need in zip(tensors, needed)]
+
+
+def float32_products(device):
+    """Whether the product of bfloat16 or float16 matrices can come out unrounded: on CUDA, from PyTorch 2.8."""
+    return device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def chunks_of_softmax(x, w, rows, targets, logprobs=None, entropy=None):
@@ -53,47 +75,58 @@ def chunks_of_softmax(x, w, rows, targets, logprobs=None, entropy=None):
 
     On the way write the log-probabilities of the targets (N,) and the entropies to logprobs and entropy (N,), if given.
     V' is V rounded up to 64, by columns of no probability: products with rows of 50,257 numbers can take 1.4 times as
-    long as with 50,304.
+    long as with 50,304. Products of bfloat16 round the logits to bfloat16 where `float32_products` are not to be had.
     """
-    V, width = len(w), -(-len(w) // 64) * 64
+    V, width, device = len(w), -(-len(w) // 64) * 64, x.device
+    wide = x.dtype != torch.float32 and float32_products(device)
     buffer = x.new_empty(rows, width)
-    block = max(1, IN_CACHE // width) if x.device.type == "cpu" else rows
+    all_logits = x.new_empty(rows, width, dtype=torch.float32) if wide else buffer
     for start in range(0, len(x), rows):
-        q = buffer[:len(x) - start]
-        torch.mm(x[start:start + rows], w.T, out=q[:, :V])
-        q[:, V:] = -1e4
-        for part, first in zip(q.split(block), range(start, len(x), block)):
+        q, logits = buffer[:len(x) - start], all_logits[:len(x) - start]  # (n, V')
+        if wide:
+            torch.mm(x[start:start + rows], w.T, out_dtype=torch.float32, out=logits[:, :V])
+        else:
+            torch.mm(x[start:start + rows], w.T, out=logits[:, :V])
+        logits[:, V:] = torch.finfo(logits.dtype).min
+        block = block_rows(logits)
+        for out, part, first in zip(q.split(block), logits.split(block), range(start, len(x), block)):
             at = slice(first, first + len(part))
-            z = part.float()  # (n, V'); for fp32 this is q itself, and the softmax is written over it
+            z = part.float()  # (n, V'); for fp32 these are the logits themselves, and the softmax is written over them
             if logprobs is None:
-                part.copy_(torch.softmax(z, -1, out=z))
+                out.copy_(torch.softmax(z, -1, out=z))
                 continue
-            top, logits = z.amax(-1), z.gather(1, targets[at, None]).squeeze(1)  # (n,)
-            copy = z.clone() if entropy is not None else None
+            # Relative to the most likely token, whose probability can't underflow: log p = z - top + log p_top. In this
+            # order a confident token keeps its digits, which z - (top - log p_top) would lose to the size of the logits.
+            top = z.amax(-1)  # (n,)
+            below = z.gather(1, targets[at, None]).squeeze(1) - top  # (n,)
+            distances = z - top[:, None] if entropy is not None else None
             torch.softmax(z, -1, out=z)
-            normaliser = top - z.amax(-1).log()  # from the most likely token, whose probability can't underflow
-            logprobs[at] = logits - normaliser
+            log_top = z.amax(-1).log()  # (n,)
+            logprobs[at] = below + log_top
             if entropy is not None:
-                entropy[at] = normaliser - torch.linalg.vecdot(z, copy)
-            part.copy_(z)
+                entropy[at] = -torch.linalg.vecdot(z, distances) - log_top
+            out.copy_(z)
         yield slice(start, start + len(q)), q
 
 
-def add_head_gradients(gradients, at, q, x, w, targets, g, h=None, entropy=None):
+def add_head_gradients(gradients, at, q, x, w, targets, logprobs, g, h=None, entropy=None):
     """Add a chunk's to the gradients [of x (N, C), of w (V, C)], where not None. q (n, V') is overwritten.
 
     g, h (N,): gradients of logprobs and entropy. d logprob / d logits = onehot - q;  d entropy / d logits = -q (log q + entropy).
+    The target's entry is computed from its log-probability: in bfloat16 q of a confident token is 1, and 1 - q nothing.
     """
     each, scale = torch.arange(len(q), device=x.device), -g[at, None]
+    log_p = logprobs[at]  # (n,)
     if h is None:  # g multiplies what is narrow below, not all of q
-        q[each, targets[at]] -= 1
+        q[each, targets[at]] = log_p.expm1().to(q.dtype)
     else:
         scale, d = -torch.ones_like(scale), torch.empty_like(q)
-        block = max(1, IN_CACHE // q.shape[1]) if x.device.type == "cpu" else len(q)
-        for part, out, entropies, of_entropy, of_logprob in zip(*(t.split(block) for t in (q, d, entropy[at, None], h[at, None], g[at, None]))):
+        columns = (t.split(block_rows(q)) for t in (q, d, entropy[at, None], h[at, None], g[at, None]))
+        for part, out, entropies, of_entropy, of_logprob in zip(*columns):
             z = part.float()
             out.copy_(torch.xlogy(z, z).addcmul_(z, entropies).mul_(of_entropy).addcmul_(z, of_logprob))
-        d[each, targets[at]] -= g[at].to(d.dtype)
+        of_target = log_p.exp() * (log_p + entropy[at]) * h[at] + log_p.expm1() * g[at]
+        d[each, targets[at]] = of_target.to(d.dtype)
         q = d
     V, C = w.shape
     of_x, of_w = gradients
@@ -109,9 +142,16 @@ def add_head_gradients(gradients, at, q, x, w, targets, g, h=None, entropy=None)
                 of_w[v] += q[:, :V][:, v].T @ x
 
 
+def block_rows(x):
+    """How many rows of x (n, V') are best passed over together."""
+    return max(1, IN_CACHE // x.shape[1]) if x.device.type == "cpu" else len(x)
+
+
 def token_logprobs(states, weight, targets, temperature=1.0, with_entropy=False, summed=False):
     """Log-probabilities of targets under softmax(states @ weight.T / temperature), in fp32.
 
+    Under autocast the products are in its dtype; what follows them is in fp32, and so are the logits themselves where
+    `float32_products` holds (elsewhere bfloat16 rounds them: at logits near -100 by up to 0.25).
     states (N, C), weight (V, C), targets (N,) -> logprobs (N,) and entropy (N,) in nats, or None; with summed, the sum ()
     of the logprobs and None, whose gradient costs less. The logits (N, V) never exist at once unless they are few.
     """

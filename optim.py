@@ -2,6 +2,7 @@
 import contextlib
 import json
 import math
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,11 @@ def scheduled_lr(step, steps, warmup, peak, schedule="cosine"):
     progress = (step - warmup) / max(1, steps - warmup)
     if schedule == "cosine":
         return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-    return peak * (1 - progress) if schedule == "linear" else peak
+    if schedule == "linear":
+        return peak * (1 - progress)
+    if schedule == "constant":
+        return peak
+    raise ValueError(f"unknown schedule {schedule}")
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
@@ -30,6 +35,15 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
+class Attempt(NamedTuple):
+    """An optimiser step that may not have been taken."""
+    bad: torch.Tensor  # () bool, it was not
+    norms: torch.Tensor  # (P,) of the gradients
+    parameters: list
+    batch: list  # the examples' numbers
+    scaler: torch.amp.GradScaler
+
+
 class Optimizing(Ranks):
     """The optimiser steps of a run. A subclass sets config, optimizers, parameter_names, state, out, step.
 
@@ -38,7 +52,9 @@ class Optimizing(Ranks):
 
     def __init__(self):
         super().__init__()
-        self.scalers, self.attempts, self.skipped, self.spikes, self.problem, self.clean = {}, [], 0, 0, "", False
+        self.scalers, self.attempts, self.problem, self.clean = {}, [], "", False
+        self.skipped = 0  # steps that were not taken,
+        self.counted = 0  # and those among them that --max-skipped counts
 
     def _scaler(self, optimizer):
         """The optimiser's gradient scaler; it does nothing unless products are in float16."""
@@ -69,13 +85,12 @@ class Optimizing(Ranks):
         bad = ~norm.isfinite()
         if self.config.skip_sigma > 0:
             bad = bad | self._spikes(optimizer, norm)
-        if not scaler.is_enabled():  # float16's scaler skips by itself, and lowers the scale
-            self.attempts.append((bad, norms, parameters, batch))
-            if optimizer.defaults["fused"]:
-                optimizer.found_inf = bad.float()
+        self.attempts.append(Attempt(bad, norms, parameters, batch, scaler))
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = bad.float()
         if optimizer.defaults["fused"] or not bad:
-            scaler.step(optimizer)
-            scaler.update()
+            optimizer.step()
+        scaler.update()  # lowers the loss scale if `unscale_` met what is not finite, whatever `bad` says
         optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -94,29 +109,46 @@ class Optimizing(Ranks):
         bad = ~values.isfinite()
         if not self.any_rank(bool(bad.any())):
             return True
-        self._report(what, [i for i, b in zip(batch, bad.tolist()) if b], bool(bad.any()))
+        odd = [i for i, b in zip(batch, bad.tolist()) if b]
+        self._report(f"{what} is not finite", odd, True, bool(odd))
         return False
 
     def _look(self):
         """Report the optimiser steps since the last look that were not taken."""
         attempts, self.attempts = self.attempts, []
-        if attempts:
-            for skipped, (_, norms, parameters, batch) in zip(torch.stack([bad for bad, *_ in attempts]).tolist(), attempts):
-                if skipped:
-                    bad = self.all_max(torch.stack([~local(p).isfinite().all() for p in self.parameter_names]).float())  # each rank may see its shards alone
-                    broken = [name for name, found in zip(self.parameter_names.values(), bad.tolist()) if found]
-                    odd = (~norms.isfinite()).nonzero()
-                    gradient = self.parameter_names[parameters[odd[0].item()]] if len(odd) else ""
-                    self._report(f"the weight {broken[0]}" if broken else f"the gradient of {gradient}" if gradient else "", batch, self.main)
+        if not attempts:
+            return
+        for bad, attempt in zip(torch.stack([attempt.bad for attempt in attempts]).tolist(), attempts):
+            if bad:
+                why, counts = self._culprit(attempt)
+                self._report(why, attempt.batch, counts, self.main)
 
-    def _report(self, what, batch, show):
-        self.skipped, self.spikes = self.skipped + bool(what), self.spikes + (not what)
-        limit = self.config.max_skipped
-        text = f"{what} is not finite" if what else f"the gradient's norm is more than --skip-sigma {self.config.skip_sigma:g} deviations above the last ones"
-        shown = ", ".join(map(str, batch[:8])) + (", ..." if len(batch) > 8 else "")
+    def _culprit(self, attempt):
+        """(why a step was not taken, whether --max-skipped counts it). All ranks call: each may see its shards alone."""
+        broken = torch.stack([~local(p).isfinite().all() for p in self.parameter_names]).float()
+        for name, found in zip(self.parameter_names.values(), self.all_max(broken).tolist()):
+            if found:
+                return f"the weight {name} is not finite", True
+        odd = (~attempt.norms.isfinite()).nonzero()
+        if len(odd) == 0:
+            return f"the gradient's norm is more than --skip-sigma {self.config.skip_sigma:g} deviations above the last ones", False
+        name = self.parameter_names[attempt.parameters[odd[0].item()]]
+        scale = attempt.scaler.get_scale()
+        if attempt.scaler.is_enabled() and scale >= 1:  # the loss is scaled up until something overflows, and then down again
+            return f"the gradient of {name} overflowed float16; the loss is scaled by {scale:g} from now on", False
+        return f"the gradient of {name} is not finite", True
+
+    def _report(self, why, batch, counts, show):
+        """Say that a batch changed nothing, and end the run if that has happened too often. show: whether this rank says it."""
+        self.skipped += 1
+        self.counted += counts
         if show:
-            tqdm.write(f"warning: step {self.step + 1}: {text}; this batch changed nothing (examples {shown}; all are in skipped.jsonl). Skipped so far: {self.skipped + self.spikes}")
+            shown = ", ".join(map(str, batch[:8])) + (", ..." if len(batch) > 8 else "")
+            tqdm.write(f"warning: step {self.step + 1}: {why}; this batch changed nothing (examples {shown}; all are in "
+                       f"skipped.jsonl). Skipped so far: {self.skipped}")
             with contextlib.suppress(OSError), open(self.out / "skipped.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": self.step + 1, "why": text, "examples": list(batch)}) + "\n")
-        if self.skipped > limit and what:
-            self.problem = f"step {self.step + 1}: {text}, and more than --max-skipped {limit} batches were skipped; lower the learning rate, or look at the data"
+                f.write(json.dumps({"step": self.step + 1, "why": why, "examples": list(batch)}) + "\n")
+        limit = self.config.max_skipped
+        if counts and self.counted > limit:
+            self.problem = (f"step {self.step + 1}: {why}, and more than --max-skipped {limit} batches were skipped; "
+                            "lower the learning rate, or look at the data")

@@ -55,12 +55,8 @@ Left out: a trunk shared by policy and critic, a value behind the end of cut-off
 Legend: B replies on this rank, T tokens, V vocabulary.
 """
 import copy
-import importlib
-import inspect
 import json
 import math
-import os
-import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,8 +67,9 @@ import toy
 from adapters import prepare
 from checkpoint import load_model, open_model, save_model
 from data import by_length, collate, drop_long, encode_demonstrations, endless_batches, endless_order
-from flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, UserError, require
+from flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
 from formats import read_rows, split_by_prompt
+from judges import check_functions, reward_function, short_names
 from model import GPT, ScalarModel, generate, last_scores, twin, uniforms, values_before
 from ranks import fill_up
 from optim import adamw, scheduled_lr
@@ -140,6 +137,7 @@ class Config(RunConfig):
     sample_every: Count = 20  # rollouts between printed samples
 
 
+ROUNDING = 1e-6  # relative: fp32 numbers that differ by less are taken to be equal
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}  # largest |log ratio| that rounding explains
 
 
@@ -168,9 +166,13 @@ def normalise_scores(scores, moments, kind, clip):
 
     moments as from `update_moments`; clip 0 is off. Zheng et al. 2023 (Secrets of RLHF I), eq. 17 and section 5.3.1.
     """
+    if kind not in ("none", "scale", "standard"):
+        raise ValueError(f"unknown normalisation {kind}")
     if kind != "none":
         count, mean, squares = moments
-        deviation = math.sqrt(squares / max(1, count - 1)) or 1.0  # all scores equal so far
+        deviation = math.sqrt(squares / max(1, count - 1))
+        if deviation <= ROUNDING * abs(mean):  # all scores have been equal so far, and their fp32 mean is not quite theirs
+            deviation = 1.0
         scores = (scores - (mean if kind == "standard" else 0.0)) / (deviation + 1e-8)
     return scores.clamp(-clip, clip) if clip > 0 else scores
 
@@ -182,18 +184,24 @@ def kl_estimate(logprobs, ref_logprobs, kind):
         return log_ratio
     if kind == "k2":
         return log_ratio.square() / 2
-    return torch.expm1(-log_ratio) + log_ratio
+    if kind == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"unknown KL estimator {kind}")
 
 
-def steps_mask(mask, reward_at):
+def steps_mask(mask, reward_at, all_max=lambda t: t):
     """Which positions get a reward and a value: the response, mask (B, T), and for `next` one more, but not for the longest replies.
 
-    (TRL pads replies to the longest one, and what fills that width has no room behind it.) The last column of mask is free.
+    (TRL pads replies to the longest one of the rollout, and what fills that width has no room behind it.) The last column
+    of mask is free. all_max: the maximum over all ranks.
     """
     if reward_at == "eos":
         return mask
+    if reward_at != "next":
+        raise ValueError(f"unknown place of the reward {reward_at}")
     length = mask.sum(1, keepdim=True)  # (B, 1)
-    return mask | (F.pad(mask, (1, 0))[:, :-1] & (length < length.max()))
+    longest = all_max(length.max())
+    return mask | (F.pad(mask, (1, 0))[:, :-1] & (length < longest))
 
 
 def shaped_rewards(scores, kl, steps, kl_coef):
@@ -225,6 +233,8 @@ def gae(rewards, values, steps, gamma, lam):
 
 def whiten(x, mask, all_sum=lambda t: t, variance="population"):
     """Shift and scale x (B, T) to mean 0 and variance 1 (population, or sample: over n - 1) over the mask of all ranks; zero elsewhere."""
+    if variance not in ("population", "sample"):
+        raise ValueError(f"unknown variance {variance}")
     x = torch.where(mask, x, 0.0)
     total, count = all_sum(torch.stack([x.sum(), mask.sum().to(x.dtype)]))
     mean = total / count.clamp(min=1)
@@ -237,6 +247,17 @@ def variance(x, mask, all_sum=lambda t: t):
     """Variance of x (B, T) over the mask of all ranks."""
     count, total = all_sum(torch.stack([mask.sum(), (x * mask).sum()]))
     return all_sum(((x - total / count).square() * mask).sum()) / count
+
+
+def explained_variance(values, returns, mask, all_sum=lambda t: t):
+    """Share of the returns' variance that the values explain, 1 - var(returns - values) / var(returns), all (B, T).
+
+    0 where the returns don't vary, beyond the rounding of their mean: then there is nothing to explain.
+    """
+    size = all_sum((returns.square() * mask).sum()) / all_sum(mask.sum()).clamp(min=1)
+    spread = variance(returns, mask, all_sum)
+    share = 1 - variance(returns - values, mask, all_sum) / spread
+    return torch.where(spread > ROUNDING**2 * size, share, 0.0)
 
 
 # The losses are sums over the mask divided by tokens: the count of the whole minibatch, over all micro-batches and ranks.
@@ -252,6 +273,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="cl
     kl = torch.expm1(log_ratio) - log_ratio  # unbiased, in its gradient too: the tokens were drawn from old
     if kind == "penalty":
         loss = -advantages * ratio + penalty_coef * kl
+    elif kind != "clip":
+        raise ValueError(f"unknown policy loss {kind}")
     else:
         loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
         if dual_clip > 0:
@@ -325,28 +348,10 @@ def diagnose(history, kl_limit):
     return found
 
 
-def reward_function(spec, device):
-    """What --reward-fn module:function names, as f(prompts, replies, answers) -> scores (B,); whatever goes wrong in it is a UserError."""
-    module, _, name = spec.partition(":")
-    require(module and name, f"--reward-fn {spec}: write module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # found from the working directory
-    try:
-        function = getattr(importlib.import_module(module), name)
-        wants_answers = len(inspect.signature(function).parameters) > 2
-    except Exception as error:  # a module of the user's may fail in any way
-        raise UserError(f"--reward-fn {spec} can't be imported ({type(error).__name__}: {error})") from None
-
-    def scores_of(*texts):  # prompts, replies, answers
-        try:
-            with torch.no_grad():
-                scores = torch.as_tensor(function(*texts[:3 if wants_answers else 2]), dtype=torch.float32, device=device).detach()
-        except Exception as error:
-            raise UserError(f"--reward-fn {spec} failed ({type(error).__name__}: {error}); it is given lists of text: prompts, replies and, if it takes three, answers") from None
-        require(scores.shape == (len(texts[1]),), f"--reward-fn {spec} must return one finite number for each of {len(texts[1])} replies, got shape {tuple(scores.shape)}")
-        return scores
-
-    return scores_of
+def average_of(policy, shares):
+    """A copy of the policy to average its weights in. shares: what is frozen stays the policy's own."""
+    frozen = {id(p): p for p in policy.parameters() if shares and not p.requires_grad}
+    return copy.deepcopy(policy, frozen).requires_grad_(False)
 
 
 def main(config):
@@ -370,37 +375,51 @@ def main(config):
 
     # the models: policy, reference, what scores, critic
     policy_model, tokenizer = open_model(config, GPT)
-    lora = config.lora_rank > 0 and config.parallel == "ddp"  # then what is frozen is shared: reference and policy, reward model and critic (but shards have one owner)
-    reference = twin(policy_model, lora).requires_grad_(False).eval()
+    # With adapters, what is frozen is shared: the reference is the policy without them, and the reward model the critic
+    # without its own. (Shards have one owner, so there each model is whole.)
+    shares = config.lora_rank > 0 and config.parallel == "ddp"
+    reference = twin(policy_model, shares)
     sources = config.reward + config.reward_fn
-    require(len(config.reward_weights) in (0, len(sources)), f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
+    require(len(config.reward_weights) in (0, len(sources)),
+            f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
     require(all(map(math.isfinite, config.reward_weights)), "--reward-weights must be finite numbers")
     weights = torch.tensor(config.reward_weights or [1.0] * len(sources), device=run.device)  # (sources,)
-    reward_models, reward_fns = [], [reward_function(spec, run.device) for spec in config.reward_fn]
+    reward_fns = [reward_function(spec, run.device) for spec in config.reward_fn]
+    reward_models = []
     for folder in config.reward:
         reward_model, reward_tokenizer = load_model(folder, ScalarModel, allow_pickle=config.allow_pickle)
         require(reward_tokenizer.same_as(tokenizer), f"--reward {folder} has another tokenizer than --model {config.model}")
         reward_models.append(reward_model)
-    critic_init = config.critic_init if config.critic_init != "auto" else "reward" if config.reward else "zero"
+    critic_init = config.critic_init
+    if critic_init == "auto":
+        critic_init = "reward" if config.reward else "zero"
     require(critic_init != "reward" or config.reward, "--critic-init reward needs a --reward folder; use sft or zero")
     if critic_init == "reward":
-        critic_model = twin(reward_models[0], lora)
+        critic_model = twin(reward_models[0], shares)
     else:
         torch.manual_seed(config.seed)
-        critic_model = ScalarModel.from_trunk(policy_model, lora)
+        critic_model = ScalarModel.from_trunk(policy_model, shares)
         if critic_init == "zero":
             torch.nn.init.zeros_(critic_model.score.weight)
-    for model in reward_models + [reference]:
-        if not (lora and (model is reference or (critic_init == "reward" and model is reward_models[0]))):
-            model.to(getattr(torch, config.frozen_dtype))
-            if config.frozen_device == "same":
-                run.parallel(model.requires_grad_(False))
+    sharing = []
+    if shares:
+        sharing = [reference] + (reward_models[:1] if critic_init == "reward" else [])
+    for model in [reference, *reward_models]:
         model.requires_grad_(False).eval()
-    prepare(policy_model, config), prepare(critic_model, config)
-    ema = copy.deepcopy(policy_model, {id(p): p for p in policy_model.parameters() if not p.requires_grad and lora}).requires_grad_(False) if config.ema > 0 else None
+        if any(model is other for other in sharing):
+            model.to(run.device)  # its weights are the trained model's; what it has alone, a head, has to move as well
+            continue
+        model.to(getattr(torch, config.frozen_dtype))
+        if config.frozen_device == "same":
+            run.parallel(model)
+    prepare(policy_model, config)
+    prepare(critic_model, config)
+    ema = average_of(policy_model, shares) if config.ema > 0 else None
     policy, critic = run.parallel(policy_model), run.parallel(critic_model)
-    policy_optimizer, critic_optimizer = (adamw(m, lr, eps=1e-5) for m, lr in ((policy_model, config.lr), (critic_model, config.critic_lr)))
-    modules, optimizers = {"policy": policy_model, "critic": critic_model}, {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    policy_optimizer = adamw(policy_model, config.lr, eps=1e-5)
+    critic_optimizer = adamw(critic_model, config.critic_lr, eps=1e-5)
+    modules = {"policy": policy_model, "critic": critic_model}
+    optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
     save = {"": lambda folder: save_model(folder, policy_model, tokenizer, config)}
     if ema:
         modules["ema"] = run.parallel(ema)
@@ -422,9 +441,8 @@ def main(config):
         ptx = encode_demonstrations(tokenizer, rows, context, run.say)
         ptx_lengths = [len(ids) for ids, _ in ptx]
 
-    for spec, function in zip(config.reward_fn, reward_fns):  # a mistake in it should show before anything is written
-        trial = function([prompts[0][0].text], ["a trial"], [prompts[0][0].answer])
-        require(trial.isfinite().all(), f"--reward-fn {spec} must return one finite number for each reply, got {trial.item()}")
+    # a mistake in a function should show before anything is written
+    check_functions(config.reward_fn, reward_fns, [row for row, _ in prompts], run.say)
     first, state = run.begin(modules, optimizers, save, best="reward")
     kl_coef, penalty_coef, moments = (state.get(name, start) for name, start in
                                       (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
@@ -452,7 +470,7 @@ def main(config):
         texts, questions = rollout.texts(tokenizer), [prompts[i][0].text for i in chosen]
         if config.reward_at == "next":
             ids, mask = F.pad(ids, (0, 1), value=tokenizer.pad), F.pad(mask, (0, 1))
-        steps = steps_mask(mask, config.reward_at)  # (B, T)
+        steps = steps_mask(mask, config.reward_at, run.all_max)  # (B, T)
         size = (lengths + steps.sum(1) - mask.sum(1)).tolist()
         host_mask, host_steps, host_lengths = mask.cpu(), steps.cpu(), lengths.cpu()  # see token_index
         clock.append(run.clock())
@@ -486,7 +504,7 @@ def main(config):
 
         # 4. advantages
         advantages, returns = gae(rewards, old_values, steps, config.gamma, config.lam)
-        explained = 1 - variance(returns - old_values, steps, run.all_sum) / variance(returns, steps, run.all_sum).clamp(min=1e-8)
+        explained = explained_variance(old_values, returns, steps, run.all_sum)
         if config.whiten != "none":
             advantages = whiten(advantages, mask, run.all_sum, config.whiten)
         if config.advantage_clip > 0:
@@ -570,7 +588,7 @@ def main(config):
             "entropy": entropy.sum() / all_tokens * run.world_size, "value": old_values.sum() / all_tokens * run.world_size,
             "ref_nll": -ref_logprobs.sum() / all_tokens * run.world_size}
         if len(sources) > 1:
-            replies |= {f"score_{i + 1}": part.mean() for i, part in enumerate(parts)}
+            replies |= {f"score_{name}": part.mean() for name, part in zip(short_names(sources), parts)}
         if world:
             gold = [world.gold(*reply) for reply in zip(questions, texts, ended.tolist())]
             replies["gold"] = torch.tensor(gold, device=run.device).mean()

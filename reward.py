@@ -83,14 +83,14 @@ def score_replies(run, model, groups, budget, pad):
 def evaluate(scores, rows):
     """How well scores order the replies of held-out rows.
 
-    Returns accuracy (share of ranked pairs in the right order, ties half) and the half width of its 95 % interval;
+    Returns accuracy (share of ranked pairs in the right order, ties half) and its 95 % interval [low, high];
     length_accuracy (that of taking the longer reply, or the shorter one, whichever is more often right); bayes_accuracy
     (that of the true scores, where the rows have them: what label noise allows); pairs; calibration (for ten bins of
     sigma(|difference|), the mean prediction and the share that came true); length_correlation (of score and characters).
     """
     better, worse, _, _ = (t.numpy() for t in ranked_pairs(rows))
     replies = np.array([len(reply) for row in rows for reply in row.replies])
-    accuracy, interval = ranking_accuracy(scores, rows)
+    accuracy, *interval = ranking_accuracy(scores, rows)
     by_length_alone = ranking_accuracy(replies, rows)[0]
     result = {"accuracy": accuracy, "accuracy_interval": interval, "length_accuracy": max(by_length_alone, 1 - by_length_alone), "pairs": len(better)}
     if all(row.gold for row in rows):
@@ -114,7 +114,8 @@ def main(config):
     # 1. rows to groups of encoded replies
     limit = min(config.max_length or model.config.block_size, model.config.block_size)
     train, val = preference_groups(config, tokenizer, limit, run.say)
-    lengths = [len(group) * max(len(ids) for ids, _ in group) for _, group in train]  # padded tokens of a group
+    lengths = [max(len(ids) for ids, _ in group) for _, group in train]
+    replies = [len(group) for _, group in train]
     shifts = model.can_shift and config.lora_save == "merged"
     if not shifts:
         run.say("scores stay as they are: an adapter, or a last norm without bias (RMSNorm), has no weight that could make 0 mean a demonstration")
@@ -132,7 +133,7 @@ def main(config):
     prepare(model, config)
     reward = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
-    config.steps = count_steps(config, lengths)
+    config.steps = count_steps(config, lengths, replies)
     result = {}  # of the last evaluation
 
     def write(folder):
@@ -150,7 +151,7 @@ def main(config):
         run.log(step, {f"val_{name}": result[name] for name in ("accuracy", "bayes_accuracy") if name in result}, show=("val_accuracy",))
 
     first, _ = run.begin({"reward": model}, {"optimizer": optimizer}, {"": write}, best="val_accuracy")
-    batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
+    batches = endless_batches(lengths, config.batch_tokens, config.seed, first, replies)
     model.train()
 
     # 3. train
@@ -158,7 +159,7 @@ def main(config):
         run.seed_step(step)
         batch = next(batches)
         totals = {}
-        for piece, share in run.passes(run.split(batch, lengths, config.micro_batch_tokens), reward):
+        for piece, share in run.passes(run.split(batch, lengths, config.micro_batch_tokens, replies), reward):
             ids, _, ends = collate([example for i in piece for example in train[i][1]], tokenizer.pad, run.device)  # (B, T)
             better, worse, weight, margin = (t.to(run.device, non_blocking=True) for t in ranked_pairs([train[i][0] for i in piece]))
             with run.autocast():
@@ -173,7 +174,8 @@ def main(config):
             run.log(step + 1, {name: run.all_sum(value) for name, value in totals.items()} | {"lr": lr, "grad_norm": grad_norm}, show=("loss", "accuracy", "gap"))
     if result:
         bayes = f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""
-        run.say(f"held-out accuracy {result['accuracy']:.3f} +- {result['accuracy_interval']:.3f} (95 %), "
+        low, high = result["accuracy_interval"]
+        run.say(f"held-out accuracy {result['accuracy']:.3f} (95 %: {low:.3f} to {high:.3f}), "
                 f"by length alone {result['length_accuracy']:.3f}{bayes}")
         run.say("calibration (predicted -> came true): " + "  ".join(f"{b['predicted']:.2f} -> {b['observed']:.2f}" for b in result["calibration"]))
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import ppo
 import tools
 from checkpoint import load_model, save_model
 from adapters import LORA_TARGETS, LoRALinear, merged_weights, prepare
@@ -342,6 +343,18 @@ def test_a_reference_that_is_the_model_without_its_adapters_equals_one_of_its_ow
     assert shared[-1]["margin"] > 0.01 if name == "dpo" else shared[-1]["kl"] > 0.001  # the policy has left the reference
     a, b = (weights(tmp_path / folder, GPT) for folder in ("shared", "apart"))
     assert all((a[key] - b[key]).abs().max() <= 1e-6 for key in a)
+
+
+@pytest.mark.parametrize("init", ["reward", "sft"])
+def test_with_adapters_every_frozen_model_goes_to_the_device_with_its_head(init, root, tmp_path, monkeypatch):
+    """The reward model shares its trunk with the critic; its head is its own and has to move, too."""
+    moved, to = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *args, **options: moved.append((module, args)) or to(module, *args, **options))
+    reward_models = []
+    monkeypatch.setattr(ppo, "load_model", lambda *args, **options: reward_models.append(load_model(*args, **options)) or reward_models[-1])
+    run("ppo", root, tmp_path / "run", f"--lora-rank 2 --critic-init {init} --steps 1")
+    (reward_model, _), = reward_models
+    assert (torch.device("cpu"),) in [args for module, args in moved if module is reward_model]
 
 
 def test_ppos_frozen_models_may_lie_on_the_cpu_in_bf16(root, tmp_path):

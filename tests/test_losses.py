@@ -1,14 +1,17 @@
 """Losses and estimators against closed forms, enumeration and slow loops. B replies, T tokens, P pairs."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data import ranked_pairs
+from data import ranked_pairs, ranking_accuracy
 from formats import Row
 from dpo import preference_loss
-from ppo import adapt_kl_coef, gae, kl_estimate, policy_loss, shaped_rewards, value_loss, whiten
+from optim import scheduled_lr
+from ppo import adapt_kl_coef, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss, shaped_rewards
+from ppo import steps_mask, value_loss, whiten
 from reward import evaluate, ranking_loss
 
 torch.set_default_dtype(torch.float32)
@@ -74,6 +77,40 @@ def test_held_out_accuracy_bayes_accuracy_and_calibration_are_counted_right():
     assert evaluate(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), swapped)["accuracy"] == pytest.approx(0.5 / 3)
 
 
+def test_the_interval_of_an_accuracy_is_over_prompts_and_does_not_collapse():
+    """Wilson's for 34 of 34 is 0.8985 to 1 (by hand: 1 / (1 + 1.96^2 / 34)); the same prompt again and again is one trial."""
+    prompts = [[{"role": "user", "content": str(i)}] for i in range(34)]
+    rows = [Row(prompt, ["a", "b"], [0, 1]) for prompt in prompts]
+    scores = torch.tensor([1.0, 0.0] * 34).numpy()
+    assert ranking_accuracy(scores, rows) == pytest.approx((1, 34 / (34 + 1.96**2), 1))
+    assert ranking_accuracy(-scores, rows) == pytest.approx((0, 0, 1.96**2 / (34 + 1.96**2)))
+    again = [row for row in rows for _ in range(5)]
+    assert ranking_accuracy(torch.tensor([1.0, 0.0] * 170).numpy(), again)[1:] == pytest.approx((34 / (34 + 1.96**2), 1))
+    one = [Row(prompts[0], ["a", "b"], [0, 1])] * 34
+    assert ranking_accuracy(scores, one)[1] == pytest.approx(1 / (1 + 1.96**2))
+    half = torch.tensor([1.0, 0.0] * 17 + [0.0, 1.0] * 17).numpy()
+    accuracy, low, high = ranking_accuracy(half, rows)  # 17 of 34 by Wilson, but for 33 in place of 34
+    assert (accuracy, low) == pytest.approx((0.5, 1 - high)) and high - 0.5 == pytest.approx(0.5 * 1.96 / math.sqrt(33 + 1.96**2), rel=1e-6)
+
+
+@pytest.mark.parametrize("prompts, right, k", [(34, 0.97, 2), (40, 0.85, 4), (100, 0.6, 2)])
+def test_the_interval_of_an_accuracy_holds_the_truth_in_19_of_20_cases(prompts, right, k):
+    """Prompts differ in how hard they are, and have one to three rows each; the pairs of a row hang together."""
+    rng = np.random.default_rng(0)
+    hit = 0
+    for _ in range(400):
+        rows, values = [], []
+        for i in range(prompts):
+            hard = rng.beta(4 * right, 4 * (1 - right))
+            for _ in range(rng.integers(1, 4)):
+                rows.append(Row([{"role": "user", "content": str(i)}], [str(j) for j in range(k)], list(range(k))))
+                values += list(-np.arange(k)) if rng.random() < hard else list(np.arange(k))
+        accuracy, low, high = ranking_accuracy(np.array(values, float), rows)
+        hit += low <= right <= high
+        assert low <= accuracy <= high
+    assert hit / 400 > 0.92
+
+
 def test_length_alone_takes_the_longer_or_the_shorter_reply_whichever_is_more_often_right():
     for replies in (["aa", "b"], ["a", "bb"]):
         rows = [Row([], replies, [0, 1]), Row([], replies, [0, 1]), Row([], replies, [1, 0])]
@@ -86,6 +123,21 @@ def test_dpo_losses_start_at_their_known_values(kind, at_start):
     loss, metrics = preference_loss(torch.zeros(2), *pair, beta=0.1, kind=kind)
     assert loss.item() == pytest.approx(at_start, rel=1e-6)
     assert metrics["accuracy"].item() == 0.5 and metrics["margin"].item() == 0
+
+
+@pytest.mark.parametrize("call", [
+    lambda: preference_loss(torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1, kind="new"),
+    lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "new"),
+    lambda: policy_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
+    lambda: kl_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), "new", 2),
+    lambda: whiten(torch.randn(2, 3), torch.ones(2, 3).bool(), variance="new"),
+    lambda: normalise_scores(torch.zeros(2), [2, 0.0, 1.0], "new", 0.0),
+    lambda: judge_missing_eos(torch.zeros(2), torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
+    lambda: steps_mask(torch.ones(1, 2).bool(), "new"),
+    lambda: scheduled_lr(5, 10, 1, 1.0, "new")])
+def test_a_choice_that_has_no_branch_is_an_error_and_nothing_else_instead(call):
+    with pytest.raises((ValueError, KeyError), match="new"):
+        call()
 
 
 def test_dpo_gradient_is_that_of_the_paper():

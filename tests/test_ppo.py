@@ -37,7 +37,8 @@ from flags import UserError, parse_flags
 from formats import read_rows, split_by_prompt
 from model import GPT, Generation, GPTConfig, ScalarModel, sample_token
 from optim import scheduled_lr
-from ppo import adapt_kl_coef, adapt_penalty, diagnose, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
+from judges import short_names
+from ppo import adapt_kl_coef, adapt_penalty, diagnose, explained_variance, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
 from ppo import shaped_rewards, steps_mask, update_moments, value_loss, variance, whiten
 from tokenizer import Tokenizer, encode_prompt
 
@@ -507,7 +508,8 @@ def test_the_score_is_the_weighted_sum_of_reward_models_and_functions(root, tmp_
         parts = [scores_by_hand(root / "reward", rollout), scores_by_hand(root / "other", rollout), torch.tensor([float(len(text)) for text in texts])]
         expected = 0.5 * parts[0] - 2 * parts[1] + 3 * parts[2]
         torch.testing.assert_close(run.calls["judge_missing_eos"][number].scores, expected, rtol=1e-4, atol=1e-4)
-        assert [row["score_1"], row["score_2"], row["score_3"]] == pytest.approx([part.mean().item() for part in parts], rel=1e-4)
+        logged = [row["score_reward"], row["score_other"], row["score_mine:length"]]
+        assert logged == pytest.approx([part.mean().item() for part in parts], rel=1e-4)
         assert row["score"] == pytest.approx(expected.mean().item(), rel=1e-4)
     assert same(run.start["critic"], network(ScalarModel, root / "reward").state_dict())  # the critic starts as the first of them
 
@@ -516,7 +518,14 @@ def test_rewards_weigh_1_each_unless_told(root, tmp_path, default):
     both = train(root, tmp_path / "both", "--steps 1", reward="--reward {root}/reward {root}/other")
     expected = sum(scores_by_hand(root / name, rollout_of(both)) for name in ("reward", "other"))
     torch.testing.assert_close(both.calls["judge_missing_eos"][0].scores, expected, rtol=1e-4, atol=1e-4)
-    assert "score_1" not in default.rows[0]
+    assert not any(name.startswith("score_") and not name.endswith(("_share", "_per_second")) for name in default.rows[0])
+
+
+def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart():
+    assert short_names(["runs/reward", "runs/other/", "mine:brief"]) == ["reward", "other", "mine:brief"]
+    assert short_names(["a/sft", "b/sft", "c/x/sft"]) == ["a/sft", "b/sft", "x/sft"]
+    assert short_names(["sft", "b/sft"]) == ["sft", "b/sft"]
+    assert short_names(["a/sft", "a/sft", "a/ppo"]) == ["a/sft#1", "a/sft#2", "ppo"]
 
 
 def test_a_reward_function_gets_prompts_and_replies_as_text_in_order(root, tmp_path, monkeypatch):
@@ -558,6 +567,61 @@ def test_a_reward_function_that_fails_later_ends_in_one_line_and_saves_nothing(r
     with pytest.raises(UserError, match="mine:moody failed .ZeroDivisionError: division by zero."):
         train(root, tmp_path / "run", reward="--reward {root}/reward --reward-fn mine:moody")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+GRADERS = """
+calls = []
+
+def least(prompts, replies, least=3):
+    calls.append(least)
+    return [float(len(reply) >= least) for reply in replies]
+
+def by_name(answers, replies):
+    calls.append(list(answers))
+    return [float(answer in reply) for reply, answer in zip(replies, answers)]
+
+def everything(replies, **texts):
+    calls.append(sorted(texts))
+    return [0.0] * len(replies)
+
+def perhaps(replies, answers=None):
+    calls.append(list(answers))
+    return [0.0] * len(replies)
+"""
+
+
+@pytest.mark.parametrize("name, given", [("least", 3), ("by_name", ["7"]), ("everything", ["answers", "prompts"]), ("perhaps", ["7"])])
+def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(name, given, tmp_path, monkeypatch):
+    (tmp_path / "graders.py").write_text(GRADERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    function = ppo.reward_function(f"graders:{name}", torch.device("cpu"))
+    function(["What?"], ["The 7."], ["7"])
+    assert sys.modules.pop("graders").calls == [given] and function.wants_answers == (name == "by_name")
+
+
+@pytest.mark.parametrize("name, answers, said", [("by_name", 0, "--reward-fn graders:by_name wants answers, and no row has one"),
+                                                 ("perhaps", 0, ""), ("by_name", 3, "warning: 13 of 16 prompts have no answer; ")])
+def test_a_function_that_wants_answers_and_gets_none_stops_the_run_and_one_that_gets_some_is_told(name, answers, said, root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "graders.py").write_text(GRADERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rows = [{"prompt": f"Say {i}."} | ({"answer": str(i)} if i < answers else {}) for i in range(16)]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    words = f"{RUN} --steps 1 --data {tmp_path}/prompts.json --reward-fn graders:{name} --out {tmp_path}/run".format(root=root)
+    code = tools_code(ppo, words)
+    sys.modules.pop("graders")
+    captured = capsys.readouterr()
+    assert code == (2 if "wants" in said else 0) and said in captured.out + captured.err
+    assert (tmp_path / "run").exists() == (code == 0)
+
+
+def tools_code(module, words):
+    """The exit code of a script's run in this process."""
+    try:
+        runtime.run_script(module.main, module.Config, "", shlex.split(words))
+    except SystemExit as ended:
+        return ended.code
+    return 0
 
 
 @pytest.mark.parametrize("rule", ["floor", "replace", "subtract"])
@@ -1077,7 +1141,7 @@ def test_two_ranks_agree_on_weights_averages_moments_and_when_to_stop(root, tmp_
     with torch.no_grad():
         logprobs = ptx_logprobs(root, network(GPT, root / "sft"), 0, budget=20)
     assert float(re.search("first loss (.*)", done.stdout)[1]) == pytest.approx(-0.5 * logprobs.mean().item(), rel=1e-4)
-    assert {row["score_2"] for row in rows} == {0.5}  # the mean over the ranks, each of which scored with its own number
+    assert {row["score_mine:rank"] for row in rows} == {0.5}  # the mean over the ranks, each of which scored with its own number
     assert state_of(tmp_path / "run")["extra"]["moments"][0] == 2 * 16
 
 
@@ -1149,6 +1213,7 @@ def nan(prompts, replies): return [float("nan")] * len(replies)
 def words(prompts, replies): return ["good"] * len(replies)
 def nothing(prompts, replies): return None
 def single(prompts): return [1.0] * len(prompts)
+def strange(questions, replies): return [1.0] * len(replies)
 def table(prompts, replies): return [[1.0]] * len(replies)
 """
 
@@ -1185,7 +1250,8 @@ def table(prompts, replies): return [[1.0]] * len(replies)
     ("--reward-fn mistaken:nan", "must return one finite number"),
     ("--reward-fn mistaken:words", "mistaken:words failed"),
     ("--reward-fn mistaken:nothing", "mistaken:nothing failed"),
-    ("--reward-fn mistaken:single", "mistaken:single failed (TypeError"),
+    ("--reward-fn mistaken:single", "mistaken:single has no parameter named replies"),
+    ("--reward-fn mistaken:strange", "its parameter questions is none of prompts, replies, answers"),
     ("--ema 1", "--ema must be >= 0 and < 1, got 1.0"),
     ("--gamma 1.5", "--gamma must be >= 0 and <= 1, got 1.5"),
     ("--lam -0.1", "--lam must be >= 0 and <= 1, got -0.1"),
@@ -1285,6 +1351,34 @@ def test_scores_that_are_all_equal_are_not_blown_up():
     scores = torch.ones(4)
     assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "scale", 0.0).tolist() == pytest.approx([1.0] * 4)
     assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "standard", 0.0).tolist() == [0.0] * 4
+
+
+@pytest.mark.case(31)
+@pytest.mark.parametrize("value", [0.1, -0.3, 1e-7, 1234.567, 3e6])
+@pytest.mark.parametrize("n", [1, 3, 96, 256, 1000])
+def test_equal_scores_whose_mean_is_inexact_in_fp32_are_not_blown_up_either(value, n):
+    """96 scores of 0.1 became 5,717,654: their fp32 mean is 0.1 and a little."""
+    scores, moments = torch.full((n,), value), [0, 0.0, 0.0]
+    for _ in range(3):
+        moments = update_moments(moments, scores)
+        assert normalise_scores(scores, moments, "scale", 0.0).tolist() == pytest.approx(scores.tolist())
+        assert normalise_scores(scores, moments, "standard", 0.0).abs().max() <= 1e-6 * abs(value)
+    spread = scores.clone()
+    spread[0] += 1e-3 * value  # a deviation that is one
+    if n > 1:
+        moments = update_moments([0, 0.0, 0.0], spread)
+        assert normalise_scores(spread, moments, "scale", 0.0).abs().max() > 100 * min(1, abs(value))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -1234.5])
+def test_nothing_is_explained_of_returns_that_do_not_vary(value):
+    returns = torch.where(MASK, value, 0.0)
+    for values in (returns, torch.randn(4, 9) * MASK):
+        assert explained_variance(values, returns, MASK).item() == 0
+    returns = torch.randn(4, 9) * MASK
+    half = returns[MASK].mean() + 0.5 * (returns - returns[MASK].mean())
+    assert explained_variance(half, returns, MASK).item() == pytest.approx(0.75, abs=1e-5)
+    assert explained_variance(returns, returns, MASK).item() == pytest.approx(1)
 
 
 def test_critic_warmup_leaves_beta_alone_and_the_policys_schedule_for_later(root, tmp_path):

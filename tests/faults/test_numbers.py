@@ -1,4 +1,5 @@
 """Numbers that are none, gradients that explode, no memory, no network, no GPU: what a run does then, and that nothing bad gets into the weights."""
+import functools
 import json
 import math
 import re
@@ -412,3 +413,51 @@ def test_more_ranks_than_gpus_are_refused_and_auto_takes_what_is_there(monkeypat
         pick_device("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == torch.device("cpu")
+
+
+# -- float16, whose loss is scaled
+
+@pytest.fixture
+def float16(monkeypatch):
+    """Products in float16 with a loss scale, as on an old GPU, on this CPU."""
+    monkeypatch.setattr(runtime, "pick_dtype", lambda name, device, width: torch.float16)
+
+
+HALF = "--steps 8 --eval-every 100 --max-skipped 2"
+
+
+@pytest.mark.case(15)
+def test_in_float16_a_gradient_that_overflows_once_is_reported_lowers_the_scale_and_is_not_counted(float16, root, tmp_path, monkeypatch, capsys):
+    scales = []
+    wrap(monkeypatch, runtime.Run, "optimizer_step", lambda original, run, optimizer, *args:
+         (original(run, optimizer, *args), scales.append(run.scalers[optimizer].get_scale()))[0])
+    multiply_gradients(monkeypatch, {step: math.inf for step in (2, 3, 4)})
+    assert here("sft", root, HALF, f"--out {tmp_path}/run") == 0
+    rows = skipped(tmp_path / "run")
+    assert [row["step"] for row in rows] == [3, 4, 5] and all(row["examples"] for row in rows)
+    assert all(re.fullmatch(r"the gradient of \S+ overflowed float16; the loss is scaled by \d+ from now on", row["why"]) for row in rows)
+    assert scales == [2.0**16] * 2 + [2.0**15, 2.0**14] + [2.0**13] * 4
+    assert len(warnings(capsys.readouterr().out)) == 3
+
+
+@pytest.mark.case(15)
+def test_in_float16_what_overflows_whatever_the_scale_ends_the_run(float16, root, tmp_path, monkeypatch, capsys):
+    """After 17 halvings the loss is scaled by less than 1: it isn't the scale then."""
+    multiply_gradients(monkeypatch, {step: math.inf for step in range(100)})
+    assert here("sft", root, f"--steps 100 --eval-every 200 --max-skipped 2 --out {tmp_path}/run") == 1
+    rows = skipped(tmp_path / "run")
+    assert [("overflowed" in row["why"]) for row in rows] == [True] * 16 + [False] * 3
+    assert "more than --max-skipped 2" in last_line(capsys.readouterr())
+
+
+@pytest.mark.case(16)
+def test_in_float16_a_spike_of_the_gradient_is_skipped_and_leaves_the_scale(float16, root, tmp_path, monkeypatch, capsys):
+    states = {}
+    wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run: (states.setdefault(run.step, state_of(run)), original(run)) and None)
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**10))  # so that it doesn't overflow
+    multiply_gradients(monkeypatch, {22: 30.0})
+    assert here("sft", root, f"--steps 26 --eval-every 100 --lr 1e-5 --skip-sigma 6 --out {tmp_path}/run") == 0
+    row, = skipped(tmp_path / "run")
+    assert row["step"] == 23 and "deviations above" in row["why"]
+    assert equal(states[22], states[23]) and not equal(states[23], states[24])
+    assert all(scaler.get_scale() == 2.0**10 for scaler in runtime.Run.current.scalers.values())
