@@ -1,19 +1,20 @@
 """Talk to a checkpoint in the terminal; with --compare, to several at once.
 
-    python chat.py --model runs/demo/ppo --no-history
-    python chat.py --compare runs/demo/sft runs/demo/ppo --no-history
+    python chat.py --model runs/demo/ppo
+    python chat.py --compare runs/demo/sft runs/demo/ppo
     echo "What is the capital of France?" | python chat.py --model runs/demo/ppo
 
 A line is your turn. /new forgets the conversation, /quit or Ctrl-D ends. Each model keeps its own conversation.
+One that has only ever been trained on single questions, as the demo's have, answers each by itself.
 """
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import knows_single_turns, load_model
+from judges import short_names
 from model import GPT, generate
 from flags import Count, Natural, NonNegative, Seed, UserError, require
 from hardware import autocast, pick_device, pick_dtype
@@ -25,7 +26,7 @@ from tokenizer import encode_prompt
 class Config:
     model: str = "runs/demo/ppo"  # checkpoint folder
     compare: list[str] = field(default_factory=list)  # checkpoint folders that all answer, instead of --model
-    history: bool = True  # keep the conversation; the demo's models know single questions only, so --no-history suits them
+    history: Literal["auto", "keep", "forget"] = "auto"  # earlier turns; auto: if the model knows any
     system: str = ""  # system message at the head of the conversation
     temperature: NonNegative = 0.7  # of sampling; 0 takes the likeliest token
     top_k: Natural = 0  # sample among this many likeliest tokens, 0 for all
@@ -40,6 +41,7 @@ class Config:
 
 def main(config):
     folders = config.compare or [config.model]
+    names = short_names(folders)
     device = pick_device(config.device)
     loaded = [load_model(folder, GPT, allow_pickle=config.allow_pickle) for folder in folders]
     dtype = pick_dtype(config.dtype, device, loaded[0][0].config.n_embd)
@@ -49,6 +51,9 @@ def main(config):
     generator = torch.Generator(device).manual_seed(config.seed)
     opening = [{"role": "system", "content": config.system}] if config.system else []
     talks = [list(opening) for _ in folders]
+    forgets = [config.history == "forget" or (config.history == "auto" and knows_single_turns(model.config))
+               for model, _ in loaded]
+    said = config.history == "forget"  # that something is forgotten
     typing = sys.stdin.isatty()
     if typing:
         print("your turn; /new forgets the conversation, /quit ends")
@@ -62,9 +67,13 @@ def main(config):
         if line == "/new":
             talks = [list(opening) for _ in folders]
         elif line:
-            for folder, (model, tokenizer), talk in zip(folders, loaded, talks):
-                if not config.history:
+            for name, (model, tokenizer), talk, forget in zip(names, loaded, talks, forgets):
+                if forget and len(talk) > len(opening):
                     talk[:] = opening
+                    if not said:
+                        print(f"({name} was trained on single questions, so it forgets those before; "
+                              "--history keep reminds it of them)")
+                        said = True
                 talk.append({"role": "user", "content": line})
                 try:
                     with autocast(device, dtype):
@@ -75,7 +84,7 @@ def main(config):
                     print(f"({error}; /new begins afresh)")
                     continue
                 talk.append({"role": "assistant", "content": reply})
-                print(f"{Path(folder).name}: {reply}" if config.compare else reply)
+                print(f"{name}: {reply}" if config.compare else reply, flush=True)
 
 
 if __name__ == "__main__":

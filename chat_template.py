@@ -10,6 +10,8 @@ from pathlib import Path
 
 from flags import UserError, require
 
+# What a template that asks for the date is told. A run makes it the date of its beginning.
+clock = datetime.datetime.now
 TEMPLATE_LIMIT, OUTPUT_LIMIT = 100_000, 1 << 24  # characters
 SECONDS = 3  # for one rendering
 MEMORY = 1 << 29  # bytes that one rendering may take
@@ -85,7 +87,7 @@ def bounded(folder):
 def sandbox():
     """The Jinja environment that transformers renders chat templates in, stricter about sizes and about unsafe attributes."""
     jinja2, ext, safe = optional("jinja2"), optional("jinja2.ext"), optional("jinja2.sandbox")
-    today = datetime.datetime.now()  # one date for a whole run, so that a conversation has the same ids at its end
+    today = clock()  # one date for as long as a tokenizer is open: a conversation has the same ids at its end
 
     class Generation(ext.Extension):  # transformers' mark around replies: its body alone counts here
         tags = {"generation"}

@@ -20,7 +20,7 @@ from model import GPT, GPTConfig, ScalarModel
 from hardware import keep_heap
 from flags import SCRATCH_FLAGS, UserError, require
 from saving import write_json, write_tensors
-from tokenizer import Tokenizer, open_tokenizer
+from tokenizer import open_tokenizer, scratch_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
 # The families: what their config.json says in our terms, and what they call our parameters ({} is the layer)
@@ -30,7 +30,8 @@ def gpt2_config(h):
     """GPT-2 (Radford et al. 2019)."""
     refuse(h, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_by_inverse_layer_idx=(False,), scale_attn_weights=(True,),
            add_cross_attention=(False,))
-    own = {"bias": bool(h.get("barerlhf", {}).get("bias", True))}  # a GPT-2 without biases is stored with biases of zero
+    # A GPT-2 without biases is stored with biases of zero.
+    own = {"bias": bool(own_notes(h).get("bias", True))}
     return dict(vocab_size=h["vocab_size"], block_size=h["n_positions"], n_layer=h["n_layer"], n_head=h["n_head"], n_kv_head=h["n_head"],
                 n_embd=h["n_embd"], n_inner=h.get("n_inner") or 0, norm_eps=h.get("layer_norm_epsilon", 1e-5),
                 tied=h.get("tie_word_embeddings", True), **own)
@@ -147,12 +148,12 @@ def to_stored(weights, config):
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 
-def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weights):
+def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weights, single_turn=None):
     """Write a checkpoint folder, each file atomically. model: GPT or ScalarModel (not in DDP), its adapters merged.
 
     flags: a run's, for --save-dtype and --lora-save (which may ask for a PEFT folder with the adapters alone). change: from
-    {name: weight} to what is written. Under torchrun all ranks call, and rank 0 writes. Raises UserError if a weight is not
-    finite; nothing is written then.
+    {name: weight} to what is written. single_turn: see `knows_single_turns`; None: as it was. Under torchrun
+    all ranks call, and rank 0 writes. Raises UserError if a weight is not finite; nothing is written then.
     """
     config, folder, dtype = model.config, Path(folder), flags.save_dtype if flags else "float32"
     kind = GPT if isinstance(model, GPT) else ScalarModel
@@ -174,6 +175,8 @@ def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weig
     header |= {"architectures": [architecture_of(family_of(config), kind)], "vocab_size": config.vocab_size,
                "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad, "torch_dtype": dtype}
     header.pop("dtype", None)  # as transformers 5 calls it
+    if single_turn is not None:
+        header["barerlhf"] = own_notes(header) | {"single_turn": single_turn}
     read = GPTConfig(**FAMILIES[family_of(config)].config(header), dropout=config.dropout, header=config.header)
     require(read == config, f"a checkpoint folder of the family {family_of(config)} can't hold this model: it would be read as {read}, but is {config}")
     if kind is ScalarModel:
@@ -182,6 +185,17 @@ def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weig
     tokenizer.save(folder)
     write_json(folder / "config.json", header)
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})  # last: where it is, the rest is
+
+
+def own_notes(header):
+    """What config.json says that is ours alone."""
+    notes = header.get("barerlhf")
+    return notes if isinstance(notes, dict) else {}
+
+
+def knows_single_turns(config):
+    """Whether a model's folder says that it has never seen a conversation go on behind a reply."""
+    return own_notes(config.header).get("single_turn") is True
 
 
 def save_adapter(folder, model, weights, tokenizer, base):
@@ -229,13 +243,21 @@ def is_pickle(path):
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and start[8:] != b"{")  # the latter is safetensors'
 
 
+def how_to_make(folder):
+    """The command that makes a folder that the flags' defaults or the README name; "" for any other."""
+    found = re.fullmatch(r"runs/(demo/)?(sft|reward|ppo|dpo)", folder.as_posix())
+    if not found:
+        return ""
+    return "; bash run.sh makes it" if found[1] else f"; python {found[2]}.py --out {folder} makes one"
+
+
 def fetch(name, allow_pickle=False):
     """The folder that --model names: itself, or a hub name (org/model), fetched through huggingface_hub."""
     folder = Path(name)
     require(not folder.is_file(), f"{name} is a file, and a model is a folder with config.json and model.safetensors" + (
         "; this one is a pickle, which can run code when it is opened: have whoever made it write safetensors" if folder.is_file() and is_pickle(folder) else ""))
     if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir() or folder.parts[0] == "runs":  # where our own runs go
-        require(folder.is_dir(), f"{name}: no such checkpoint folder")
+        require(folder.is_dir(), f"{name}: no such checkpoint folder{how_to_make(folder)}")
         return folder
     try:
         from huggingface_hub import snapshot_download
@@ -420,8 +442,7 @@ def open_model(config, kind, dropout=0.0):
         require(tokenizer.added == 0 or config.lora_save == "merged", f"the tokenizer of {config.model} lacks control tokens, which take new rows in the "
                 "embedding, and an adapter can't hold those; use --lora-save merged")
         return model, tokenizer
-    name = config.tokenizer if config.tokenizer != "auto" else "toy" if config.data == "toy" else "gpt2"
-    tokenizer = Tokenizer.named(name)
+    tokenizer = scratch_tokenizer(config)
     torch.manual_seed(config.seed)
     return kind(GPTConfig(tokenizer.n_vocab, config.block_size, config.layers, config.heads, config.heads, config.width,
                           dropout=dropout)), tokenizer

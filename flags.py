@@ -34,7 +34,7 @@ BOUNDS = {">=": lambda x, y: x >= y, "<=": lambda x, y: x <= y, ">": lambda x, y
 @dataclass
 class RunConfig:
     """Flags of every training script that have nothing to do with its algorithm."""
-    tokenizer: Literal["auto", "gpt2", "toy"] = "auto"  # of a model from scratch; auto: gpt2 unless the data is the toy task
+    tokenizer: str = "auto"  # of a model from scratch: gpt2, toy, a FOLDER's, or bpe:N (N learned from --data); auto: gpt2, toy for the toy task
     layers: Count = 2  # of a model from scratch
     heads: Count = 4  # attention heads of a model from scratch
     width: Count = 128  # of a model from scratch: size of its hidden states
@@ -71,11 +71,14 @@ class RunConfig:
 
 
 SCRATCH_FLAGS = ("tokenizer", "layers", "heads", "width", "block_size")  # a checkpoint folder has its own
-INPUT_FLAGS = ("data", "val_data", "demonstrations", "model", "reward", "ptx_data")  # files and folders that a run is built on
+# What a run is built on: data files, and folders of models and of a tokenizer.
+DATA_FLAGS, MODEL_FLAGS = ("data", "val_data", "demonstrations", "ptx_data"), ("model", "reward", "tokenizer")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
                    "added_tokens.json", "tokenizer.model", "generation_config.json")
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
-RUN_FILES = (*CHECKPOINT_FILES, *(f"ema/{name}" for name in CHECKPOINT_FILES), "metrics.jsonl", "run.json", "skipped.jsonl", "evaluation.json")  # what a run writes
+# What a run writes. --overwrite deletes run.json first, which says that the model is that of a finished run.
+RUN_FILES = ("run.json", *CHECKPOINT_FILES, *(f"ema/{name}" for name in CHECKPOINT_FILES),
+             "metrics.jsonl", "skipped.jsonl", "evaluation.json")
 PLUMBING = {"out", "device", "threads", "resume", "override", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug", "parallel", "rank_timeout",
             "deterministic", "max_skipped", "checkpoint_activations", "compile", "save_dtype", "lora_save", "allow_pickle"}  # may change on --resume
 SHAPE_FLAGS = (*SCRATCH_FLAGS, "lora_rank", "lora_targets")  # may not, even with --override
@@ -99,36 +102,47 @@ class FlagParser(argparse.ArgumentParser):
 
 def parse_flags(config_class, description, argv=None):
     """A config_class instance from the command line; a bad flag or value ends in one line and exit code 2."""
-    parser = FlagParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # What isn't given is left out of the result, and the dataclass fills it in.
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=description, usage="%(prog)s [flags]", allow_abbrev=False,
+                        formatter_class=plain, argument_default=argparse.SUPPRESS)
     comments, hints = field_comments(config_class), typing.get_type_hints(config_class, include_extras=True)
     bounds = {}
+    # The script's own flags come first in --help, then those that it shares with others.
+    own = parser.add_argument_group("flags of this script")
+    common = parser.add_argument_group("flags of every training script")
     for field in dataclasses.fields(config_class):
+        group = own if field.name in config_class.__annotations__ else common
         flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
         if typing.get_origin(hint) is Annotated:
             hint, *bounds[field.name] = typing.get_args(hint)
         default = "" if field.default in ("", dataclasses.MISSING) else f" (default: {field.default})"
         text = (comments.get(field.name, "") + default).replace("%", "%%")
         if hint is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif typing.get_origin(hint) is Literal:
-            parser.add_argument(flag, choices=typing.get_args(hint), default=field.default, help=text)
+            group.add_argument(flag, choices=typing.get_args(hint), help=text)
         elif typing.get_origin(hint) is list:
             kind, = typing.get_args(hint)
-            parser.add_argument(flag, type=kind, nargs="+", default=[], metavar=METAVARS[kind], help=text)
+            group.add_argument(flag, type=kind, nargs="+", metavar=METAVARS[kind], help=text)
         else:
-            parser.add_argument(flag, type=hint, default=field.default, metavar=METAVARS[hint], help=text)
+            group.add_argument(flag, type=hint, metavar=METAVARS[hint], help=text)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), known, 1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    given = vars(args)
     for name, limits in bounds.items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        for limit in limits:
+        flag, value = "--" + name.replace("_", "-"), given.get(name)
+        for limit in limits if name in given else ():
             sign, number = limit.split()
             if not (math.isfinite(value) and BOUNDS[sign](value, float(number))):
                 parser.error(f"{flag} must be {' and '.join(limits)}, got {value}")
-    return config_class(**vars(args))
+    # Where 0 is the default of --epochs, it takes the place of --steps; ppo.py's is something else.
+    if given.get("epochs") and config_class.epochs == 0 and "steps" in given:
+        parser.error(f"--steps {args.steps} and --epochs {args.epochs} both say how long to train; give one")
+    return config_class(**given)
 
 
 def as_list(value):

@@ -1,5 +1,6 @@
 """metrics.jsonl: a row of numbers per logged step. TensorBoard and Weights & Biases get the same rows, if asked for."""
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 
@@ -7,20 +8,28 @@ from flags import UserError
 from saving import write_atomically
 
 
+def check_boards(config):
+    """UserError if a package that --tensorboard or --wandb needs is not there."""
+    try:
+        if config.tensorboard:
+            importlib.import_module("torch.utils.tensorboard")
+        if config.wandb:
+            importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(f"{error}; install it, or leave out --tensorboard and --wandb") from None
+
+
 def open_boards(config):
     """[f(step, row)] for --tensorboard and --wandb."""
     boards = []
-    try:
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(config.out)
-            boards.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
-        if config.wandb:
-            import wandb
-            run = wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=config.out)
-            boards.append(lambda step, row: run.log(row, step=step))
-    except ImportError as error:
-        raise UserError(f"{error}; install it, or leave out --tensorboard and --wandb") from None
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(config.out)
+        boards.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
+    if config.wandb:
+        import wandb
+        run = wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=config.out)
+        boards.append(lambda step, row: run.log(row, step=step))
     return boards
 
 

@@ -1,7 +1,7 @@
 """The demo's last step: summary.json, curves.png, ppo_metrics.png and report.html from what the stages left in a folder.
 
     python report.py --demo runs/demo
-    python report.py --curves runs/smollm2       any other folder of runs (sft, reward, dpo, ppo): curves.png alone
+    python report.py --curves runs/smollm2       any folder of runs (sft, reward, dpo, ppo): its curves alone
 """
 import base64
 import html
@@ -16,28 +16,29 @@ from saving import write_atomically, write_json
 
 STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 TRY_NEXT = [
-    ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo --no-history"),
+    ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo"),
     ("over-optimisation: a reward model that saw few kinds of reply and no KL term, so the score rises and gold falls",
-     "python reward.py --model runs/demo/sft --demonstrations toy --out runs/narrow/reward && "
-     "python ppo.py --model runs/demo/sft --reward runs/narrow/reward --kl-coef 0 --lr 3e-3 --out runs/narrow/ppo"),
-    ("see what the wrong KL estimator does", "python ppo.py --model runs/demo/sft --reward runs/demo/reward --kl k3 --out runs/k3"),
+     "python reward.py --model runs/demo/sft --demonstrations toy --out runs/try/reward && "
+     "python ppo.py --model runs/demo/sft --reward runs/try/reward --kl-coef 0 --lr 3e-3 --out runs/try/ppo"),
+    ("see what the wrong KL estimator does",
+     "python ppo.py --model runs/demo/sft --reward runs/demo/reward --kl k3 --out runs/try/k3"),
     ("another seed: other demonstrations, another split", "bash run.sh --seed 1"),
-    ("your own data, README.md has the formats", "python sft.py --data rows.jsonl --out runs/mine"),
+    ("your own data, README.md has the formats", "python sft.py --data rows.jsonl --out runs/try/own"),
 ]
 
 
 @dataclass
 class Config:
     demo: str = "runs/demo"  # folder that holds sft, reward, ppo, dpo and evaluation.json
-    curves: str = ""  # folder that holds some of sft, reward, dpo, ppo, on any data: draw its curves.png and nothing else
-    seconds: NonNegative = 0.0  # wall time of the whole demo, for the summary
+    curves: str = ""  # folder that holds some of sft, reward, dpo, ppo, on any data: draw their curves alone
+    seconds: NonNegative = 0.0  # wall time of the whole demo, for the summary; 0 keeps the one that is there
     debug: bool = False  # show the traceback of an error
 
 
 def read_json(path):
     """A JSON file of a stage; UserError if the stage has not run."""
     require(path.is_file(), f"{path} is missing: run the stage that writes it (bash run.sh runs all of them)")
-    return json.loads(path.read_text())
+    return json.loads(path.read_bytes())
 
 
 def read_metrics(folder):
@@ -212,27 +213,24 @@ def pick_questions(evaluation, number=3):
 
 def main(config):
     if config.curves:
-        draw_curves(Path(config.curves), Path(config.curves) / "curves.png")
-        print(f"{config.curves}/curves.png")
+        # The curves.png of a demo is another picture, of which its report is a part.
+        folder = Path(config.curves)
+        path = folder / ("stages.png" if (folder / "summary.json").exists() else "curves.png")
+        draw_curves(folder, path)
+        print(path)
         return
     demo = Path(config.demo)
     evaluation, reward = read_json(demo / "evaluation.json"), read_json(demo / "reward" / "evaluation.json")
-    summary = summarise(evaluation, reward, config.seconds)
+    seconds = config.seconds
+    if not seconds and (demo / "summary.json").exists():
+        seconds = read_json(demo / "summary.json").get("seconds.total", 0.0)
+    summary = summarise(evaluation, reward, seconds)
     draw(demo, evaluation, reward, demo / "curves.png")
     draw_ppo(read_metrics(demo / "ppo"), demo / "ppo_metrics.png")
     questions = pick_questions(evaluation)
 
     names = ("gold", "wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate")
     cells = [[STAGES[stage], *(f"{summary[stage][name]:.3f}" for name in names)] for stage in STAGES]
-    print(f"\n{'':8}" + "".join(f"{name:>10}" for name in names) + f"   ({summary['prompts']} held-out prompts, wins against SFT)")
-    for row in cells:
-        print(f"{row[0]:8}" + "".join(f"{cell:>10}" for cell in row[1:]))
-    print(f"reward model: held-out accuracy {reward['accuracy']:.3f}; the labels' noise allows {reward['bayes_accuracy']:.3f}\n")
-    for prompt, replies in questions:
-        print(prompt)
-        for stage, (reply, score) in replies.items():
-            print(f"  {STAGES[stage]} ({score:+.1f}): {reply}")
-    print("\nWhat to try next:" + "".join(f"\n  {what}:\n    {command}" for what, command in TRY_NEXT))
 
     def table(head, rows):
         return "<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>" + "".join(
@@ -246,7 +244,8 @@ code {{ background: #f3f3f3; padding: .1em .3em; overflow-wrap: anywhere }}</sty
 <h1>From demonstrations to a policy people prefer</h1>
 <p>A small GPT was fine-tuned on mixed demonstrations (SFT), a reward model learned from noisy rankings, and PPO and DPO improved
 the policy. The gold judge knows the truth of this closed world: it stood behind the rankings, one pair in ten of which is the wrong way
-round, and measured the result. Replies are sampled at temperature 1 on {summary['prompts']} held-out prompts; wins, ties and losses are against SFT. Total wall time: {config.seconds:.0f} s.</p>
+round, and measured the result. Replies are sampled at temperature 1 on {summary['prompts']} held-out prompts;
+wins, ties and losses are against SFT. Total wall time: {seconds:.0f} s.</p>
 {table(["", *names], cells)}
 <p>Reward model: held-out accuracy {reward['accuracy']:.3f}; the noise of the labels allows {reward['bayes_accuracy']:.3f}.</p>
 <img alt="training curves of all stages" src="data:image/png;base64,{picture}">
@@ -256,6 +255,17 @@ round, and measured the result. Replies are sampled at temperature 1 on {summary
 """
     write_atomically(demo / "report.html", page.encode())
     write_json(demo / "summary.json", summary)
+    print(f"\n{'':8}" + "".join(f"{name:>10}" for name in names)
+          + f"   ({summary['prompts']} held-out prompts, wins against SFT)")
+    for row in cells:
+        print(f"{row[0]:8}" + "".join(f"{cell:>10}" for cell in row[1:]))
+    print(f"reward model: held-out accuracy {reward['accuracy']:.3f}; "
+          f"the labels' noise allows {reward['bayes_accuracy']:.3f}\n")
+    for prompt, replies in questions:
+        print(prompt)
+        for stage, (reply, score) in replies.items():
+            print(f"  {STAGES[stage]} ({score:+.1f}): {reply}")
+    print("\nWhat to try next:" + "".join(f"\n  {what}:\n    {command}" for what, command in TRY_NEXT))
     print(f"\nPicture: {demo}/curves.png   Every metric of PPO: {demo}/ppo_metrics.png   Report: {demo}/report.html   Numbers: {demo}/summary.json")
 
 

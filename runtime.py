@@ -6,6 +6,7 @@ when the step begins, so a resumed run draws what the uninterrupted one would ha
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import functools
 import json
@@ -25,12 +26,16 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from flags import INPUT_FLAGS, PLUMBING, RUN_FILES, SCRATCH_FLAGS, SHAPE_FLAGS, UserError, as_list, parse_flags, require
+import chat_template
+from flags import (DATA_FLAGS, MODEL_FLAGS, PLUMBING, RUN_FILES, SCRATCH_FLAGS, SHAPE_FLAGS, UserError,
+                   as_list, parse_flags, require)
+from formats import parse_sources
 from hardware import autocast, keep_heap, pick_device, pick_dtype
-from metrics import Metrics
+from metrics import Metrics, check_boards
 from optim import Optimizing
 from ranks import local
-from saving import VERSION, Checkpoints, digest, fill, room, save_shards, training_state, write_json, write_tensors
+from saving import (VERSION, Checkpoints, digest, fill, model_digest, room, save_shards, training_state,
+                    write_json, write_tensors)
 
 
 class Fault(Exception):
@@ -39,12 +44,20 @@ class Fault(Exception):
 
 def run_script(main, config_class, description, argv=None):
     """Parse flags, call main(config); end in one line and exit code 2 for a UserError, 1 for a fault."""
+    # A letter that the console lacks (PYTHONIOENCODING=gbk) is no reason to end.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace" if stream is sys.stdin else "backslashreplace")
+    atexit.register(flush_output)
     config, code = parse_flags(config_class, description, argv), 0
     try:
         main(config)
     except (KeyboardInterrupt, SystemExit) as stopped:
         code = (stopped.code or 0) if isinstance(stopped, SystemExit) else fail("interrupted", 130)
     except Exception as error:
+        # Nobody reads on (| head): a program ends then, by SIGPIPE. (A training run trains on, see `say`.)
+        if isinstance(error, BrokenPipeError) and Run.current is None:
+            sys.exit(128 + signal.SIGPIPE)
         message = explain(error, config)
         if config.debug or (not message and not dist.is_initialized()):
             raise
@@ -58,6 +71,16 @@ def run_script(main, config_class, description, argv=None):
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def flush_output():
+    """Write out what was printed. That nobody reads it (| head) is worth no traceback and no exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            # Python flushes once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def explain(error, config):
@@ -80,12 +103,35 @@ def explain(error, config):
 def fail(message, code, shared=True):
     """Say why this process ends; what all ranks say (shared), once per machine."""
     if not shared or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"error: {message}", file=sys.stderr)
     return code
 
 
 # ---------------------------------------------------------------------------------------------------------
 # A run: one output folder, one or more processes
+
+def read_state(path):
+    """What run.json, or the state.json of a checkpoint, says; {} if it can't be read."""
+    try:
+        state = json.loads(path.read_bytes())
+        return state if isinstance(state, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def changed_settings(config, inputs, state):
+    """{flag: one line} for what has changed since the run began. inputs: {flag: [{file: SHA-256}, ...]}."""
+    changed, before = {}, state.get("config", {})
+    for name, value in dataclasses.asdict(config).items():
+        flag = "--" + name.replace("_", "-")
+        then, now = state.get("inputs_sha256", {}).get(name, []), inputs.get(name, [])
+        if name not in PLUMBING and before.get(name) != value:
+            changed[name] = f"{flag} was {before.get(name)}, is now {value}"
+        elif then != now:
+            changed[name] = f"what {flag} names has changed"
+    return changed
+
 
 class Run(Optimizing):
     """Where and how a training script runs: device, ranks, output folder, metrics, signals, checkpoints.
@@ -114,7 +160,12 @@ class Run(Optimizing):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         self._check_out()
+        if self.main:
+            check_boards(config)
         self.join(sharded, config.rank_timeout)
+        # A chat template may write the date: the beginning's, or a run resumed another day had other ids.
+        self.date = self._from_main(self._find_date)
+        chat_template.clock = functools.partial(datetime.datetime.fromisoformat, self.date)
         self.say(f"{Path(sys.argv[0]).name}: {self.device}, {self.world_size} process(es), output in {self.out}")
 
     def _check_out(self):
@@ -149,6 +200,23 @@ class Run(Optimizing):
         except OSError as error:
             raise UserError(f"--out {self.out} can't be written: {error.strerror}") from None
 
+    def _from_main(self, read):
+        """What read() returns on rank 0, on all ranks."""
+        found = [read() if self.main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(found, 0, self.control)
+        return found[0]
+
+    def _find_date(self):
+        """When the run in --out began, if --resume goes on with one; else now."""
+        states = [self.checkpoints.root / name / "state.json" for name in self.checkpoints.all()]
+        for path in [*states, self.out / "run.json"] if self.config.resume else []:
+            with contextlib.suppress(ValueError, TypeError):
+                date = read_state(path).get("date")
+                datetime.datetime.fromisoformat(date)
+                return date
+        return datetime.datetime.now().isoformat(timespec="seconds")
+
     def say(self, text):
         """Print on rank 0, without breaking the progress bar. What can't be printed (to a file on a full disk) must not end the run."""
         if self.main:
@@ -166,7 +234,10 @@ class Run(Optimizing):
         self.modules, self.optimizers, self.models, self.best = modules, optimizers, models, best
         self.parameter_names = {p: f"{owner}.{name}" for owner, module in modules.items() for name, p in module.named_parameters()}
         self.dtype = pick_dtype(self.config.dtype, self.device, max(module.config.n_embd for module in modules.values()))
-        self.inputs = {flag: [digest(path) for path in as_list(getattr(self.config, flag, ""))] for flag in INPUT_FLAGS}
+        named = {flag: as_list(getattr(self.config, flag, "")) for flag in (*DATA_FLAGS, *MODEL_FLAGS)}
+        self.inputs = {flag: [model_digest(folder) for folder in named[flag]] for flag in MODEL_FLAGS}
+        for flag in DATA_FLAGS:
+            self.inputs[flag] = [digest(path for path, _ in parse_sources(spec)) for spec in named[flag]]
         self.state = {}
         if self.config.resume:
             self._restore()
@@ -176,7 +247,8 @@ class Run(Optimizing):
                                           if k not in unsaid) + f"  (* not the default), products in {str(self.dtype)[6:]}")
         self.about = {
             "script": Path(sys.argv[0]).name, "config": config, "inputs_sha256": self.inputs, "torch": torch.__version__, "world_size": self.world_size,
-            "python": platform.python_version(), "machine": platform.machine(), "device": str(self.device)}
+            "python": platform.python_version(), "machine": platform.machine(), "device": str(self.device),
+            "date": self.date}
         self.finished = False
         if self.main:
             try:
@@ -201,10 +273,8 @@ class Run(Optimizing):
                 (self.out / name).unlink(missing_ok=True)
         if self.step:
             self.checkpoints.link(self.checkpoints.root / f"step_{self.step:06d}")
-        path, about = self.out / "run.json", {}
-        with contextlib.suppress(OSError, ValueError):
-            about = json.loads(path.read_bytes())
-        self.finished = about.get("finished_after") == self.step > 0
+        path = self.out / "run.json"
+        self.finished = read_state(path).get("finished_after") == self.step > 0
         write_json(path, self.about | ({"finished_after": self.step} if self.finished else {}))
         self.metrics = Metrics(self.config, self.step, self.finished)
 
@@ -308,8 +378,9 @@ class Run(Optimizing):
         if not self.main:
             return
         self.metrics.write(row, self.say)
-        self.shown |= {k: row[k] for k in show if k in row}
-        text = "  ".join(f"{k} {v:.4g}" for k, v in self.shown.items())
+        self.shown |= {k: (row[k], step) for k in show if k in row}
+        # What was measured after another step, as the last evaluation was, says after which.
+        text = "  ".join(f"{k} {v:.4g}" + f" (step {at})" * (at != step) for k, (v, at) in self.shown.items())
         self.bar.set_postfix_str(text, refresh=False)
         due = time.time() - self.last_line > 10 or any(k.startswith("val_") for k in row) or step == self.total
         if self.bar.disable and due:
@@ -361,21 +432,32 @@ class Run(Optimizing):
         self.say(f"warning: {text}. Training goes on")
 
     def _restore(self):
-        """Go on from the newest whole checkpoint, if there is any."""
-        folder, state = self.checkpoints.newest(self.say) if self.main else (None, None)
-        if self.world_size > 1:
-            found = [folder, state]
-            dist.broadcast_object_list(found, 0, self.control)
-            folder, state = found
+        """Go on from the newest whole checkpoint, if there is one. A finished run without one ends here."""
+        folder, state = self._from_main(functools.partial(self.checkpoints.newest, self.say))
         if folder is None:
-            return
-        require(folder.is_dir(), f"--resume: rank {self.rank} does not find {folder}; --out must lie on a disk that all nodes share")
-        changed = {k: f"--{k.replace('_', '-')} was {state['config'].get(k)}, is now {v}" for k, v in dataclasses.asdict(self.config).items()
-                   if k not in PLUMBING and state["config"].get(k) != v}
-        changed |= {k: f"what --{k.replace('_', '-')} names has changed" for k, v in self.inputs.items() if k not in changed and state["inputs_sha256"].get(k) != v}
+            state = self._from_main(functools.partial(read_state, self.out / "run.json"))
+            done, steps = state.get("finished_after"), self.config.steps
+            model = any((self.out / name).exists() for name in ("config.json", "adapter_config.json"))
+            require(done or not model,
+                    f"--resume: {self.out} holds a model, but its checkpoints/ is gone, and it can't go on "
+                    "without; name another --out, or begin anew with --overwrite")
+            if not model:
+                return
+            require(done == steps,
+                    f"--resume: the run in {self.out} is complete after {done} steps; for {steps} it needs "
+                    f"its checkpoints/, which is gone; start another one with --model {self.out}")
+        else:
+            require(folder.is_dir(), f"--resume: rank {self.rank} does not find {folder}; "
+                                     "--out must lie on a disk that all nodes share")
+        changed = changed_settings(self.config, self.inputs, state)
         shapes = [text for k, text in changed.items() if k in SHAPE_FLAGS]
         require(not shapes, f"--resume: the run in {self.out} has another model: {'; '.join(shapes)}; name another --out")
         require(not changed or self.config.override, f"--resume: since the run in {self.out} began, {'; '.join(changed.values())}; name another --out, or accept it with --override")
+        if folder is None:
+            self.say(f"{self.out}: this run is complete ({steps} steps)")
+            raise SystemExit(0)
+        require(state["step"] <= self.config.steps,
+                f"--resume: the run in {self.out} is at step {state['step']}, beyond {self.config.steps}")
         if changed or state["world_size"] != self.world_size:
             self.say("going on with other settings: " + "; ".join([*changed.values(), *[f"{state['world_size']} processes, now {self.world_size}"] * (state["world_size"] != self.world_size)]))
         try:

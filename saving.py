@@ -23,11 +23,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flags import UserError, require
+from flags import CHECKPOINT_FILES, UserError, require
 
 VERSION = 1  # of the layout above
 TRAINING = ("training.safetensors", "state.json", "manifest.json")  # files of a checkpoint that are no part of the model
 NAME = re.compile(r"step_\d{6,}")
+WEIGHTS = (".safetensors", ".bin", ".index.json")  # ends of the names of files with weights, or lists of such
 
 
 def flush(path):
@@ -75,25 +76,26 @@ def folder_of(path):
     return Path(path).parent
 
 
-def sha256(*paths):
-    """SHA-256 of files, one behind the other."""
+def sha256(path):
+    """SHA-256 of a file."""
     total = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                total.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            total.update(block)
     return total.hexdigest()
 
 
-def digest(name):
-    """SHA-256 of the files that a flag names: data files, or a checkpoint folder's weights; "" for anything else (toy, scratch, a hub name)."""
-    path = Path(name)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
-    else:
-        files = [path] if path.is_file() else [Path(re.sub(r":[\d.]+$", "", part)) for part in name.split(",")]  # of a mixture: a.jsonl:0.8,b.json:0.2
-    files = [file for file in files if file.is_file()]
-    return sha256(*files) if files else ""
+def digest(paths):
+    """{path: SHA-256} of those paths that are files; what else flags may name (a hub's data set) has none."""
+    return {str(path): sha256(path) for path in paths if Path(path).is_file()}
+
+
+def model_digest(name):
+    """{name: SHA-256} of the files that a model folder is opened from; {} for what is no folder."""
+    folder = Path(name)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in files if file.name in CHECKPOINT_FILES or file.name.endswith(WEIGHTS)]
+    return {Path(path).name: value for path, value in digest(files).items()}
 
 
 def damage(folder):

@@ -17,7 +17,7 @@ import torch
 
 import toy
 from adapters import prepare
-from checkpoint import open_model, save_model
+from checkpoint import knows_single_turns, open_model, save_model
 from data import collate, count_steps, encode_demonstrations, endless_batches
 from formats import read_rows, split_by_prompt
 from model import GPT, show_samples
@@ -70,7 +70,8 @@ def main(config):
         require(not config.part, "--part is for files, not for the toy task")
         rows, heldout = world.demonstrations("train"), world.demonstrations("heldout", per_prompt=2)
     else:
-        rows, heldout = split_by_prompt(read_rows(config.data, "demonstrations", run.say, config.part, config.skip_bad), config.val_fraction)
+        rows = read_rows(config.data, "demonstrations", run.say, config.part, config.skip_bad)
+        rows, heldout = split_by_prompt(rows, config.val_fraction, run.say)
         require(rows, f"--val-fraction {config.val_fraction} leaves nothing to train on")
     model, tokenizer = open_model(config, GPT, config.dropout)
 
@@ -84,7 +85,15 @@ def main(config):
     policy = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
     config.steps = count_steps(config, lengths)
-    first, _ = run.begin({"policy": model}, {"optimizer": optimizer}, {"": lambda folder: save_model(folder, model, tokenizer, config)}, best="-val_loss")
+    # A model that has only ever been shown single questions can't go on with a conversation. Its folder tells
+    # chat.py so. What somebody else's model has seen before is not known here.
+    single = not any(message["role"] == "assistant" for row in rows for message in row.prompt)
+    single_turn = single if config.model == "scratch" or knows_single_turns(model.config) else None
+
+    def write(folder):
+        save_model(folder, model, tokenizer, config, single_turn=single_turn)
+
+    first, _ = run.begin({"policy": model}, {"optimizer": optimizer}, {"": write}, best="-val_loss")
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 

@@ -287,6 +287,7 @@ def main(config):
     model, tok = load_model(config.model, GPT)
     model.to(device)
     world, out = World(config.seed), Path(config.out)
+    counts = []
     require(tok.name == "toy", f"--model {config.model} was not trained on the toy task")
     if (out / "train.jsonl").exists():
         raise UserError(f"--out {out} already holds preferences; name another folder or delete it")
@@ -304,9 +305,10 @@ def main(config):
         rows = world.preferences(split, groups, samples, config.noise)
         files[split] = "".join(json.dumps({"prompt": row.text, "completions": row.replies, "ranks": row.ranks, "gold": row.gold}) + "\n"
                                for row in rows)
-        print(f"{split}: {len(rows)} groups over {len(texts)} prompts")
+        counts.append(f"{split}: {len(rows)} groups over {len(texts)} prompts")
     for split in ("heldout", "train"):  # train.jsonl comes last: where it is, all is
         write_atomically(out / f"{split}.jsonl", files[split].encode())
+    print("\n".join(counts))
 
 
 if __name__ == "__main__":

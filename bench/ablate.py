@@ -178,7 +178,8 @@ def sampled(folder, out, config, per_prompt=1):
     texts = world.texts["train"][::2]
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts for _ in range(per_prompt)]
     settings = evaluate.Config(models=[], micro_batch_tokens=8192)
-    replies, ended, _, kl, score = evaluate.answer(policy.eval(), reference.eval(), reward.eval(), tokenizer, prompts, settings, torch.device("cpu"))
+    replies, ended, _, kl, (score,) = evaluate.answer(
+        policy.eval(), reference.eval(), [reward.eval()], tokenizer, prompts, settings, torch.device("cpu"))
     gold = [world.gold(text, reply, bool(end)) for text, reply, end in zip(np.repeat(texts, per_prompt), replies, ended)]
     return np.array(gold).reshape(-1, per_prompt), score.reshape(-1, per_prompt), float(kl.mean())
 

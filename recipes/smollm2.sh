@@ -8,7 +8,7 @@
 #   MODEL         a folder or hub name
 #   INSTRUCTIONS  what sft.py --data takes
 #   PREFERENCES   what reward.py --data takes, whose prompts PPO and the evaluation use too
-#   OUT           where results go (runs/smollm2);  DTYPE  of matrix products (bfloat16);  PYTHON
+#   OUT           where results go (runs/smollm2);  DTYPE  of matrix products (auto);  PYTHON
 # An interrupted recipe goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -39,7 +39,7 @@ full)
     evaluation="--val-fraction 0.02 --prompts 512 --max-length 640 --max-new-tokens 128" ;;
 *) echo "error: SIZE must be small or full, got $SIZE" >&2; exit 2 ;;
 esac
-every="--dtype ${DTYPE:-bfloat16} --resume --eval-every 100000"
+every="--dtype ${DTYPE:-auto} --resume --eval-every 100000"
 
 stage() { printf '\n== %s\n' "$1"; }
 stage "1/5 supervised fine-tuning on instructions"
@@ -50,8 +50,8 @@ stage "3/5 DPO on the same comparisons"
 "$python" dpo.py --data "$preferences" --model "$out/sft" --out "$out/dpo" --beta 0.1 $common $dpo $every
 stage "4/5 PPO on the prompts that are not held out"
 "$python" ppo.py --data "$preferences" --model "$out/sft" --reward "$out/reward" --out "$out/ppo" --epochs 2 \
-    $common $ppo --dtype "${DTYPE:-bfloat16}" --resume --sample-every 4
+    $common $ppo --dtype "${DTYPE:-auto}" --resume --sample-every 4
 stage "5/5 evaluation on held-out prompts: the base model, SFT, PPO, DPO"
 "$python" evaluate.py --models "$out/sft" "$model" "$out/ppo" "$out/dpo" --reward "$out/reward" --data "$preferences" \
-    $evaluation --dtype "${DTYPE:-bfloat16}" --out "$out/evaluation.json"
+    $evaluation --dtype "${DTYPE:-auto}" --out "$out/evaluation.json"
 "$python" report.py --curves "$out" || echo "no picture: pip install matplotlib"

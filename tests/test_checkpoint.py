@@ -666,6 +666,20 @@ def test_a_folder_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch, name):
         load_model(name, GPT)
 
 
+@pytest.mark.parametrize("name, command", [
+    ("runs/sft", "; python sft.py --out runs/sft makes one"),
+    ("runs/reward/", "; python reward.py --out runs/reward makes one"),
+    ("runs/ppo", "; python ppo.py --out runs/ppo makes one"),
+    ("runs/dpo", "; python dpo.py --out runs/dpo makes one"),
+    ("runs/demo/sft", "; bash run.sh makes it"), ("runs/demo/dpo", "; bash run.sh makes it"),
+    ("runs/sft2", ""), ("runs/my/sft", "")])
+def test_a_folder_that_is_not_there_comes_with_the_command_that_makes_it(name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        load_model(name, GPT)
+    assert str(refused.value) == f"{name}: no such checkpoint folder{command}"
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Tokens that were added to a tokenizer
 

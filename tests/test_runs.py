@@ -2,12 +2,15 @@
 import contextlib
 import copy
 import dataclasses
+import datetime
 import inspect
+import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import chat
+import chat_template
 import dpo
 import evaluate
 import model
@@ -32,7 +36,7 @@ import runtime
 import sft
 import tools
 import toy
-from checkpoint import load_model
+from checkpoint import knows_single_turns, load_model, read_config
 from data import encode_group
 from flags import UserError, field_comments, parse_flags
 from formats import read_rows, split_by_prompt
@@ -299,7 +303,7 @@ def test_the_held_out_loss_is_a_mean_over_reply_tokens(small):
 @pytest.mark.case(21, 25)
 @pytest.mark.parametrize("name, lost", [("sft", ("loss", "grad_norm")), ("reward", ("loss", "grad_norm")), ("dpo", ("loss", "grad_norm")), ("ppo", ("ptx_loss",))])
 def test_a_rank_that_gets_no_examples_adds_nothing(name, lost, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.Run, "split", lambda self, examples, lengths, budget: ranks.fill_up([], 2, examples[:1]))
+    monkeypatch.setattr(runtime.Run, "split", lambda _, examples, *rest: ranks.fill_up([], 2, examples[:1]))
     flags = {"sft": f"{ALL_AT_ONCE} --data {small}/demonstrations.json", "reward": f"{ALL_AT_ONCE} --data {small}/rankings.json",
              "ppo": f"--data {small}/prompts.json --reward {small}/reward {PLAN['ppo']} --ptx-coef 1 --ptx-data {small}/demonstrations.json --threads 1"}
     run_here(name, flags.get(name, flags["reward"]), f"--model {small}/sft --steps 1 --out {tmp_path}/run")
@@ -347,7 +351,8 @@ def test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them_and_t
         run.backward(3 * a + size * b, optimizer)
         assert not math.isfinite(run.optimizer_step(optimizer, 0.5, max_grad_norm=1.0, batch=[7]).item())
         assert [a.item(), b.item()] == pytest.approx(at.tolist(), rel=1e-4) and a.grad is b.grad is None
-    assert [(bool(skipped), batch) for skipped, *_, batch in run.attempts] == [(False, []), (False, []), (True, [7]), (True, [7])]
+    found = [(bool(attempt.bad), attempt.batch) for attempt in run.attempts]
+    assert found == [(False, []), (False, []), (True, [7]), (True, [7])]
 
 
 def test_weight_decay_is_of_matrices_but_not_of_embeddings():
@@ -375,7 +380,8 @@ def recorded(monkeypatch, script, *names):
 
 def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first_model(small, tmp_path, monkeypatch):
     rollouts = recorded(monkeypatch, evaluate, "generate")["generate"]
-    folders = [str(small / "sft"), str(small / "other"), str(small / "sft") + "/"]
+    folders = [str(small / "sft"), str(small / "other"), shutil.copytree(small / "sft", tmp_path / "sft")]
+    folders = [str(folder) for folder in folders]
     (tmp_path / "prompts.json").write_text(json.dumps(json.loads((small / "prompts.json").read_text()) * 4))
     run_here("evaluate", f"--models {' '.join(folders)} --data {tmp_path}/prompts.json --reward {small}/reward --temperature 0.7 --max-new-tokens 10 "
              f"--micro-batch-tokens 80 --threads 1 --out {tmp_path}/evaluation.json")
@@ -488,7 +494,7 @@ def test_two_ranks_train_as_one_does(name, parallel, flags, small, tmp_path):
     assert [row["step"] for row in rows] == [1, 2] if name == "ppo" else [0, 1, 2, 2]
     for one, other in zip(rows, tools.metrics(tmp_path / "two"), strict=True):
         for row in (one, other):  # what rounding decides: ties (policy and reference at first), and the size of rounding itself
-            for key in [key for key in row if key.endswith(("accuracy", "accuracy_interval", "clip_fraction", "ratio_error"))]:
+            for key in [key for key in row if key.endswith(("accuracy", "accuracy_low", "accuracy_high", "clip_fraction", "ratio_error"))]:
                 del row[key]
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
     assert name != "ppo" or 0 < one["eos_rate"] < 1
@@ -524,7 +530,7 @@ def test_ctrl_c_saves_and_resume_goes_on_with_the_same_settings_alone(tmp_path):
     pytest.param("sft", "--device cuda", "PyTorch finds no such device", marks=pytest.mark.case(28)),
     ("sft", "--dtype float16", "--dtype float16 needs --device cuda"),
     ("sft", "--data nowhere.json", "nowhere.json: no such file"),
-    ("sft", "--data {tmp}/rows.csv", "only .json, .json.gz, .jsonl"),
+    ("sft", "--data {tmp}/rows.xlsx", "only .json, .json.gz, .jsonl"),
     pytest.param("sft", "--data {tmp}/broken.jsonl --tokenizer toy", "broken.jsonl:2 is not valid JSON", marks=pytest.mark.case(18)),
     pytest.param("sft", "--data {tmp}/keys.jsonl --tokenizer toy", "its fields are question, reply", marks=pytest.mark.case(19)),
     ("sft", "--model {tmp}", "is not a checkpoint folder: config.json is missing"),
@@ -547,14 +553,35 @@ def test_ctrl_c_saves_and_resume_goes_on_with_the_same_settings_alone(tmp_path):
     ("toy", "--model {root}/sft --out {tmp}/rows.txt", "is a file; name a folder"),
     ("dpo", "--model {root}/nowhere", "no such checkpoint folder"),
     ("dpo", "--label-smoothing 0.7", "--label-smoothing must be >= 0 and < 0.5, got 0.7"),
+    ("dpo", "--label-smoothing 0.1 --loss ipo", "--label-smoothing is for --loss dpo; ipo has no probability"),
+    ("dpo", "--label-smoothing 0.1 --loss hinge", "--label-smoothing is for --loss dpo; hinge has no probability"),
     ("evaluate", "", "--models: name one checkpoint folder or more"),
-    ("evaluate", "--models {root}/sft --data {tmp}/instructions.json", "needs --reward to score with"),
+    ("evaluate", "--models {root}/sft --data {tmp}/instructions.json",
+     "needs --reward or --reward-fn to score with"),
+    ("evaluate", "--models {root}/sft {root}/ppo {root}/sft/", "--models names {root}/sft twice"),
+    ("evaluate", "--models {root}/sft --part 1/1:1", "--part is for files"),
+    ("evaluate", "--models {root}/sft --reward {root}/reward --reward-weights 1 2",
+     "2 --reward-weights for 1 rewards"),
+    ("evaluate", "--models {root}/sft --reward {root}/reward --reward-weights nan",
+     "--reward-weights must be finite"),
+    ("sft", "--steps 5 --epochs 2", "--steps 5 and --epochs 2 both say how long to train"),
+    ("reward", "--epochs 1 --steps 5", "--steps 5 and --epochs 1 both say how long to train"),
+    ("dpo", "--steps 500 --epochs 2", "--steps 500 and --epochs 2 both say how long to train"),
+    ("sft", "--model runs/sft",
+     "runs/sft: no such checkpoint folder; python sft.py --out runs/sft makes one"),
+    ("sft", "--model runs/demo/ppo/", "runs/demo/ppo/: no such checkpoint folder; bash run.sh makes it"),
+    ("chat", "--model runs/mine", "runs/mine: no such checkpoint folder"),
+    ("sft", "--wandb mine", "install it, or leave out --tensorboard and --wandb"),
+    ("sft", "--tensorboard", "install it, or leave out --tensorboard and --wandb"),
     ("chat", "--model {root}/sft --max-new-tokens 64", "fills the context of 64"),
     ("toy", "--model {root}/sft --out {root}/preferences", "already holds preferences"),
     ("report", "--demo {tmp}", "is missing: run the stage that writes it"),
 ])
-def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, tmp_path, capsys):
-    for name in ("rows.txt", "rows.csv"):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, tmp_path, monkeypatch, capsys):
+    for package in ("wandb", "torch.utils.tensorboard"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, package, None)
+    said = said.format(root=chain[0])
+    for name in ("rows.txt", "rows.xlsx"):
         (tmp_path / name).write_text("text")
     (tmp_path / "broken.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": \n')
     (tmp_path / "keys.jsonl").write_text('{"question": "a", "reply": "b"}\n')
@@ -812,3 +839,371 @@ def test_training_takes_its_part_of_a_file_and_holds_prompts_out(name, tmp_path,
     assert 5 < held_out < kept < 45
     said = capsys.readouterr().out
     assert f"{kept} training and {held_out} held-out examples" in said or f"{kept} prompts to train on and {held_out} held out" in said
+
+
+# -- data and models that are not what they were
+
+ROWS = [{"prompt": f"Say {word}.", "chosen": "Yes.", "rejected": "No."} for word in WORDS]
+
+
+@pytest.mark.case(26)
+@pytest.mark.parametrize("spec", ["{a}", "{a},{b}", " {a} , {b}", "{a}:0.5,{b}:0.5", "{a}:5e-1, {b}:+.5",
+                                  "{b}:1,{a}:1"])
+def test_resume_notices_a_file_that_has_changed_however_it_is_named(spec, tmp_path):
+    for name, rows in (("a", ROWS[:3]), ("b", ROWS[3:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    spec = spec.format(a=tmp_path / "a.json", b=tmp_path / "b.json")
+    flags = [f"{TINY} --tokenizer toy --val-fraction 0 --steps 1 --out {tmp_path}/run",
+             f"--data {shlex.quote(spec)}"]
+    run_here("sft", *flags)
+    run_here("sft", *flags, "--resume")
+    (tmp_path / "a.json").write_text(json.dumps([*ROWS[:2], ROWS[2] | {"chosen": "Of course."}]))
+    with pytest.raises(UserError, match="what --data names has changed"):
+        run_here("sft", *flags, "--resume")
+
+
+@pytest.mark.case(26)
+def test_resume_notices_any_change_of_what_a_model_folder_is_opened_from_and_of_nothing_else(small, tmp_path):
+    folder = shutil.copytree(small / "sft", tmp_path / "model")
+    data = small / "demonstrations.json"
+    flags = f"{ALL_AT_ONCE} --model {folder} --data {data} --steps 1 --out {tmp_path}/run"
+    run_here("sft", flags)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+                 "chat_template.jinja"):
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes((before or b"{}") + b"\n")
+        with pytest.raises(UserError, match="what --model names has changed"):
+            run_here("sft", flags, "--resume")
+        (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
+    (folder / "metrics.jsonl").unlink(), (folder / "notes.txt").write_text("mine")
+    run_here("sft", flags, "--resume")
+
+
+@pytest.mark.case(26)
+def test_resume_notices_a_changed_folder_of_a_tokenizer(small, tmp_path):
+    folder = shutil.copytree(small / "sft", tmp_path / "tokenizer")
+    flags = f"{TINY} --tokenizer {folder} --data {small}/demonstrations.json --steps 1 --out {tmp_path}/run"
+    run_here("sft", flags)
+    run_here("sft", flags, "--resume")
+    (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b"\n")
+    with pytest.raises(UserError, match="what --tokenizer names has changed"):
+        run_here("sft", flags, "--resume")
+
+
+DATED = ("{{ strftime_now('%d %B') }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+         "{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.mark.case(26)
+@pytest.mark.parametrize("lost", ["nothing", "run.json"])
+def test_a_run_resumed_another_day_writes_the_date_of_its_beginning(lost, small, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers"), pytest.importorskip("jinja2")
+    folder = shutil.copytree(small / "sft", tmp_path / "model")
+    library = json.loads((folder / "tokenizer.json").read_text())
+    library["model"]["ignore_merges"] = False  # so it is not our own tokenizer, which has our own template
+    (folder / "tokenizer.json").write_text(json.dumps(library))
+    (folder / "chat_template.jinja").write_text(DATED)
+    monkeypatch.setattr(chat_template, "clock", chat_template.clock)  # it is as it was when the test is over
+    seen = recorded(monkeypatch, sft, "encode_demonstrations")["encode_demonstrations"]
+
+    def run_on(day, *flags):
+        class Calendar(datetime.datetime):
+            @classmethod
+            def now(cls):
+                return cls(2026, 1, day)
+
+        monkeypatch.setattr(datetime, "datetime", Calendar)
+        run_here("sft", f"{ALL_AT_ONCE} --model {folder} --data {small}/demonstrations.json",
+                 f"--out {tmp_path}/run", *flags)
+        tokenizer = load_model(folder, model.GPT)[1]
+        return seen[-1][1], tokenizer.decode(seen[-1][1][0][0])
+
+    with stopped_in_the_second_step():
+        run_on(30, "--steps 4")
+    (tmp_path / "run" / lost).unlink(missing_ok=True)
+    before = seen[-1][1]
+    after, text = run_on(31, "--steps 4 --resume")
+    assert before == after and text.startswith("30 January")
+    assert run_on(31, "--steps 4 --overwrite")[1].startswith("31 January")
+
+
+# -- what is printed, and where
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+def test_no_letter_that_a_console_lacks_ends_a_script(encoding, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    reply = "Stra\u00dfe, \u010desk\u00fd, \u4e2d"
+    rows = [{"instruction": f"Sag {word}. \U0001f600", "output": reply} for word in WORDS]
+    data = tmp_path / "r\u00f6ws.json"
+    data.write_text(json.dumps(rows))
+    train = f"{TINY} --tokenizer toy --val-fraction 0.3 --steps 1 --out {tmp_path}/run"
+    commands = [("sft", 0, f"{train} --data {data}"), ("chat", 0, f"--model {small}/sft --max-new-tokens 4"),
+                ("evaluate", 0, f"--models {small}/sft --data {data} --reward {small}/reward"),
+                ("sft", 2, "--data n\u00f6where.json --tokenizer toy")]
+    for script, code, flags in commands:
+        done = command(script, flags, input="Wo ist die Stra\u00dfe?\n", errors="replace")
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+
+
+def unheard(script, *flags, at_once, error=subprocess.PIPE, **options):
+    """Run a script whose output nobody reads, as behind `| head` once that has its lines.
+
+    at_once: it notices at the first line, not when a buffer is full.
+    """
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, str(ROOT / f"{script}.py"), *shlex.split(" ".join(flags))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONUNBUFFERED"] = "1" if at_once else ""
+    with os.fdopen(write, "wb") as output:
+        return subprocess.run(words, stdout=output, stderr=error, env=environment, text=True, timeout=240,
+                              **options)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_script_whose_output_nobody_reads_ends_quietly_and_writes_whole_files(at_once, chain, tmp_path):
+    root = shutil.copytree(chain[0], tmp_path / "demo")
+    before = (root / "report.html").read_bytes()
+    (root / "report.html").unlink(), (root / "summary.json").unlink()
+    runs = [("sft", "--help"), ("report", f"--demo {root} --seconds 12"),
+            ("evaluate", f"--models {root}/sft --out {tmp_path}/evaluation.json --prompts 4"),
+            ("toy", f"--model {root}/sft --out {tmp_path}/toy --groups 20 --heldout-groups 4 --samples 1"),
+            ("sft", f"{TINY} --steps 2 --out {tmp_path}/run")]
+    for script, flags in runs:
+        done = unheard(script, flags, at_once=at_once)
+        expected = 128 + signal.SIGPIPE if at_once and script != "sft" else 0
+        assert (done.returncode, done.stderr) == (expected, ""), script
+    assert (root / "report.html").read_bytes() == before and json.loads((root / "summary.json").read_text())
+    assert json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    files = {path.name: path.read_bytes()[-2:] for path in (tmp_path / "toy").iterdir()}
+    assert files in ({}, {"train.jsonl": b"}\n", "heldout.jsonl": b"}\n"})
+    assert tools.latest(tmp_path / "run").name == "step_000002"
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_script_that_is_cut_short_by_its_reader_ends_as_sigpipe_ends_others(at_once, chain):
+    talk = f"--model {chain[0]}/sft --max-new-tokens 4"
+    done = unheard("chat", talk, at_once=at_once, input="Hello.\n" * 3)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    wrong = unheard("sft", "--data nowhere.json --tokenizer toy", at_once=at_once, error=subprocess.STDOUT)
+    assert wrong.returncode == 2
+
+
+def test_a_line_of_the_log_has_no_old_value_beside_a_new_step(tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 100))  # so late each time that every step has its line
+    monkeypatch.setattr(runtime.time, "time", clock.__next__)
+    run_here("sft", TINY, f"--batch-tokens 512 --eval-every 2 --steps 5 --log-every 2 --out {tmp_path}/run")
+    measured = {row["step"]: row for row in reversed(metrics(tmp_path / "run")) if "val_loss" in row}
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d/5 ", line)]
+    assert len(lines) == 6 + 1
+    for line in lines:
+        step, (value, _, old) = int(line[5]), re.search(r"val_loss ([\d.]+)( \(step (\d)\))?", line).groups()
+        assert old is None or int(old) < step
+        assert value == f"{measured[int(old or step)]['val_loss']:.4g}"
+    assert any("(step " in line for line in lines) and "(step " not in lines[-1].split("loss")[1]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_help_begins_with_the_flags_of_the_script(name, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(SCRIPTS[name].Config, "", ["--help"])
+    own, common = capsys.readouterr().out.split("flags of every training script:")
+    mine = SCRIPTS[name].Config.__annotations__
+    for field in dataclasses.fields(SCRIPTS[name].Config):
+        flag = "\n  --" + field.name.replace("_", "-") + ("," if field.type is bool else " ")
+        assert (flag in own, flag in common) == (field.name in mine, field.name not in mine), flag
+
+
+def test_of_ppos_flags_steps_and_epochs_go_together():
+    assert parse_flags(ppo.Config, "", ["--steps", "5", "--epochs", "3"]).epochs == 3
+    assert parse_flags(sft.Config, "", ["--steps", "5", "--epochs", "0"]).steps == 5
+
+
+# -- evaluate.py with other judges
+
+JUDGES = """
+def size(replies, **rest):
+    return [float(len(reply)) for reply in replies]
+
+def right(replies, answers):
+    assert len(replies) == len(answers)
+    return [float(answer) for answer in answers]
+
+def wrong(replies):
+    return [float("nan") if len(replies) > 1 else 0.0] * len(replies)
+"""
+
+
+@pytest.fixture
+def judged(small, tmp_path, monkeypatch):
+    """Evaluate three models by functions, on questions with answers: judged(flags) -> (results, replies)."""
+    (tmp_path / "mine.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"question": f"Say {word}.", "answer": f"So it is.\n#### {i}"} for i, word in enumerate(WORDS)]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    for name in ("a", "b"):
+        shutil.copytree(small / "sft", tmp_path / name / "sft")
+
+    def evaluation(flags):
+        models = f"{tmp_path}/a/sft {tmp_path}/b/sft {small}/other"
+        run_here("evaluate", f"--models {models} --data {tmp_path}/questions.json --max-new-tokens 8",
+                 f"--out {tmp_path}/results.json {flags}")
+        found = json.loads((tmp_path / "results.json").read_text())
+        return found["results"], found["replies"]
+
+    return evaluation
+
+
+def test_evaluation_scores_by_a_weighted_sum_and_names_all_of_it(small, judged, tmp_path, capsys):
+    results, replies = judged(f"--reward {small}/reward --reward-fn mine:right mine:size "
+                              "--reward-weights 2 10 0.5")
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in lines[1:]] == ["a/sft", "b/sft", "other"]
+    assert lines[0].split()[:4] == ["score", "reward", "mine:right", "mine:size"]
+    assert len({len(line) for line in lines}) == 1
+    for folder, result in results.items():
+        parts = result["scores"]
+        assert parts["mine:right"] == 2.5  # the mean of 0 to 5
+        assert parts["mine:size"] == pytest.approx(sum(len(row["reply"]) for row in replies[folder]) / 6)
+        assert result["score"] == pytest.approx(2 * parts["reward"] + 25 + parts["mine:size"] / 2, rel=1e-4)
+        assert result["score"] == pytest.approx(sum(row["score"] for row in replies[folder]) / 6, rel=1e-4)
+    assert results[str(tmp_path / "b" / "sft")]["ties"] == 1
+
+
+def test_evaluation_refuses_functions_without_their_answers_and_scores_that_are_no_numbers(small, judged):
+    only, _ = judged("--reward-fn mine:right")
+    assert all(result["score"] == 2.5 and "scores" not in result for result in only.values())
+    with pytest.raises(UserError, match="mine:wrong gave a reply of .*a/sft a score that is not finite"):
+        judged("--reward-fn mine:wrong")
+    with pytest.raises(UserError, match="wants answers, and no row has one"):
+        judged(f"--reward-fn mine:right --data {small}/prompts.json")
+
+
+def test_evaluation_at_temperature_0_has_no_kl(judged, capsys):
+    results, _ = judged("--reward-fn mine:right --temperature 0")
+    assert all(result["kl"] is None for result in results.values())
+    head, *lines = capsys.readouterr().out.splitlines()[-4:]
+    end = head.index("kl") + 2
+    assert all(line[end - 10:end].strip() == "" and line[end:].strip() for line in lines)
+
+
+def test_evaluation_takes_part_of_a_file_and_leaves_out_what_cannot_be_read(judged, tmp_path, capsys):
+    rows = [json.dumps({"prompt": f"Cube {i}."}) for i in range(150)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{"]) + "\n")
+    flags = f"--data {tmp_path}/rows.jsonl --reward-fn mine:size"
+    with pytest.raises(UserError, match="rows.jsonl:151 is not valid JSON"):
+        judged(flags)
+    results, _ = judged(f"{flags} --skip-bad --part 1/2:2 --val-fraction 0.5")
+    kept = split_by_prompt(read_rows(tmp_path / "rows.jsonl", "prompts", str, "1/2:2", True), 0.5)[1]
+    assert {result["prompts"] for result in results.values()} == {len(kept)} and 20 < len(kept) < 80
+
+
+def test_evaluation_is_one_process(chain, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        runtime.run_script(evaluate.main, evaluate.Config, "", ["--models", f"{chain[0]}/sft"])
+    assert stopped.value.code == 2
+    assert "one process, not 2: start it without torchrun" in capsys.readouterr().err
+
+
+# -- chat.py and models that know single questions alone
+
+@pytest.fixture
+def talk(monkeypatch):
+    """Ask three questions: talk(flags) -> how many messages chat.py's model was given each time."""
+    def talk(flags):
+        lengths, lines = [], iter(["What is 1 + 2?", "What is 2 + 2?", "What is 3 + 3?"])
+
+        def counted(tokenizer, messages):
+            lengths.append(len(messages))
+            return encode_prompt(tokenizer, messages)
+
+        monkeypatch.setattr(chat, "encode_prompt", counted)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+        run_here("chat", "--max-new-tokens 4", flags)
+        return lengths
+
+    return talk
+
+
+def test_chat_forgets_what_a_model_of_single_questions_cannot_follow_and_says_so_once(chain, talk, capsys):
+    root, notice = chain[0], "was trained on single questions, so it forgets"
+    for stage in ("sft", "ppo", "dpo"):  # what sft.py has written, the other stages keep
+        assert talk(f"--model {root}/{stage}") == [1, 1, 1]
+        assert capsys.readouterr().out.count(f"({stage} {notice}") == 1
+    for flags, expected in (("--history keep", [1, 3, 5]), ("--history forget", [1, 1, 1])):
+        assert talk(f"--model {root}/sft {flags}") == expected
+        assert notice not in capsys.readouterr().out
+    assert talk(f"--model {root}/sft --system Hi") == [2, 2, 2]
+    assert knows_single_turns(read_config(root / "reward")[0])
+
+
+def test_sft_notes_conversations_and_leaves_open_what_models_of_others_have_seen(small, talk, tmp_path):
+    texts = zip(["user", "assistant"] * 2, ("Hi.", "Yes?", "Say apple.", "Apple."))
+    turns = [{"role": role, "content": text} for role, text in texts]
+    (tmp_path / "talks.json").write_text(json.dumps([{"messages": turns}] * 4))
+    folder = shutil.copytree(small / "sft", tmp_path / "foreign")
+    header = json.loads((folder / "config.json").read_text())
+    assert header["barerlhf"].pop("single_turn") is True
+    (folder / "config.json").write_text(json.dumps(header))
+    single, several = small / "demonstrations.json", tmp_path / "talks.json"
+    starts = {"more": (small / "sft", single), "talks": (small / "sft", several), "others": (folder, single)}
+    noted = {}
+    for name, (start, data) in starts.items():
+        run_here("sft", f"{ALL_AT_ONCE} --model {start} --data {data} --steps 1 --out {tmp_path}/{name}")
+        noted[name] = json.loads((tmp_path / name / "config.json").read_text())["barerlhf"].get("single_turn")
+    assert noted == {"more": True, "talks": False, "others": None}
+    assert talk(f"--model {tmp_path}/talks") == talk(f"--model {tmp_path}/others") == [1, 3, 5]
+
+
+def test_chat_names_two_models_by_what_tells_them_apart(judged, tmp_path):
+    flags = f"--compare {tmp_path}/a/sft {tmp_path}/b/sft --max-new-tokens 4"
+    both = command("chat", flags, input="What is 1 + 2?\n")
+    assert both.returncode == 0 and "a/sft: " in both.stdout and "b/sft: " in both.stdout
+
+
+# -- report.py
+
+def test_a_report_made_again_keeps_the_time_and_a_demos_curves_are_another_picture(chain, tmp_path, capsys):
+    root = shutil.copytree(chain[0], tmp_path / "demo")
+
+    def seconds(flags=""):
+        run_here("report", f"--demo {root} {flags}")
+        found = json.loads((root / "summary.json").read_text())["seconds.total"]
+        assert f"Total wall time: {found:.0f} s" in (root / "report.html").read_text()
+        return found
+
+    assert [seconds(), seconds("--seconds 30"), seconds()] == [12, 30, 30]
+    before = (root / "curves.png").read_bytes()
+    run_here("report", f"--curves {root}")
+    assert (root / "curves.png").read_bytes() == before and (root / "stages.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.splitlines()[-1] == f"{root}/stages.png"
+    (root / "summary.json").unlink()
+    run_here("report", f"--curves {root}")
+    assert (root / "curves.png").read_bytes() == (root / "stages.png").read_bytes()
+
+
+def test_what_the_report_says_to_try_next_and_the_readme_write_to_different_folders():
+    def folders(lines):
+        return {found for line in lines for found in re.findall(r"--out (\S+)", line)}
+
+    suggested, known = folders(line for _, line in report.TRY_NEXT), folders(readme_commands())
+    assert len(suggested) == 4 and len(known) > 10
+    for ours, other in itertools.product(map(Path, suggested), map(Path, known)):
+        assert ours not in (other, *other.parents) and other not in ours.parents, ours
+
+
+def test_recipes_leave_the_precision_to_the_machine():
+    for path in (ROOT / "recipes").glob("*.sh"):
+        named = re.findall(r"--dtype (\S+)", path.read_text())
+        assert named and {name.strip('"') for name in named} == {"${DTYPE:-auto}"}, path
+
+
+def test_dpo_says_that_margins_count_for_nothing_and_the_reward_model_uses_them(small, tmp_path, capsys):
+    rows = [{"prompt": f"Cube {i}.", "chosen": "Yes.", "rejected": "No.", "margin": 0.5 * (i % 2)} for i in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = f"--model {small}/sft --data {tmp_path}/rows.json --val-fraction 0 --steps 1 --batch-tokens 500 --threads 1"
+    for name, said in (("dpo", True), ("reward", False)):
+        run_here(name, words, f"--out {tmp_path}/{name}")
+        assert ("warning: 4 rows have a margin, which only reward.py uses" in capsys.readouterr().out) == said

@@ -196,6 +196,83 @@ def test_a_kill_at_any_call_to_the_file_system_leaves_the_old_checkpoint_or_the_
     assert len(steps) > 25 and steps == sorted(steps) and set(steps) == ({2} if again else {2, 3})
 
 
+# -- a finished run whose checkpoints were deleted, as the README says that one may
+
+@pytest.fixture
+def slim(copy):
+    """The unbroken reward run without its checkpoints."""
+    shutil.rmtree(copy / "checkpoints")
+    return copy
+
+
+def contents(out):
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.case(26)
+@pytest.mark.parametrize("flags, code, said", [
+    ("", 0, "this run is complete (6 steps)"),
+    ("--steps 9", 2, "is complete after 6 steps; for 9 it needs its checkpoints/, which is gone"),
+    ("--steps 9 --override", 2, "is complete after 6 steps; for 9 it needs its checkpoints/, which is gone"),
+    ("--steps 3", 2, "is complete after 6 steps; for 3 it needs its checkpoints/, which is gone"),
+    ("--lr 0.5", 2, "--lr was 0.002, is now 0.5"),
+    ("--lr 0.5 --override", 0, "this run is complete (6 steps)")])
+def test_a_finished_run_without_checkpoints_is_complete_and_stays(flags, code, said, root, slim, capsys):
+    before = contents(slim)
+    capsys.readouterr()
+    assert tools.here("reward", root, tools.SHORT, f"--out {slim} --resume", flags) == code
+    shown = capsys.readouterr()
+    assert said in (shown.err if code else shown.out) and shown.err.count("\n") == (code > 0)
+    assert before == contents(slim) and not (slim / "checkpoints").exists()
+
+
+@pytest.mark.case(26)
+@pytest.mark.parametrize("how", ["unfinished", "run.json is gone", "run.json is damaged"])
+def test_a_model_of_a_run_without_checkpoints_that_may_not_be_finished_stays(how, root, slim, capsys):
+    if how == "unfinished":
+        about = json.loads((slim / "run.json").read_text())
+        del about["finished_after"]
+        (slim / "run.json").write_text(json.dumps(about))
+    else:
+        (slim / "run.json").unlink() if "gone" in how else (slim / "run.json").write_text("{")
+    before = contents(slim)
+    assert tools.here("reward", root, tools.SHORT, f"--out {slim} --resume") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{slim} holds a model, but its checkpoints/ is gone" in error
+    assert before == contents(slim)
+    assert tools.here("reward", root, tools.SHORT, f"--out {slim} --overwrite") == 0
+
+
+@pytest.mark.case(26)
+def test_a_finished_run_that_has_lost_its_model_too_begins_anew(root, slim, unbroken):
+    for name in MODEL_FILES:
+        (slim / name).unlink()
+    assert tools.here("reward", root, tools.SHORT, f"--out {slim} --resume") == 0
+    assert tools.same(unbroken["reward"], slim)
+
+
+@pytest.mark.case(26)
+def test_a_run_cannot_be_taken_back_to_fewer_steps_than_it_has_taken(root, copy, capsys):
+    before = contents(copy)
+    assert tools.here("reward", root, tools.SHORT, f"--out {copy} --resume --override --steps 3") == 2
+    assert f"the run in {copy} is at step 6, beyond 3" in capsys.readouterr().err and before == contents(copy)
+    assert tools.here("reward", root, tools.SHORT, f"--out {copy} --resume") == 0
+    assert "this run is complete (6 steps)" in capsys.readouterr().out
+
+
+@pytest.mark.case(14)
+def test_overwrite_deletes_the_word_that_a_run_is_finished_before_its_model(root, slim, monkeypatch):
+    def die_at_a_model(path, *args, original=Path.unlink, **options):
+        if path.name == "config.json":
+            raise tools.Killed
+        return original(path, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(tools.Killed):
+        patch.setattr(Path, "unlink", die_at_a_model)
+        tools.here("reward", root, tools.SHORT, f"--out {slim} --overwrite")
+    assert (slim / "config.json").exists() and not (slim / "run.json").exists()
+
+
 # -- kill -9
 
 @pytest.mark.case(1)
