@@ -4,8 +4,10 @@ One row type serves every stage: a prompt (a conversation that awaits an answer)
 prompts, one for a demonstration, K with ranks for preferences (a chosen/rejected pair is K = 2).
 """
 import bisect
+import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -13,7 +15,8 @@ import os
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -31,6 +34,7 @@ class Row:
     margin: float = 0.0
     gold: list = field(default_factory=list)  # true scores of the replies where somebody knows them (synthetic data)
     answer: str = ""  # the result that a reply ought to reach, where it can be checked ("72")
+    document: bool = False  # a whole file of running text, which is split by position, not by hash
 
     @property
     def text(self):
@@ -44,10 +48,16 @@ class BadRow(Exception):
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
-TURNS = ("messages", "conversations")  # fields that hold a conversation,
-PROMPTS = ("instruction", "prompt", "question")  # a prompt,
-REPLIES = ("output", "response", "completion")  # a reply,
-RATINGS = ("rating", "score")  # a number that is higher for a better reply
+# Fields that hold a conversation, a prompt, a reply, and a number that is higher for a better reply.
+TURNS = ("messages", "conversations", "conversation")
+PROMPTS = ("instruction", "prompt", "question", "query", "problem")
+REPLIES = ("output", "response", "completion")
+RATINGS = ("rating", "score")
+JUDGED = ("fine-grained_score", "overall_score", *RATINGS)  # such a number, of one of a row's replies
+# Prompts that pose a task, and the answer to it, which is a reply as well. One with its working comes first.
+TASKS = ("question", "query", "problem")
+WORKED = ("solution", "answer", "target")
+ANSWERS = ("ground_truth", "answer", "solution", "target")  # what a reply is checked by, the surest first
 
 
 def first(row, names, default=None):
@@ -57,6 +67,44 @@ def first(row, names, default=None):
 
 def is_number(x):
     return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def as_number(value):
+    """A number from its text, all that a csv has; anything else as it is."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value):
+        return float(value)
+    return value
+
+
+def number_text(x):
+    """A number as people write it: a whole one has no decimal point, whatever type its column has."""
+    return str(int(x) if isinstance(x, float) and x.is_integer() else x)
+
+
+def find_result(text):
+    """The result of a worked answer: behind the last #### (GSM8K), in the last \\boxed{} (MATH), or all."""
+    _, mark, result = text.rpartition("####")
+    if mark and "\n" not in result.strip():  # more than a line is a section under a heading
+        return result.strip().rstrip(".").replace(",", "")
+    _, mark, result = text.rpartition("\\boxed{")
+    depth = 1
+    for i, letter in enumerate(result if mark else ""):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            return result[:i].strip()
+    return text.strip()
+
+
+def find_answer(row):
+    """The answer of a row that can be checked, as text; "" if it has none."""
+    judged = row.get("reward_model")  # as DAPO and verl have it
+    values = [judged.get("ground_truth")] if isinstance(judged, dict) else []
+    for value in values + [row.get(name) for name in ANSWERS]:
+        if is_number(value) and math.isfinite(value):
+            return number_text(value)
+        if isinstance(value, str) and value.strip():
+            return find_result(value)
+    return ""
 
 
 def parse_content(content):
@@ -72,6 +120,15 @@ def parse_content(content):
     return content.strip()
 
 
+def split_exchanges(messages):
+    """Messages, those of the kind {human: text, assistant: text} as the two that they are."""
+    for message in messages:
+        if message.keys() >= {"human", "assistant"}:
+            yield from ({"role": role, "content": message[role]} for role in ("human", "assistant"))
+        else:
+            yield message
+
+
 def parse_messages(messages):
     """A list of {role or from, content or value} -> turns as `Row` has them, in order: [system], user, assistant, user, ...
 
@@ -80,7 +137,7 @@ def parse_messages(messages):
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise TypeError("a conversation is not a list of objects with role and content (or from and value)")
     turns = []
-    for message in messages:
+    for message in split_exchanges(messages):
         role = first(message, ("role", "from"))
         if not isinstance(role, str):
             raise TypeError("a message has no role")
@@ -114,7 +171,7 @@ def split_reply(turns):
 
 
 def parse_prompt(row):
-    """Turns up to the user's last, from the fields instruction, prompt or question; else messages or conversations."""
+    """Turns up to the user's last, from one of PROMPTS; else from one of TURNS."""
     prompt = first(row, PROMPTS)
     if prompt is None or isinstance(prompt, list):
         return parse_messages(first(row, TURNS) if prompt is None else prompt)
@@ -154,12 +211,15 @@ def parse_plain(row, want):
 
 
 def parse_question(row, want):
-    """A question and its answer. GSM8K's answers lose their <<48/2=24>> marks; the result, after the last ####, can be checked."""
-    if not isinstance(row["answer"], str):
-        raise TypeError("the answer is not a string")
-    _, worked, result = row["answer"].rpartition("####")
-    reply = re.sub(r"<<[^<>]*>>", "", row["answer"]) if worked else row["answer"]
-    return Row(parse_prompt(row), [reply], [0], answer=result.strip().rstrip(".").replace(",", "") if worked else "")
+    """A task and its worked answer. GSM8K's answers lose their <<48/2=24>> marks."""
+    reply = first(row, WORKED)
+    if is_number(reply):
+        reply = number_text(reply)
+    if not isinstance(reply, str):
+        raise TypeError("the answer is neither text nor a number")
+    if "####" in reply:
+        reply = re.sub(r"<<[^<>]*>>", "", reply)
+    return Row(parse_prompt(row), [reply], [0])
 
 
 def parse_single(row, want):
@@ -210,18 +270,65 @@ FORMATS = {  # name: what parses it, and what it is good for
 NEEDED = {
     "demonstrations": "a prompt and a reply (instruction and output, prompt and completion, question and answer, messages) or text",
     "preferences": "a prompt, chosen and rejected (or completions and ranks, or a reply with a label, true or false, or a rating)",
-    "prompts": "a prompt (prompt, instruction, question or messages)",
+    "prompts": "a prompt (prompt, instruction, question, query, problem or messages)",
 }
+# By what was wanted: fields of known data sets that have it under other names, and what to do about them.
+REFUSED = {
+    "demonstrations": {
+        ("prompt", "answer"): "to train on the answer, rename it to completion",
+        ("prompt", "solution"): "to train on the solution, rename it to completion",
+    },
+    "preferences": {
+        ("response_0", "response_1", "better_response_id"):
+            "PKU-SafeRLHF: make the better response chosen and the other one rejected",
+        ("response_j", "response_k"):
+            "stack-exchange-paired: rename response_j to chosen and response_k to rejected",
+        ("conversation_a", "conversation_b", "winner"):
+            "Chatbot Arena: make the winner's conversation chosen and the other one rejected, without ties",
+        ("answer_0", "answer_1", "score_0", "score_1"):
+            "WebGPT: make the answer of the higher score chosen, the other rejected, question its full_text",
+        ("response", "helpfulness"): "HelpSteer: rename helpfulness to rating",
+    },
+    "prompts": {},
+}
+
+
+def advice(row, want):
+    """What to do about a row of a known data set that can't be used as it is; "" for any other."""
+    known = [text for fields, text in REFUSED[want].items() if row.keys() >= {*fields}]
+    return f" ({known[0]})" if known else ""
+
+
+def translate(row):
+    """A row of SHP or UltraFeedback, or of input and a reply, in the terms above; any other as it is."""
+    has = row.keys()
+    if has >= {"history", "human_ref_A", "human_ref_B", "labels"}:
+        if row["labels"] not in (0, 1):
+            raise TypeError("labels is neither 1, for A, nor 0, for B")
+        better, worse = ("human_ref_A", "human_ref_B") if row["labels"] else ("human_ref_B", "human_ref_A")
+        return {"prompt": row["history"], "chosen": row[better], "rejected": row[worse]}
+    replies = row.get("completions")
+    if "ranks" not in has and isinstance(replies, list) and all(isinstance(reply, dict) for reply in replies):
+        scored = [(first(reply, REPLIES), as_number(first(reply, JUDGED))) for reply in replies]
+        scored = [(reply, score) for reply, score in scored if is_number(score)]
+        if scored:
+            texts, ranks = [reply for reply, _ in scored], [-score for _, score in scored]
+            row = row | {"completions": texts, "ranks": ranks}
+    asks = has & {*PROMPTS, *TURNS}
+    if "input" in has and not asks and has & {*REPLIES, *ANSWERS, "chosen", "completions"}:
+        row = {name: value for name, value in row.items() if name != "input"} | {"question": row["input"]}
+    return row
 
 
 def recognise(row):
     """Name of a row's format, from its fields (none of them null), or None."""
     has = row.keys()
-    if {"prompt", "completions", "ranks"} <= has:
+    asks = has & {*PROMPTS, *TURNS}
+    if asks and {"completions", "ranks"} <= has:
         return "rankings"
     if {"chosen", "rejected"} <= has:
-        return "preferences" if has & {*PROMPTS, *TURNS} or isinstance(row["chosen"], (list, dict)) else "transcripts"
-    if not has & {*PROMPTS, *TURNS}:
+        return "preferences" if asks or isinstance(row["chosen"], (list, dict)) else "transcripts"
+    if not asks:
         return "plain text" if "text" in has else None
     if has & {*REPLIES, *TURNS}:
         if isinstance(row.get("label"), bool):
@@ -229,7 +336,7 @@ def recognise(row):
         if is_number(first(row, RATINGS)):
             return "rated replies"
         return "conversations" if has & {*TURNS} else "instructions"
-    return "questions" if {"question", "answer"} <= has else "prompts"
+    return "questions" if has & {*TASKS} and has & {*WORKED} else "prompts"
 
 
 def parse(row, form, want):
@@ -246,6 +353,7 @@ def parse(row, form, want):
         prompt = [{"role": "system", "content": system.strip()}] + prompt
     if want == "prompts":
         replies, ranks = [], []
+    answer = find_answer(row)
     margin, truth = row.get("margin", 0.0), row.get("gold", [])
     if not isinstance(truth, list) or not all(is_number(x) and math.isfinite(x) for x in [*ranks, *truth, margin]):
         raise TypeError("a rank, a gold score or the margin is not a finite number")
@@ -263,14 +371,15 @@ def parse(row, form, want):
             raise BadRow("the prompt doesn't end with the user")
         if not all(turn["content"] for turn in prompt):
             raise BadRow("empty turn")
-    if any(re.search(r"[\0\ud800-\udfff]", text) for text in [*replies, parsed.answer, *(turn["content"] for turn in prompt)]):
+    texts = [*replies, answer, *(turn["content"] for turn in prompt)]
+    if any(re.search(r"[\0\ud800-\udfff]", text) for text in texts):
         raise BadRow("a NUL character or half a surrogate pair, which is no text")
     if len(replies) > 1 and len(set(replies)) == 1:
         raise BadRow("chosen equals rejected")
     if len(replies) > 1 and len(set(ranks)) == 1:
         raise BadRow("all replies tied")
     truth = truth if want == "preferences" and len(truth) == len(replies) else []
-    return Row(prompt, replies, ranks, float(margin), truth, parsed.answer)
+    return Row(prompt, replies, ranks, float(margin), truth, answer)
 
 
 def expand(row):
@@ -331,13 +440,32 @@ def refuse_constant(name):
 DECODER = json.JSONDecoder(object_pairs_hook=unique_fields, parse_constant=refuse_constant)
 
 
+def guess_encoding(raw):
+    """GBK or UTF-16, where bytes look like it; else ""."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "UTF-16"
+    try:
+        foreign = [letter.encode("gb18030") for letter in raw.decode("gb18030") if not letter.isascii()]
+    except UnicodeDecodeError:
+        return ""
+    # Chinese text is made of the 3,755 characters in daily use, which begin with bytes from B0 to D7, and of
+    # punctuation from A1 to A3. What other encodings have there seldom decodes, or to rare characters.
+    # Korean alone decodes to common ones, all of them up to C8.
+    daily = {*range(0xA1, 0xA4), *range(0xB0, 0xD8)}
+    common = [code for code in foreign if code[0] in daily and code[1] >= 0xA1]
+    return "GBK" if len(common) > 0.9 * len(foreign) and max(common) > b"\xc9" else ""
+
+
 def decode_text(raw, path, line=1):
     """UTF-8 bytes, which begin at a line of a file, as text, without a byte order mark."""
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         newlines = error.object[:error.start].count(b"\n")
-        raise UserError(f"{path}:{line + newlines} is not UTF-8 text") from None
+        encoding = guess_encoding(raw)
+        guess = f"it looks like {encoding}; " if encoding else ""
+        raise UserError(f"{path}:{line + newlines} is not UTF-8 text; {guess}convert it: "
+                        f"iconv -f {encoding or 'ITS_ENCODING'} -t UTF-8 FILE > NEW") from None
 
 
 def decode_json(text, at, path, line, where):
@@ -398,6 +526,69 @@ def read_document(file, path):
     yield str(path), {"text": decode_text(file.read(), path).replace("\r\n", "\n")}
 
 
+# Columns of a csv that hold numbers (or true and false), and those that hold lists or objects, as JSON.
+NUMBERS = {*RATINGS, "label", "labels", "margin"}
+LISTS = {*TURNS, "completions", "ranks", "gold", "instances", "history", "reward_model"}
+# A first line without any of these names no columns.
+COLUMNS = {*PROMPTS, *REPLIES, *TURNS, *WORKED, "input", "chosen", "rejected", "text", "human_ref_A"}
+
+
+def parse_cell(name, text):
+    """What a cell of a csv's column holds: text, but for the columns that are never text."""
+    if name in NUMBERS:
+        known = {"true": True, "false": False, "": None}
+        return known.get(text.strip().lower(), as_number(text))
+    if name in LISTS and text.strip()[:1] in ("", "[", "{"):
+        try:
+            return DECODER.decode(text) if text.strip() else None
+        except (ValueError, RecursionError):
+            return text  # which is refused where the list is used
+    return text
+
+
+def read_table(file, path):
+    """Rows of a .csv or .tsv file, whose first line names the columns."""
+    text = decode_text(file.read(), path).replace("\r\n", "\n")
+    line = text.count("\n", 0, max(text.find("\0"), 0)) + 1
+    require("\0" not in text, f"{path}:{line} holds a NUL character, which is no text")
+    delimiter = "\t" if path.endswith(".tsv") else ","
+    cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = None
+    limit = csv.field_size_limit(LONGEST)  # of the whole process, so it is put back
+    try:
+        while True:
+            where = f"{path}:{cells.line_num + 1}"
+            try:
+                row = next(cells, None)
+            except csv.Error as error:
+                open_quote = "unexpected end of data" in str(error)
+                reason = "a quote that opens in this row is never closed" if open_quote else error
+                raise UserError(f"{where} is not a valid row: {reason}") from None
+            if row is None:
+                return
+            if not row:
+                continue
+            if header is None:
+                header = [name.strip() for name in row]
+                check_header(header, where)
+            elif len(row) != len(header):
+                yield where, UserError(f"{where} has {len(row)} columns, the header has {len(header)}")
+            else:
+                yield where, {name: parse_cell(name, text) for name, text in zip(header, row) if name}
+    finally:
+        csv.field_size_limit(limit)
+
+
+def check_header(names, where):
+    """UserError unless the first line of a csv names columns that are known here, each once."""
+    shown = ", ".join(repr(name[:40])[1:-1] for name in names[:8])
+    require(COLUMNS & set(names),
+            f"{where} is no header: the first line must name the columns (prompt, completion, chosen, ...), "
+            f"and this one has {shown}")
+    for name, n in Counter(filter(None, names)).items():
+        require(n == 1, f"{where} names the column {name[:40]!r} {n} times")
+
+
 def one_line(error):
     """A library's message, which may be a page long."""
     return " ".join(str(error).split())[:200]
@@ -435,7 +626,17 @@ def read_hub(spec):
 
 
 READERS = {".json": read_array, ".json.gz": read_array, ".jsonl": read_lines, ".jsonl.gz": read_lines, ".txt": read_document,
-           ".parquet": read_parquet}
+           ".csv": read_table, ".csv.gz": read_table, ".tsv": read_table, ".parquet": read_parquet}
+
+
+def files_to_name(folder):
+    """What to name in place of a folder: the files in it, or one level below, that are read."""
+    files = [*Path(folder).glob("*"), *Path(folder).glob("*/*")]
+    found = sorted(path for path in files if path.name.endswith(tuple(READERS)))
+    if not found:
+        return f"it holds no file that is read ({', '.join(READERS)})"
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return f"name a file in it, or several with commas: {', '.join(map(str, found[:5]))}{more}"
 
 
 def read_objects(path):
@@ -443,6 +644,7 @@ def read_objects(path):
     if path.startswith("hf:") and not os.path.isfile(path):
         yield from read_hub(path)
         return
+    require(not os.path.isdir(path), f"{path} is a folder; {files_to_name(path)}")
     require(os.path.isfile(path), f"{path}: no such file")
     reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
     require(reader, f"{path}: only {', '.join(READERS)} are read")
@@ -452,6 +654,17 @@ def read_objects(path):
                 yield where, row if isinstance(row, (dict, UserError)) else UserError(f"{where} is not a JSON object with named fields")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read: {error}") from None
+
+
+def describe_singles(rated):
+    """What rows with one labelled or rated reply each are, and lack, where no prompt has two that differ."""
+    good = sum(row.ranks[0] == 0 for row in rated)
+    bad = sum(row.ranks[0] == 1 for row in rated)
+    labelled = good + bad == len(rated)
+    kind = f"with good or bad labels ({good} true, {bad} false)" if labelled else "with ratings"
+    return (f"{len(rated)} single replies {kind}, and no prompt with two that are labelled or rated "
+            "differently; preferences compare replies to the same prompt: give each prompt a chosen and a "
+            "rejected reply, or a row for each of its replies; sft.py can train on the good ones")
 
 
 def read_source(path, want, say, skip_bad=False):
@@ -464,8 +677,10 @@ def read_source(path, want, say, skip_bad=False):
                 raise found
             fields = ", ".join(repr(name[:40])[1:-1] for name in list(found)[:8]) or "none"
             for row in expand({name: value for name, value in found.items() if value is not None}):
+                row = translate(row)
                 form = recognise(row)
-                require(form and want in FORMATS[form][1], f"{where} doesn't hold {NEEDED[want]}; its fields are {fields}")
+                require(form and want in FORMATS[form][1],
+                        f"{where} doesn't hold {NEEDED[want]}; its fields are {fields}{advice(row, want)}")
                 formats[form] += 1
                 try:
                     to_merge = form == "rated replies" and want != "prompts" or form == "labelled replies" and want == "preferences"
@@ -483,7 +698,10 @@ def read_source(path, want, say, skip_bad=False):
     reasons = [f"; dropped {n}: {reason}" for reason, n in dropped.most_common() if n]
     say(f"{path}: {sum(formats.values())} rows ({', '.join(formats) or 'no format'}), {len(rows)} kept as {want}"
         + (", one for all replies to a prompt" if rated else "") + "".join(reasons[:8]) + ("; ..." if len(reasons) > 8 else ""))
+    require(rows or not rated, f"{path} holds {describe_singles(rated)}")
     require(rows, f"{path} holds no usable row")
+    for row in rows:
+        row.document = path.endswith(".txt")
     return rows
 
 
@@ -515,23 +733,69 @@ def unit_hash(text, salt=""):
     return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:4], "big") / 2**32
 
 
-def split_by_prompt(rows, fraction):
-    """(training, held-out) rows: a prompt is held out by its hash, so the same prompt is never on both sides."""
-    held_out = [unit_hash(row.text) < fraction for row in rows]
-    return [row for row, out in zip(rows, held_out) if not out], [row for row, out in zip(rows, held_out) if out]
+def cut_place(text, share):
+    """Where to cut a text in two, so that about this share of it comes first. What comes last is never blank.
+
+    It is the nearest blank line, unless that changes the smaller piece by more than half; else the end of a
+    line, a space, or anywhere.
+    """
+    end = len(text.rstrip())
+    wanted = max(1, min(round(share * end), end - 1))
+    for mark in ("\n\n", "\n", " "):
+        marks = (text.rfind(mark, 0, wanted + len(mark)), text.find(mark, wanted, end))
+        places = [at + len(mark) for at in marks if at >= 0 and at + len(mark) < end]
+        place = min(places, key=lambda at: abs(at - wanted), default=0)
+        if abs(place - wanted) <= min(wanted, end - wanted) / 2:
+            return place
+    return wanted
+
+
+def piece_of(document, start, end):
+    """The part of a document between two shares of its length, as a list of one row; [] if it is blank."""
+    text = document.text
+    start = cut_place(text, start) if 0 < start < 1 else round(start) * len(text)
+    end = cut_place(text, end) if 0 < end < 1 else round(end) * len(text)
+    piece = text[start:end]
+    return [replace(document, replies=[piece])] if piece.strip() else []
+
+
+def split_by_prompt(rows, fraction, say=None):
+    """(training, held-out) rows: a prompt is held out by its hash, so the same prompt is never on both sides.
+
+    Of a document it is the last share of the text. say: to say it with, if nothing is held out.
+    """
+    train, held_out = [], []
+    for row in rows:
+        if row.document:
+            train += piece_of(row, 0, 1 - fraction)
+            held_out += piece_of(row, 1 - fraction, 1)
+        else:
+            (held_out if unit_hash(row.text) < fraction else train).append(row)
+    if say and fraction and train and not held_out:
+        say(f"warning: --val-fraction {fraction} holds out none of these {len(rows)} rows (a hash of its "
+            "prompt decides on each), so nothing is measured on held-out rows; a larger --val-fraction holds "
+            "out some")
+    return train, held_out
 
 
 def take_part(rows, part):
     """Rows of one part of a split such as 2/4/4:1: shares of the stages, then this stage's number, from 1.
 
-    A prompt's part goes by a hash of its own, so that every part has the same share of the prompts of `split_by_prompt`.
+    A prompt's part goes by a hash of its own, so that every part has the same share of the prompts of
+    `split_by_prompt`; a document is cut, one part behind the other.
     """
     form = re.fullmatch(r"((?:\d+\.?\d*/)*\d+\.?\d*):(\d+)", part)
     shares = [float(share) for share in form[1].split("/")] if form else []
     require(form and min(shares) > 0 and 1 <= int(form[2]) <= len(shares),
             f"--part {part}: write the shares of the stages and the number of this one, as in 2/4/4:1")
-    ends = list(itertools.accumulate(shares))
-    return [row for row in rows if bisect.bisect(ends, unit_hash(row.text, "part ") * ends[-1]) + 1 == int(form[2])]
+    number, ends = int(form[2]), [0.0, *itertools.accumulate(shares)]
+    kept = []
+    for row in rows:
+        if row.document:
+            kept += piece_of(row, ends[number - 1] / ends[-1], ends[number] / ends[-1])
+        elif bisect.bisect(ends[1:], unit_hash(row.text, "part ") * ends[-1]) + 1 == number:
+            kept.append(row)
+    return kept
 
 
 def read_rows(spec, want, say=print, part="", skip_bad=False):

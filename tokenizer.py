@@ -2,17 +2,22 @@
 
 Two promises hold for both: text never becomes a control token, whatever it says, and a dialogue's ids begin with the ids of its prompt.
 """
+import heapq
 import json
+import math
 import re
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 
+import regex  # which tiktoken brings along
 import tiktoken
 
 from chat_template import ChatTemplate, either, find_template, one_line, optional, own_template
 from flags import TOKENIZER_FILES, UserError, require
+from formats import read_rows, split_by_prompt
 from saving import write_atomically
 
 # ---------------------------------------------------------------------------------------------------------
@@ -152,30 +157,104 @@ def save_files(tokenizer, folder):
         write_atomically(Path(folder) / name, data)
 
 
-def train_bpe(texts, n_vocab, pattern=r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"):
+# How a text is cut into pieces that no token crosses: words, numbers, punctuation, with the space before them.
+# That of the toy task knows the letters of English alone; GPT-2's knows all (\p{L}; Python's re does not).
+ENGLISH = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+"
+ALL_LETTERS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def train_bpe(texts, n_vocab, pattern=ENGLISH):
     """Learn byte-pair ranks from texts (Sennrich et al. 2016): at most n_vocab of them, the 256 bytes first.
 
     Returns (pattern, {bytes: rank}) for `Tokenizer`. Ties go to the pair that sorts first, so it is repeatable.
     """
-    words = Counter(piece for text in texts for piece in re.findall(pattern, text))
+    words = Counter(piece for text in texts for piece in regex.findall(pattern, text))
     ranks = {bytes([b]): b for b in range(256)}
-    split = {word: [bytes([b]) for b in word.encode()] for word in words}
-    while len(ranks) < n_vocab:
-        pairs = Counter()
-        for word, parts in split.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += words[word]
-        if not pairs:
-            break
-        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        ranks[left + right] = len(ranks)
-        for word, parts in split.items():
-            i = 0
-            while i < len(parts) - 1:
-                if parts[i] == left and parts[i + 1] == right:
-                    parts[i:i + 2] = [left + right]
-                i += 1
+    tokens = list(ranks)
+    # All words, one behind the other, between marks of -1: at each place a token's id, and how often its word
+    # comes. A merged pair leaves the new token at its first place; its second is passed over from then on.
+    ids, times = array("i", [-1]), array("q", [0])
+    for word, count in words.items():
+        letters = word.encode()
+        ids.extend([*letters, -1])
+        times.extend([count] * (len(letters) + 1))
+    before, after = array("i", range(-1, len(ids) - 1)), array("i", range(1, len(ids) + 1))
+
+    counts, places = Counter(), defaultdict(lambda: array("i"))  # of each pair
+    for place, pair in enumerate(pairwise(ids)):
+        if -1 not in pair:
+            counts[pair] += times[place]
+            places[pair].append(place)
+    # The most frequent pair comes first. A count that is out of date is put right when its turn comes.
+    heap = [(-count, tokens[left], tokens[right], left, right) for (left, right), count in counts.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < n_vocab:
+        count, *_, left, right = entry = heapq.heappop(heap)
+        if -count != counts[left, right]:
+            if counts[left, right] > 0:
+                heapq.heappush(heap, (-counts[left, right], *entry[1:]))
+            continue
+        new = ranks.setdefault(tokens[left] + tokens[right], len(ranks))
+        if new == len(tokens):
+            tokens.append(tokens[left] + tokens[right])
+        grown = set()
+        for place in sorted(places.pop((left, right))):  # of aaa, the first two are the pair
+            second = after[place]
+            if ids[place] != left or ids[second] != right:
+                continue  # one of them is part of a longer token by now
+            count, previous, following = times[place], before[place], after[second]
+            ids[place], ids[second] = new, -1
+            after[place], before[following] = following, place
+            if ids[previous] >= 0:
+                counts[ids[previous], left] -= count
+                counts[ids[previous], new] += count
+                places[ids[previous], new].append(previous)
+                grown.add((ids[previous], new))
+            if ids[following] >= 0:
+                counts[right, ids[following]] -= count
+                counts[new, ids[following]] += count
+                places[new, ids[following]].append(place)
+                grown.add((new, ids[following]))
+        del counts[left, right]
+        for left, right in grown:
+            if counts[left, right] > 0:
+                heapq.heappush(heap, (-counts[left, right], tokens[left], tokens[right], left, right))
     return pattern, ranks
+
+
+LEARNED_FROM = 5_000_000  # characters, at most: some seconds of English, a minute of Chinese
+
+
+def scratch_tokenizer(config):
+    """The tokenizer of a model from scratch, as --tokenizer names it. config: a training script's."""
+    name = config.tokenizer
+    if name == "auto":
+        name = "toy" if config.data == "toy" else "gpt2"
+    if name in ("gpt2", "toy"):
+        return Tokenizer.named(name)
+    if name and Path(name).is_dir():
+        return open_tokenizer(name)
+    form = re.fullmatch(r"bpe:([0-9]{3,6})", name)
+    require(form and 300 <= int(form[1]) <= 200_000,
+            f"--tokenizer {name}: write auto, gpt2, toy, a checkpoint's or tokenizer's folder (there is none "
+            "of this name), or bpe:N to learn N tokens from --data, N from 300 to 200000")
+    require(config.data != "toy",
+            f"--tokenizer {name} learns from files, and the toy task has a tokenizer of its own (auto)")
+    if config.resume and (Path(config.out) / "tokenizer.json").is_file():
+        return open_tokenizer(config.out)  # what was learned then: with --override the data may be another
+    return Tokenizer("bpe", *train_bpe(texts_to_learn(config), int(form[1]), ALL_LETTERS))
+
+
+def texts_to_learn(config):
+    """Prompts and replies of the rows of --data that are trained on; of large files, the start of each."""
+    try:
+        rows = read_rows(config.data, "demonstrations", lambda text: None, config.part, config.skip_bad)
+    except UserError:  # prompts alone
+        rows = read_rows(config.data, "prompts", lambda text: None, config.part, config.skip_bad)
+    rows, _ = split_by_prompt(rows, config.val_fraction)
+    texts = [text for row in rows for text in [*(turn["content"] for turn in row.prompt), *row.replies]]
+    share = min(1, LEARNED_FROM / max(1, sum(map(len, texts))))
+    return [text[:math.ceil(share * len(text))] for text in texts]
 
 
 # ---------------------------------------------------------------------------------------------------------

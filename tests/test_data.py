@@ -1,6 +1,9 @@
 """data.py and toy.py against slow references and hand-written answers."""
 import collections
+import contextlib
+import csv
 import gzip
+import io
 import itertools
 import json
 import math
@@ -80,6 +83,29 @@ RATED = {"prompt": "Cube 4.", "response": "64", "score": 4.5}
 GSM8K = {"question": "Weng earns $12 an hour. She babysat 50 minutes. How much is it?",
          "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nIt is 5000 x 0.2 = $<<5000*.2=1000>>1,000.\n#### 1,000."}
 GSM8K_REPLY = "Weng earns 12/60 = $0.2 per minute.\nIt is 5000 x 0.2 = $1,000.\n#### 1,000."
+QUERY = {"query": "Cube 4.", "response": "64", "type": "MATH_Rephrased"}
+MATH = {"problem": "Cube 4.", "solution": "4^3 is $\\boxed{\\frac{128}{2}}$, so 64 <<or so>>.",
+        "level": "Level 1", "type": "Algebra"}
+NUMINA = MATH | {"answer": "64", "source": "olympiads"}
+AIME = {"id": 60, "problem": "Cube 4.", "answer": 64}
+INPUT_OUTPUT = {"input": " Cube 4.", "output": "64"}
+INPUT_TARGET = {"input": "Cube 4.", "target": "(B)"}
+DAPO = {"data_source": "math_dapo", "prompt": chat("Cube 4."), "ability": "MATH",
+        "reward_model": {"ground_truth": "64", "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": "9a"}}
+CONVERSATION = {"conversation": chat("Hi", "Ho", "Cube 4.", "64", names=("human", "assistant"))}
+EXCHANGES = {"conversation_id": "1",
+             "conversation": [{"human": "Hi", "assistant": "Ho"}, {"human": "Cube 4.", "assistant": "64"}]}
+RAW_ULTRA = {"source": "x", "instruction": "Cube 4.", "models": ["a", "b", "c", "d"], "completions": [
+    {"model": "a", "response": "65", "fine-grained_score": 2.5, "overall_score": 9,
+     "annotations": {"honesty": {"Rating": "2"}}},
+    {"model": "b", "response": "64", "fine-grained_score": 4.75, "overall_score": 7},
+    {"model": "c", "response": "?", "fine-grained_score": None, "overall_score": "1.5"},
+    {"model": "d", "response": "unjudged"}]}
+SHP = {"post_id": "q", "domain": "maths", "history": "Cube 4.", "human_ref_A": "64", "human_ref_B": "65",
+       "labels": 1, "score_A": 9, "seconds_difference": 7.5}
+INPUT_PAIR = {"system": "Be brief.", "input": "Cube 4.", "chosen": "64", "rejected": "65",
+              "generations": ["64", "65"], "rating": [9, 8]}
 TEXT = {"text": " A whole\ndocument. ", "meta": {"url": "x"}}
 SHORT, BRIEF = user("Cube 4."), system("Be brief.")
 TWO = ["64", "65"], [0, 1]
@@ -111,7 +137,22 @@ CASES = [  # want, a row of a file, its format, the Row
     ("demonstrations", COMPLETION | {"label": True}, "labelled replies", Row(SHORT, ["64"], [0])),
     ("demonstrations", RATED, "rated replies", Row(SHORT, ["64"], [0])),
     ("demonstrations", GSM8K, "questions", Row(user(GSM8K["question"]), [GSM8K_REPLY], [0], answer="1000")),
-    ("demonstrations", {"question": "Why?", "answer": "So: 5 <<6 and 3>>2."}, "questions", Row(user("Why?"), ["So: 5 <<6 and 3>>2."], [0])),
+    ("demonstrations", {"question": "Why?", "answer": "So: 5 <<6 and 3>>2."}, "questions",
+     Row(user("Why?"), ["So: 5 <<6 and 3>>2."], [0], answer="So: 5 <<6 and 3>>2.")),
+    ("demonstrations", QUERY, "instructions", Row(SHORT, ["64"], [0])),
+    ("demonstrations", MATH, "questions", Row(SHORT, [MATH["solution"]], [0], answer="\\frac{128}{2}")),
+    ("demonstrations", NUMINA, "questions", Row(SHORT, [MATH["solution"]], [0], answer="64")),
+    ("demonstrations", NUMINA | {"messages": chat("Cube 4.", "It is 64.")}, "conversations",
+     Row(SHORT, ["It is 64."], [0], answer="64")),
+    ("demonstrations", AIME, "questions", Row(SHORT, ["64"], [0], answer="64")),
+    ("demonstrations", INPUT_OUTPUT, "instructions", Row(SHORT, ["64"], [0])),
+    ("demonstrations", INPUT_OUTPUT | {"context": "Sums."}, "instructions",
+     Row(user("Cube 4.\n\nSums."), ["64"], [0])),
+    ("demonstrations", INPUT_TARGET, "questions", Row(SHORT, ["(B)"], [0], answer="(B)")),
+    ("demonstrations", CONVERSATION, "conversations", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
+    ("demonstrations", EXCHANGES, "conversations", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
+    ("demonstrations", RAW_ULTRA, "rankings", Row(SHORT, ["64"], [0])),
+    ("demonstrations", SHP | {"labels": 0}, "preferences", Row(SHORT, ["65"], [0])),
     ("demonstrations", TEXT, "plain text", Row([], [" A whole\ndocument. "], [0])),
     ("preferences", POLITE, "preferences", Row(SHORT, ["It is 64.", "Obviously 64."], [0, 1])),
     ("preferences", PAIR, "preferences", Row(SHORT, *TWO, 2.0)),
@@ -120,6 +161,10 @@ CASES = [  # want, a row of a file, its format, the Row
     ("preferences", SHAREGPT_PAIR, "preferences", Row(BRIEF + SHORT, *TWO)),
     ("preferences", TURNS_PAIR, "preferences", Row(SHORT, *TWO)),
     ("preferences", ULTRA, "preferences", Row(SHORT, *TWO)),
+    ("preferences", RAW_ULTRA, "rankings", Row(SHORT, ["65", "64", "?"], [-2.5, -4.75, -1.5])),
+    ("preferences", SHP, "preferences", Row(SHORT, *TWO)),
+    ("preferences", SHP | {"labels": 0}, "preferences", Row(SHORT, ["65", "64"], [0, 1])),
+    ("preferences", INPUT_PAIR, "preferences", Row(BRIEF + SHORT, *TWO)),
     ("preferences", WHOLE_PAIR, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
     ("preferences", WHOLE_PAIR | {"prompt": "Cube 4."}, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
     ("preferences", RANKING, "rankings", Row(SHORT, ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
@@ -136,6 +181,12 @@ CASES = [  # want, a row of a file, its format, the Row
     ("prompts", SHAREGPT_PAIR, "preferences", Row(BRIEF + SHORT)),
     ("prompts", KTO | {"label": False}, "labelled replies", Row(user("Hi", "Ho", "Cube 4."))),
     ("prompts", GSM8K, "questions", Row(user(GSM8K["question"]), answer="1000")),
+    ("prompts", DAPO, "prompts", Row(SHORT, answer="64")),
+    ("prompts", MATH, "questions", Row(SHORT, answer="\\frac{128}{2}")),
+    ("prompts", INPUT_TARGET, "questions", Row(SHORT, answer="(B)")),
+    ("prompts", {"input": "Cube 4.", "ground_truth": 64}, "prompts", Row(SHORT, answer="64")),
+    ("prompts", RAW_ULTRA, "rankings", Row(SHORT)),
+    ("prompts", SHP, "preferences", Row(SHORT)),
 ]
 
 
@@ -164,15 +215,37 @@ def test_every_want_takes_the_formats_that_can_serve_it_and_refuses_the_rest(tmp
             if want in formats.FORMATS[form][1] and not alone:
                 assert len(formats.read_rows(path, want, said.append)) == 1 and f"({form})" in said[0]
             else:
-                with pytest.raises(UserError, match=r"no usable row" if alone else rf":1 doesn't hold .*; its fields are {next(iter(source))}"):
+                unfit = rf":1 doesn't hold .*; its fields are {next(iter(source))}"
+                with pytest.raises(UserError, match="no usable row|single replies" if alone else unfit):
                     formats.read_rows(path, want, SILENT)
 
 
 def test_an_answer_can_be_checked_however_it_is_written(tmp_path):
-    for ending, answer in [("#### 72", "72"), ("####-1,234,567 ", "-1234567"),
-                           ("#### 3.5.", "3.5"), ("####", ""), ("72", ""), ("#### 1\n#### 2", "2")]:
+    for ending, answer in [("#### 72", "72"), ("####-1,234,567 ", "-1234567"), ("#### 3.5.", "3.5"),
+                           ("####", ""), ("72", "So\n72"), ("#### 1\n#### 2", "2"),
+                           ("#### Then\nit is 1,2.", "So\n#### Then\nit is 1,2."),
+                           ("\\boxed{1} or \\boxed{ 2^{3}} .", "2^{3}"), ("\\boxed{1", "So\n\\boxed{1")]:
         row, = formats.read_rows(write(tmp_path / "a.jsonl", [{"question": "?", "answer": f"So\n{ending}"}]), "prompts", SILENT)
         assert row.answer == answer
+
+
+@pytest.mark.parametrize("fields, answer", [
+    ({"answer": " 4\n"}, "4"), ({"answer": 4}, "4"), ({"answer": 4.0}, "4"), ({"answer": -0.5}, "-0.5"),
+    ({"answer": 10**20}, str(10**20)),
+    ({"solution": "It is \\boxed{4}."}, "4"), ({"ground_truth": "4"}, "4"), ({"target": "4"}, "4"),
+    ({"reward_model": {"ground_truth": 4}}, "4"),
+    ({"answer": "long", "ground_truth": "4"}, "4"),
+    ({"answer": "long", "reward_model": {"ground_truth": "4", "style": "rule"}}, "4"),
+    ({"answer": "4", "solution": "long"}, "4"), ({"answer": " ", "target": "4"}, "4"),
+    ({}, ""), ({"answer": ["4"]}, ""), ({"answer": True}, ""), ({"reward_model": "x"}, ""),
+    ({"reward_model": {"ground_truth": ["4"]}}, ""),
+])
+def test_a_prompt_of_every_format_brings_its_answer(tmp_path, fields, answer):
+    sources = [{"prompt": "Cube 4."}, ALPACA, MESSAGES, COMPLETION_TURNS, PAIR, RANKING, KTO, RATED, HH,
+               SHAREGPT, RAW_ULTRA, QUERY]
+    path = write(tmp_path / "a.jsonl", [source | fields for source in sources])
+    rows = formats.read_rows(path, "prompts", SILENT)
+    assert [row.answer for row in rows] == [answer] * len(sources)
 
 
 def test_self_instruct_rows_give_a_row_for_each_instance(tmp_path):
@@ -204,6 +277,24 @@ def test_labels_and_ratings_become_a_ranking_of_each_prompt(tmp_path):
     assert dropped(said[3]) == {"label false": 3}
 
 
+def test_single_labelled_or_rated_replies_are_not_taken_for_preferences(tmp_path):
+    singles = [{"prompt": f"p{i}", "completion": "r", "label": i < 3} for i in range(5)]
+    path = write(tmp_path / "kto.jsonl", singles)
+    message = (r"kto.jsonl holds 5 single replies with good or bad labels \(3 true, 2 false\), and no prompt with "
+               r"two that .* give each prompt a chosen and a rejected reply, or a row for each of its replies; sft.py")
+    with pytest.raises(UserError, match=message):
+        formats.read_rows(path, "preferences", SILENT)
+    assert len(formats.read_rows(path, "demonstrations", SILENT)) == 3
+    write(path, [{"prompt": f"p{i}", "completion": "r", "rating": i + 1} for i in range(4)])
+    with pytest.raises(UserError, match="holds 4 single replies with ratings, and no prompt with two"):
+        formats.read_rows(path, "preferences", SILENT)
+    write(path, [*singles, singles[0] | {"completion": "other"}])  # two replies, and both are good
+    with pytest.raises(UserError, match=r"holds 6 single replies with .* labels \(4 true, 2 false\)"):
+        formats.read_rows(path, "preferences", SILENT)
+    write(path, [*singles, singles[0] | {"completion": "other", "label": False}])
+    assert formats.read_rows(path, "preferences", SILENT) == [Row(user("p0"), ["r", "other"], [0, 1])]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Files
 
@@ -225,7 +316,92 @@ def test_rows_are_the_same_in_every_kind_of_file(tmp_path, name, bom, newline):
 
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfFirst:\r\n  Speak.\n\n\xe2\x80\x99Tis\n")
-    assert formats.read_rows(tmp_path / "a.txt", "demonstrations", SILENT) == [Row([], ["First:\n  Speak.\n\n’Tis\n"], [0])]
+    assert formats.read_rows(tmp_path / "a.txt", "demonstrations", SILENT) == [
+        Row([], ["First:\n  Speak.\n\n’Tis\n"], [0], document=True)]
+
+
+def as_csv(path, rows):
+    """A .csv or .tsv file by Python's own writer: what is no text as JSON, what is missing as nothing."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with io.StringIO(newline="") as file:
+        writer = csv.writer(file, delimiter="\t" if path.name.endswith(".tsv") else ",")
+        writer.writerow(names)
+        for row in rows:
+            cells = [row.get(name, "") for name in names]
+            writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+        raw = file.getvalue().encode()
+    path.write_bytes(gzip.compress(raw) if path.name.endswith("gz") else raw)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+@pytest.mark.parametrize("want, sources", [
+    ("demonstrations", [ALPACA, ALPACA | {"output": 'He said "x, y"\tand\nleft. 日本', "input": ""}]),
+    ("demonstrations", [MESSAGES, SHAREGPT]),
+    ("preferences", [PAIR, PAIR | {"margin": 0.5}]), ("preferences", [RANKING]),
+    ("preferences", [SHP, SHP | {"labels": 0}]),
+    ("preferences", [COMPLETION | {"label": True}, COMPLETION | {"completion": "65", "label": False}]),
+    ("preferences", [RATED, RATED | {"response": "65", "score": -1e-3}]), ("prompts", [GSM8K]),
+    ("prompts", [DAPO | {"prompt": "Cube 4."}]),
+], ids=str)
+def test_csv_rows_are_those_of_json(tmp_path, name, want, sources):
+    rows = formats.read_rows(as_csv(tmp_path / name, sources), want, SILENT)
+    assert rows == formats.read_rows(write(tmp_path / "a.jsonl", sources), want, SILENT)
+
+
+def test_a_csv_as_other_programs_write_it(tmp_path):
+    limit = csv.field_size_limit()
+    lines = ['\ufeff"", prompt ,completion,label', '0,"Cube', '4.",64,TRUE', "", '1,A cube 6" wide,65,False',
+             "2,Cube 5.,,true", "3,Cube 6.,216,", ""]
+    (tmp_path / "a.csv").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    said = []
+    assert formats.read_rows(tmp_path / "a.csv", "demonstrations", said.append) == [
+        Row(user("Cube\n4."), ["64"], [0]), Row(user("Cube 6."), ["216"], [0])]
+    assert dropped(said[0]) == {"label false": 1, "empty reply": 1}
+    long = {"prompt": "x", "completion": "a" * 200_000}  # more than the csv module reads unless it is told to
+    row, = formats.read_rows(as_csv(tmp_path / "b.csv", [long]), "demonstrations", SILENT)
+    assert row.replies == [long["completion"]]
+    assert csv.field_size_limit() == limit
+    with pytest.raises(UserError, match="a.csv:1 is no header"):
+        (tmp_path / "a.csv").write_text("x\n", encoding="utf-8")
+        formats.read_rows(tmp_path / "a.csv", "demonstrations", SILENT)
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("text, encoding, guess", [
+    ("把这句话翻译成英文：你好，世界。", "gbk", "GBK"), ("请把这个句子翻译成英文，不要翻译别的。é", "gb18030", "GBK"),
+    ("Cube 4.", "utf-16", "UTF-16"),
+    ("les élèves très motivés, où ?", "latin-1", ""), ("Grüße, größer, süß", "latin-1", ""),
+    ("Привет, мир", "cp1251", ""),
+    ("Привет, мир", "koi8-r", ""), ("日本語の文章です", "shift-jis", ""), ("これはひらがなです", "euc-jp", ""),
+    ("翻譯這個句子", "big5", ""),
+    ("한국어 문장을 번역해 주세요.", "euc-kr", ""),
+])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_a_file_in_another_encoding_is_told_how_to_convert_it(tmp_path, name, text, encoding, guess):
+    row = json.dumps({"prompt": text, "completion": "x"}, ensure_ascii=False)
+    wholes = {"a.txt": text, "a.csv": f"prompt,completion\n{text},x\n", "a.jsonl": row, "a.json": f"[{row}]"}
+    (tmp_path / name).write_bytes(wholes[name].encode(encoding))
+    with pytest.raises(UserError, match=r":\d+ is not UTF-8 text; ") as error:
+        formats.read_rows(tmp_path / name, "demonstrations", SILENT)
+    assert str(error.value).endswith(f"convert it: iconv -f {guess or 'ITS_ENCODING'} -t UTF-8 FILE > NEW")
+    assert (f"; it looks like {guess};" if guess else "text; convert it") in str(error.value)
+
+
+def test_a_folder_is_said_to_be_one_with_the_files_that_could_be_named(tmp_path):
+    with pytest.raises(UserError, match=r" is a folder; it holds no file that is read \(\.json, "):
+        formats.read_rows(tmp_path, "demonstrations", SILENT)
+    (tmp_path / "part").mkdir()
+    for name in ("b.jsonl", "a.csv", "notes.md", "part/c.parquet"):
+        (tmp_path / name).write_text("")
+    for spec in (f"{tmp_path}", f"{tmp_path}/", f"{tmp_path}:0.5"):
+        with pytest.raises(UserError, match=" is a folder; name a file in it, or several .*: ") as error:
+            formats.read_rows(spec, "demonstrations", SILENT)
+        assert str(error.value).endswith(f"{tmp_path}/a.csv, {tmp_path}/b.jsonl, {tmp_path}/part/c.parquet")
+    for i in range(4):
+        (tmp_path / f"d{i}.json").write_text("")
+    with pytest.raises(UserError, match=r"/d1\.json, .*/d2\.json and 2 more$"):
+        formats.read_rows(tmp_path, "demonstrations", SILENT)
 
 
 def test_parquet_rows_are_those_of_json(tmp_path):
@@ -404,14 +580,45 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
     ("a.jsonl", b'{"prompt": "x", "system": 5}', "prompts", r":1: the system field is not a string"),
     ("a.jsonl", b'{"prompt": "x", "history": ["a"]}', "prompts", r":1: history is not a list"),
     ("a.jsonl", b'{"instruction": "x", "instances": ["a"]}', "demonstrations", r":1: instances is not a list of objects"),
-    ("a.jsonl", b'{"question": "x", "answer": 5}', "demonstrations", r":1: the answer is not a string"),
+    ("a.jsonl", b'{"question": "x", "answer": ["5"]}', "demonstrations",
+     r":1: the answer is neither text nor a number"),
     ("a.jsonl", b'{"text": ["x"]}', "demonstrations", r":1: text is not a string"),
     ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]}', "preferences",
      r":1: a rank, a gold score or the margin is not"),
     ("a.jsonl", b'{"prompt": "x", "completions": ["a", 5], "ranks": [1, 2]}', "preferences", r":1: a reply is missing or not a string"),
     ("a.jsonl", b'{"prompt": "x", "completions": "ab", "ranks": [0, 1]}', "preferences", r":1: "),
     ("a.jsonl", GOOD.replace(b"2}", b'"2"}'), "preferences", r":1: a rank, a gold score or the margin is not a finite number"),
-    ("a.csv", GOOD, "preferences", r": only \.json, .* are read"),
+    ("a.xlsx", GOOD, "preferences", r": only \.json, .* are read"),
+    ("a.jsonl", json.dumps(SHP | {"labels": 2}).encode(), "preferences",
+     r":1: labels is neither 1, for A, nor 0, for B"),
+    ("a.jsonl", b'{"prompt": "x", "answer": "5"}', "demonstrations",
+     r":1 doesn't hold .* \(to train on the answer, rename it to completion\)$"),
+    ("a.jsonl", b'{"prompt": "x", "response_0": "a", "response_1": "b", "better_response_id": 0}',
+     "preferences", r":1 .* \(PKU-SafeRLHF: make the"),
+    ("a.jsonl", b'{"question": "x", "response_j": "a", "response_k": "b"}', "preferences",
+     r":1 .* rename response_j to chosen"),
+    ("a.jsonl", b'{"conversation_a": [], "conversation_b": [], "winner": "tie"}', "preferences",
+     r":1 .* \(Chatbot Arena: "),
+    ("a.jsonl", b'{"prompt": "x", "response": "a", "helpfulness": 4}', "preferences",
+     r":1 .* \(HelpSteer: rename helpfulness to rating"),
+    ("a.csv", b"prompt,completion\nx,a,b\n", "demonstrations", r":2 has 3 columns, the header has 2"),
+    ("a.csv", b'prompt,completion\n"x\ny",a\nz\n', "demonstrations", r":4 has 1 columns, the header has 2"),
+    ("a.csv", b"Cube 4.,64\nCube 5.,125\n", "demonstrations",
+     r":1 is no header: .* this one has Cube 4\., 64"),
+    ("a.csv", b"prompt,completion\nx,a\n\ny,\0\n", "demonstrations", r":4 holds a NUL character"),
+    ("a.csv", b'prompt,completion\nx,a\ny,"b\nz,c\n', "demonstrations",
+     r":3 is not a valid row: a quote that opens in this row is never closed"),
+    ("a.tsv", b'prompt\tcompletion\n"So" he\tb\n', "demonstrations",
+     r":2 is not a valid row: '\t' expected after '\"'"),
+    ("a.csv", b"prompt,completion,prompt\nx,a,b\n", "demonstrations",
+     r":1 names the column 'prompt' 2 times"),
+    ("a.csv", b"", "demonstrations", r" holds no usable row"),
+    ("a.csv", b"prompt,completion\n", "demonstrations", r" holds no usable row"),
+    ("a.csv", b"prompt,completion\nx,caf\xe9 y\n", "demonstrations",
+     r":2 is not UTF-8 text; convert it: iconv -f ITS_ENCODING -t UTF-8 FILE > NEW"),
+    ("a.csv", b"prompt,completions,ranks\nx,a b,0 1\n", "preferences",
+     r":2: completions and ranks are not lists"),
+    ("a.csv.gz", b"prompt,completion\n", "demonstrations", r" can't be read"),
     ("a.jsonl.gz", GOOD, "preferences", r" can't be read"),
     ("a.jsonl.gz", ZIPPED[:-9], "preferences", r" can't be read"),
     ("a.jsonl.gz", ZIPPED[:10] + b"\xff" * 50, "preferences", r" can't be read"),
@@ -425,10 +632,13 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(tmp_path, name, raw,
 
 
 @pytest.mark.case(18)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.txt"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.txt", "a.csv"])
 def test_a_file_with_random_damage_gives_rows_or_is_named_in_one_line(tmp_path, name, record_property):
     sources = [ALPACA, MESSAGES, PAIR, RM_STATIC, RANKING, HH, KTO, RATED, GSM8K, SHAREGPT, HISTORY, ORCA]
     write(tmp_path / ("whole.json" if name == "a.json" else "whole.jsonl"), sources)
+    if name == "a.csv":
+        as_csv(tmp_path / "whole.jsonl",
+               [ALPACA, ALPACA | {"output": "6,\n4"}, ALPACA | {"output": '"64"'}] * 9)
     whole = next(tmp_path.glob("whole.*")).read_bytes()
     path, refused, tries = tmp_path / name, 0, 200
     for seed in range(tries):
@@ -630,6 +840,10 @@ def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     config.part, config.data = "1/2:2", "toy"
     with pytest.raises(UserError, match="--part is for files"):
         data.preference_groups(config, tokenizer, 60, SILENT)
+    few = write(tmp_path / "few.jsonl", [PAIR, PAIR | {"prompt": "Cube 5."}])
+    config.data, config.val_data, config.val_fraction, config.part = str(few), "", 1e-6, ""
+    data.preference_groups(config, tokenizer, 60, said.append)
+    assert any("warning: --val-fraction 1e-06 holds out none of these 2 rows" in line for line in said)
 
 
 @pytest.mark.case(20)
@@ -667,6 +881,53 @@ def test_split_keeps_a_prompt_on_one_side_whatever_the_order():
     assert 0.08 < len({row.text for row in heldout}) / 3000 < 0.12  # 3.6 standard deviations
     assert formats.split_by_prompt(rows[::-1], 0.1) == (train[::-1], heldout[::-1])
     assert formats.split_by_prompt(rows, 0.0) == (rows, []) and formats.split_by_prompt(rows, 1.0) == ([], rows)
+
+
+@pytest.mark.parametrize("text, fraction, place", [
+    ("a\n\nbb\n\nccc\n\n", 0.25, 7), ("aaaa bb. " * 50 + "\n\n" + "c" * 23, 0.05, 452),
+    ("one two three four", 0.3, 14),
+    ("把这句话翻译成英文", 0.34, 6), ("ab", 0.01, 1), ("ab", 0.99, 1), ("a b\n\n\n\n\n\n\n", 0.1, 2),
+    ("line\n" * 100, 0.05, 475),
+    ("line\n" * 5 + "\n" + "line\n" * 95, 0.05, 476),  # the blank line is too far away
+])
+def test_of_a_document_the_end_is_held_out_whatever_its_hash(text, fraction, place):
+    document = Row([], [text], [0], document=True)
+    train, held_out = formats.split_by_prompt([document], fraction)
+    assert (train, held_out) == ([Row([], [text[:place]], [0], document=True)],
+                                 [Row([], [text[place:]], [0], document=True)])
+    assert formats.split_by_prompt([document], 0.0) == ([document], [])
+    assert formats.split_by_prompt([document], 1.0) == ([], [document])
+    rows = [Row([], [text], [0]), Row(user("a"), ["b"], [0])]  # of other files, go by their hash
+    alone = formats.split_by_prompt(rows, fraction)
+    together = formats.split_by_prompt([document, *rows], fraction)
+    assert together == (train + alone[0], held_out + alone[1])
+
+
+def test_a_documents_parts_and_its_held_out_ends_are_all_of_it_once(tmp_path):
+    rng = random.Random(0)
+    for size in [2, 3, 10, 100, 5000] * 4:
+        text = "".join(rng.choice(["word", " ", ". ", "\n", "\n\n", "日本"]) for _ in range(size)) + "."
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        pieces = []
+        for part in ("2/4/4:1", "2/4/4:2", "2/4/4:3"):
+            with contextlib.suppress(UserError):  # a short text has no room for three
+                row, = formats.read_rows(tmp_path / "a.txt", "demonstrations", SILENT, part)
+                pieces += [side.text for rows in formats.split_by_prompt([row], 0.2) for side in rows]
+        assert "".join("".join(pieces).split()) == "".join(text.split())  # blank pieces are left out
+        if size == 5000:
+            shares = [len(piece) / len(text) for piece in pieces]
+            assert shares == pytest.approx([0.16, 0.04, 0.32, 0.08, 0.32, 0.08], abs=0.02)
+
+
+def test_nothing_held_out_is_said_with_the_flag_that_changes_it():
+    rows, said = [Row(user(f"question {i}"), ["a"]) for i in range(6)], []
+    assert formats.split_by_prompt(rows, 1e-6, said.append) == (rows, [])
+    assert len(said) == 1 and "warning: --val-fraction 1e-06 holds out none of these 6 rows" in said[0]
+    assert "a larger --val-fraction" in said[0]
+    formats.split_by_prompt([Row([], ["a"], [0], document=True)], 0.5, said.append)  # which can't be cut
+    assert len(said) == 2
+    for fraction in (0.0, 0.5, 1.0):
+        assert len(formats.split_by_prompt(rows, fraction, said.append)[0] + rows) > 5 and len(said) == 2
 
 
 def test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one():
@@ -745,6 +1006,24 @@ def test_endless_order_is_one_permutation_after_another_and_resumes(start):
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(map(tuple, epochs))) > 5
     assert list(itertools.islice(data.endless_order(7, 3, start), 30)) == whole[start:start + 30]
     assert list(itertools.islice(data.endless_order(7, 4), 60)) != whole
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_piece_and_no_batch_of_prompts_with_many_and_few_replies_is_beyond_the_budget(seed):
+    """Two replies of 90 tokens beside nine of 20 are eleven rows of 90."""
+    rng = random.Random(seed)
+    lengths, rows = [rng.choice([5, 20, 90, 200]) for _ in range(300)], [rng.choice([2, 4, 9]) for _ in range(300)]
+    cuts = {"micro_batches": data.micro_batches(range(300), lengths, 2000, rows), "by_length": data.by_length(range(300), lengths, 2000, rows),
+            "token_batches": data.token_batches(lengths, 2000, seed, 0, rows), "split": one_rank().split(range(300), lengths, 2000, rows)}
+    cuts["split"] = [piece for piece, weight in cuts["split"] if weight]
+    for name, pieces in cuts.items():
+        assert sorted(i for piece in pieces for i in piece) == list(range(300)), name
+        sizes = [sum(rows[i] for i in piece) * max(lengths[i] for i in piece) for piece in pieces]
+        assert max(sizes) <= 2000 and sum(sizes) > 0.4 * 2000 * len(sizes), name
+
+
+def one_rank():
+    return ranks.Ranks()
 
 
 @pytest.mark.parametrize("cut", [data.micro_batches, data.by_length])

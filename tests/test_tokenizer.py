@@ -1,20 +1,25 @@
 """tokenizer.py against slow references, hand-written answers and `transformers`, on tokenizers and chat templates made here."""
 import builtins
+import hashlib
 import json
 import random
 import re
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import regex
 import tiktoken
 
+import tools
 import toy
 from chat_template import own_template
 from flags import TOKENIZER_FILES, UserError
-from tokenizer import (CONTROLS, ROLES, Tokenizer, describe, encode_dialogue, encode_prompt, encode_text, open_tokenizer,
-                       train_bpe)
+from tokenizer import (ALL_LETTERS, CONTROLS, ENGLISH, ROLES, Tokenizer, describe, encode_dialogue,
+                       encode_prompt, encode_text,
+                       open_tokenizer, scratch_tokenizer, texts_to_learn, train_bpe)
 
 ODD_TEXTS = ["", " ", "a", "\n\n \t\r\n", "e\u0301", "naïve café", "日本語、中文。", "👩‍👩‍👧‍👦 🏳️‍🌈",
              "\u202eright to left", "\x00\x1c\x7f", "a  b   c ", "$1,234.56 isn't 2e-3", "Human: a\n\nHuman: b", "[[ ]] \\n"]
@@ -78,7 +83,8 @@ def slow_merge(parts, pair):
 
 def slow_bpe(texts, n_vocab, pattern):
     """Byte-pair encoding, straight from its definition: count all pairs of the whole text anew for every merge."""
-    corpus = [[bytes([b]) for b in piece.encode()] for text in texts for piece in re.findall(pattern, text)]
+    corpus = [[bytes([b]) for b in piece.encode()] for text in texts for piece in regex.findall(pattern,
+                                                                                                text)]
     vocabulary, merges = [bytes([b]) for b in range(256)], []
     while len(vocabulary) < n_vocab:
         pairs = [pair for parts in corpus for pair in zip(parts, parts[1:])]
@@ -91,25 +97,116 @@ def slow_bpe(texts, n_vocab, pattern):
     return vocabulary, merges
 
 
+@pytest.mark.parametrize("pattern", [ENGLISH, ALL_LETTERS])
 @pytest.mark.parametrize("texts, n_vocab", [
     (["low lower lowest, new newer newest; wide wider widest 10 100 1000"] * 2, 290),
     (["the then cat car cab can cap" + 9 * " the", "the"], 275),  # how often a word comes counts
     (["aaaaaaa aaa aaaaa abababab", "日本 日本語 naïve"], 300),  # overlaps, several bytes a letter, and more room than pairs
 ])
-def test_train_bpe_equals_the_naive_algorithm_and_repeats(texts, n_vocab):
-    pattern, ranks = train_bpe(texts, n_vocab)
+def test_train_bpe_equals_the_naive_algorithm_and_repeats(texts, n_vocab, pattern):
+    _, ranks = train_bpe(texts, n_vocab, pattern)
     vocabulary, merges = slow_bpe(texts, n_vocab, pattern)
-    assert ranks == {token: i for i, token in enumerate(vocabulary)}
-    assert (pattern, ranks) == train_bpe(texts, n_vocab)
+    assert list(ranks.items()) == [(token, i) for i, token in enumerate(vocabulary)]
+    assert (pattern, ranks) == train_bpe(texts, n_vocab, pattern)
     tokenizer = Tokenizer("t", pattern, ranks)
     for text in texts + ["the lowest newt waa", "aaaa ba 本語"]:
         expected = []
-        for piece in re.findall(pattern, text):
+        for piece in regex.findall(pattern, text):
             parts = [bytes([b]) for b in piece.encode()]
             for pair in merges:
                 parts = slow_merge(parts, pair)
             expected += [ranks[part] for part in parts]
         assert tokenizer.encode(text) == expected
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_train_bpe_equals_the_naive_algorithm_on_texts_full_of_repeats(seed):
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("aab c日" if seed % 2 else "ab", k=rng.randrange(40))) for _ in range(5)]
+    vocabulary, _ = slow_bpe(texts, 300, ENGLISH)
+    assert train_bpe(texts, 300)[1] == {token: i for i, token in enumerate(vocabulary)}
+
+
+def test_the_toy_tasks_vocabulary_is_what_it_always_was():
+    written = repr(list(toy.tokenizer().ranks.items())).encode()
+    assert hashlib.sha256(written).hexdigest().startswith("a00bcf9fcb19fd8f5ec74df925858a96")
+
+
+def test_a_vocabulary_is_learned_in_seconds():
+    rng = random.Random(0)
+    letters = [chr(0x4E00 + i) for i in range(900)]
+    texts = ["，".join("".join(rng.choices(letters, k=8)) for _ in range(10)) for _ in range(900)]
+    start = time.process_time()  # 1 second; to count all pairs anew for each token takes minutes
+    _, ranks = train_bpe([*texts, "a" * 200_000], 3000, ALL_LETTERS)  # one piece may be as long as a file
+    assert len(ranks) == 3000 and time.process_time() - start < 20
+
+
+def a_run(tmp_path, **flags):
+    """A training script's flags, as far as the tokenizer goes."""
+    plain = {"data": str(tmp_path / "rows.jsonl"), "part": "", "skip_bad": False, "val_fraction": 0.0,
+             "resume": False, "out": str(tmp_path / "run")}
+    return SimpleNamespace(**plain | flags)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_model_from_scratch_takes_the_tokenizer_that_is_named(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "folder")
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "把这句话翻译成英文", "completion": "这句话翻译成英文"}] * 3)
+    for name, expected in [("toy", toy.tokenizer()), (str(tmp_path / "folder"), tokenizer)]:
+        assert scratch_tokenizer(a_run(tmp_path, tokenizer=name)).same_as(expected)
+    assert scratch_tokenizer(a_run(tmp_path, tokenizer="auto", data="toy")).same_as(toy.tokenizer())
+    learned = scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:300"))
+    assert learned.same_as(Tokenizer("bpe", *train_bpe(["把这句话翻译成英文", "这句话翻译成英文"] * 3, 300, ALL_LETTERS)))
+    assert len(learned.encode("这句话翻译成英文")) == 1
+    assert learned.n_vocab == len(learned.ranks) + len(CONTROLS) <= 305
+
+
+@pytest.mark.parametrize("name", ["gtp2", "bpe:299", "bpe:200001", "bpe:1e3", "bpe:", "bpe:-300",
+                                  "bpe:99999999999", "nowhere/folder", ""])
+def test_any_other_tokenizer_is_refused_with_those_that_there_are(tmp_path, name):
+    message = (rf"^--tokenizer {re.escape(name)}: write auto, gpt2, toy, a checkpoint's or tokenizer's folder .*, "
+               r"or bpe:N to learn N tokens from --data, N from 300 to 200000$")
+    with pytest.raises(UserError, match=message):
+        scratch_tokenizer(a_run(tmp_path, tokenizer=name))
+    with pytest.raises(UserError, match="--tokenizer bpe:400 learns from files, and the toy task has"):
+        scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:400", data="toy"))
+    with pytest.raises(UserError, match="rows.jsonl: no such file"):
+        scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:400"))
+
+
+def test_a_vocabulary_is_learned_from_the_rows_that_are_trained_on(tmp_path, monkeypatch):
+    rows = [{"prompt": f"p{i}", "completion": f"r{i}", "label": i % 5 > 0} for i in range(300)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    texts = texts_to_learn(a_run(tmp_path, val_fraction=0.5, part="1/1:1"))
+    assert 40 < len(texts) / 2 < 90 and {text[0] for text in texts} == {"p", "r"}
+    assert not {"p0", "p5"} & set(texts)
+    assert set(texts[::2]) < set(texts_to_learn(a_run(tmp_path, part="1/1:1")))
+    write_rows(tmp_path / "rows.jsonl",
+               [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}])
+    assert texts_to_learn(a_run(tmp_path)) == ["s", "u"]
+    write_rows(tmp_path / "rows.jsonl", [{"text": "x" * 60}, {"text": "y" * 30}])
+    monkeypatch.setattr("tokenizer.LEARNED_FROM", 30)
+    assert texts_to_learn(a_run(tmp_path)) == ["x" * 20, "y" * 10]
+
+
+def test_a_learned_vocabulary_is_the_runs_own_to_the_end(tmp_path):
+    rows = [{"prompt": f"Translate the number {i}.", "completion": f"这是数字{i}。"} for i in range(12)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    words = f"--data {tmp_path}/rows.jsonl --block-size 64 --val-fraction 0 --batch-tokens 200 --save-every 1"
+    run = f"{words} --tokenizer bpe:320 --out {tmp_path}/run"
+    assert tools.here("sft", tmp_path, run, "--steps 2") == 0
+    learned = open_tokenizer(tmp_path / "run")
+    assert learned.same_as(scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:320")))
+    assert 256 < len(learned.ranks) <= 320
+    write_rows(tmp_path / "rows.jsonl", [row | {"completion": "Something else."} for row in rows])
+    assert tools.here("sft", tmp_path, run, "--steps 3 --resume --override") == 0
+    assert open_tokenizer(tmp_path / "run").same_as(learned)
+    assert tools.here("sft", tmp_path, words,
+                      f"--steps 1 --tokenizer {tmp_path}/run --out {tmp_path}/other") == 0
+    assert open_tokenizer(tmp_path / "other").same_as(learned)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -182,6 +279,7 @@ def without(monkeypatch, *packages):
 MADE = {"bytes": lambda: Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(256)}),
         "trained": lambda: Tokenizer("trained", *train_bpe(ODD_TEXTS * 3 + list(CONTROLS) * 9 + ["low lower lowest newer"] * 9, 420)),
         "toy": toy.tokenizer,
+        "learned": lambda: Tokenizer("bpe", *train_bpe(ODD_TEXTS * 3 + CORPUS + [*CONTROLS] * 9, 450, ALL_LETTERS)),
         "gaps": lambda: Tokenizer("gaps", r"[\s\S]+", {b"a": 0, b"b": 1, b"c": 2, b"abc": 3, b" ": 4, b"\n": 5})}  # abc: no merge makes it
 
 
