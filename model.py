@@ -135,7 +135,8 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim, self.dropout = config.n_head, config.n_kv_head, config.head_dim, config.dropout
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_dim, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in range(2))
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x, layout, angles=None, cache=None):
         """x (B, T, C) or (M, C) -> the same, or (N, C); layout: see `Layout`; angles: see `rotary_angles`; cache: see `Transformer.forward`."""
@@ -182,9 +183,31 @@ def embedding(rows, width):
     return nn.Embedding.from_pretrained(weight, freeze=False) if weight.is_meta else nn.Embedding(rows, width)
 
 
+def as_wide(x, weight, bias=None):
+    """All three in the widest of their precisions, as a norm wants them.
+
+    x may be the residual stream, and the weights gathered in the precision of the products (--parallel fsdp); or x
+    is a head's query or key, in the precision of the products, and the weights are not.
+    """
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        x, weight, bias = as_wide(x, self.weight, self.bias)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
+        x, weight, _ = as_wide(x, self.weight)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 MLPS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "swiglu": swiglu}  # GPT-2 uses the tanh form
-NORMS = {"layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
-         "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, config.norm_eps)}
+NORMS = {"layernorm": lambda config: LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
+         "rmsnorm": lambda config: RMSNorm(config.n_embd, config.norm_eps)}
 POSITIONS = {"learned": lambda config: embedding(config.block_size + config.position_offset, config.n_embd),
              "rotary": lambda config: None}
 

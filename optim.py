@@ -102,7 +102,7 @@ class Optimizing(Ranks):
         spikes = len(last) >= 20 and value > last.mean() + self.config.skip_sigma * last.std()
         if math.isfinite(value) and not spikes:
             self.state["norms"][name] = [*norms, value][-100:]
-        return torch.tensor(bool(spikes), device=norm.device)
+        return torch.tensor(bool(spikes)).to(norm.device, non_blocking=True)
 
     def finite(self, what, values, batch):
         """Whether values (B,) are finite on all ranks; if not, the examples whose values are not are reported, and the step counts as skipped."""

@@ -529,7 +529,8 @@ def main(config):
 
         for number, picked in enumerate(batches):
             # of the whole minibatch: short replies weigh by their tokens
-            tokens, value_tokens = run.all_sum(torch.stack([host_mask[picked].sum(), host_steps[picked].sum()]).to(run.device))
+            own = torch.stack([host_mask[picked].sum(), host_steps[picked].sum()])
+            tokens, value_tokens = run.all_sum(own.to(run.device, non_blocking=True))
             old_new_kl = torch.zeros((), device=run.device)  # of this minibatch, per token
             pieces = [("ppo", *piece) for piece in fill_up(plans[number], counts[number], picked[:1])]
             if ptx_drawn and train_policy:

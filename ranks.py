@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data import by_length
+from flags import require
 
 
 def local(tensor):
@@ -28,6 +29,11 @@ class Ranks:
 
     def join(self, sharded, timeout):
         """Meet the other ranks, if there are any; wait for one at most timeout seconds. sharded: `parallel` means FSDP."""
+        if sharded and self.device.type == "cpu":
+            from torch.distributed.fsdp import FSDPModule
+            require(hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
+                    f"--parallel fsdp on a CPU needs PyTorch 2.8 or newer, this is {torch.__version__}; "
+                    "use --parallel ddp")
         if self.world_size == 1 and not sharded:
             return
         store = next(dist.rendezvous("env://", self.rank, self.world_size))[0] if self.world_size > 1 else dist.HashStore()
@@ -85,13 +91,14 @@ class Ranks:
 
     # -- sharing out
 
-    def split(self, examples, lengths, budget):
+    def split(self, examples, lengths, budget, rows=None):
         """This rank's part of examples, the same list on all ranks, cut into forward passes of at most budget padded tokens: [(examples, weight)].
+        lengths, rows: see `data.token_batches`.
 
         Every rank gets as many. One that has fewer takes the first example again with weight 0.0, which must multiply what the pass
         adds to any sum; else the weight is 1.0.
         """
-        parts = [by_length(examples[rank::self.world_size], lengths, budget) for rank in range(self.world_size)]
+        parts = [by_length(examples[rank::self.world_size], lengths, budget, rows) for rank in range(self.world_size)]
         return fill_up(parts[self.rank], max(map(len, parts)), examples[:1])
 
     def parallel(self, module):
@@ -104,11 +111,19 @@ class Ranks:
             trained = any(p.requires_grad for p in module.parameters())
             return torch.nn.parallel.DistributedDataParallel(module) if self.world_size > 1 and trained else module  # without device_ids: inputs are where they should be
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second and 45 MB, for --parallel fsdp alone
-        products = self.dtype if self.device.type == "cuda" and self.dtype != torch.float32 else None
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which would matter if somebody wrote to it
-        for block in module.transformer.h:  # what comes in stays as it is: the residual stream is float32
-            fully_shard(block, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(products, torch.float32, cast_forward_inputs=False))
-        return fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
+        products = None if self.dtype == torch.float32 else self.dtype
+        # What comes into a block stays as it is: the residual stream is float32.
+        policy = MixedPrecisionPolicy(products, torch.float32, cast_forward_inputs=False)
+        # It would matter if somebody wrote to that view.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        for block in module.transformer.h:
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
+        if self.device.type == "cpu":
+            # What Gloo calls an average is a sum in some versions of PyTorch, so it is asked for the sum.
+            for part in (*module.transformer.h, module):
+                part.set_force_sum_reduction_for_comms(True)
+        return module
 
     @contextlib.contextmanager
     def gathered(self, module):

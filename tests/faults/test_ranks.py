@@ -1,4 +1,5 @@
 """Several ranks that are stopped, die and stall; checkpoints that other settings, or more or fewer ranks, go on from."""
+import copy
 import json
 import os
 import re
@@ -8,10 +9,15 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import saving
 import tools
+from hardware import autocast
+from model import GPT, ScalarModel, generate, last_scores
+from ranks import Ranks
+from test_checkpoint import ATTENTION, IDS, LENGTHS, TOKENIZER, tiny
 
 RUN = "--steps 24 --save-every 8 --micro-batch-tokens 200"
 
@@ -268,3 +274,69 @@ def test_training_goes_on_across_other_numbers_of_ranks_as_if_there_had_been_one
         changed = f"going on with other settings: {count.get(before, 2)} processes, now {count.get(after, 2)}"
         assert (changed in said) == (count.get(before, 2) != count.get(after, 2)) and "after step 4" in said
         close(tools.metrics(out), tools.metrics(tmp_path / "one"), 2e-4)
+
+
+# -- shards in a GPU's precision
+
+FAMILIES = ("gpt2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "opt", "opt-350m")
+
+@pytest.fixture
+def alone():
+    """The ranks of a run with --parallel fsdp --dtype bfloat16 that is one process."""
+    ranks = Ranks()
+    ranks.device, ranks.dtype, ranks.step = torch.device("cpu"), torch.bfloat16, 0
+    ranks.join(sharded=True, timeout=60)
+    yield ranks
+    dist.destroy_process_group()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@pytest.mark.case(25)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shards_gathered_in_bfloat16_train_and_generate_as_if_the_weights_were_rounded(name, alone):
+    model = tiny(GPT, name)
+    rounded, sharded = copy.deepcopy(model), alone.parallel(copy.deepcopy(model))
+    with torch.no_grad():
+        for p in rounded.transformer.h.parameters():
+            p.copy_(p.bfloat16())
+    mask = ATTENTION.bool()
+    mask[:, 0] = False
+    logprobs, gradients, replies = {}, {}, {}
+    for kind, one in (("exact", model), ("rounded", rounded), ("sharded", sharded)):
+        with autocast(alone.device, alone.dtype):
+            logprobs[kind] = one(IDS, mask)[0]
+        (-logprobs[kind].sum() / mask.sum()).backward()
+        gradients[kind] = torch.cat([whole(p.grad).flatten() for p in one.parameters()])
+        with alone.gathered(one), autocast(alone.device, alone.dtype):
+            replies[kind] = generate(one, [[3, 1, 4], [1], [5, 9, 2, 6]], 12, TOKENIZER, temperature=0).ids
+    assert {p.dtype for p in sharded.parameters()} == {gradients["sharded"].dtype} == {torch.float32}
+    torch.testing.assert_close(logprobs["sharded"], logprobs["rounded"], atol=1e-5, rtol=0)
+    assert replies["sharded"].equal(replies["rounded"])
+    # Rounding the weights is all that happened to them: eight bits are good for a two-hundredth.
+    assert (logprobs["sharded"] - logprobs["exact"]).abs().max() < 0.1
+    for kind, most in (("rounded", 0.01), ("exact", 0.1)):
+        assert (gradients["sharded"] - gradients[kind]).norm() < most * gradients[kind].norm()
+
+
+@pytest.mark.case(25)
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "opt-350m"])
+def test_shards_gathered_in_bfloat16_score_as_if_the_weights_were_rounded(name, alone):
+    model = tiny(ScalarModel, name)
+    sharded = alone.parallel(copy.deepcopy(model))
+    with torch.no_grad():
+        for p in model.transformer.h.parameters():
+            p.copy_(p.bfloat16())
+        with autocast(alone.device, alone.dtype):
+            scores, expected = (last_scores(one, IDS, LENGTHS) for one in (sharded, model))
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.case(25)
+def test_a_pytorch_whose_shards_add_up_wrongly_on_a_cpu_is_refused(root, tmp_path):
+    older = "from torch.distributed.fsdp import FSDPModule\ndel FSDPModule.set_force_sum_reduction_for_comms"
+    said = tools.run("sft", root, f"--out {tmp_path}/run --steps 2 --parallel fsdp", hook=older, code=2)
+    assert re.fullmatch(r"error: --parallel fsdp on a CPU needs PyTorch 2\.8 or newer, this is .*\n", said)
+    assert not (tmp_path / "run").exists()
