@@ -61,7 +61,7 @@ if [ "$command" = parity ] || [ "$command" = bench ]; then
 fi
 
 # -- set-up: a Python that already has what is needed, else a virtual environment in .venv
-if [ "$command" = test ]; then extras="pytest matplotlib transformers tokenizers jinja2 pyarrow"; else extras="matplotlib"; fi
+if [ "$command" = test ]; then extras="pytest xdist matplotlib transformers tokenizers jinja2 pyarrow"; else extras="matplotlib"; fi
 has_all() {
     "$1" - $extras <<'PY' 2>/dev/null
 import importlib.util, sys
@@ -76,12 +76,16 @@ if ! has_all "$python"; then
     if ! has_all .venv/bin/python; then
         make_venv .venv "3, 10"
         .venv/bin/python -m pip install --quiet -r requirements.txt
-        .venv/bin/python -m pip install --quiet $extras
+        .venv/bin/python -m pip install --quiet ${extras/xdist/pytest-xdist}
     fi
     python=.venv/bin/python
 fi
 
 if [ "$command" = test ]; then
+    case " $* " in
+    *" --faults "*) ;;  # one after the other: they wait for processes that they kill, and count what survives
+    *) set -- -n auto --maxprocesses 4 --dist loadfile "$@" ;;
+    esac
     exec "$python" -m pytest tests "$@"
 fi
 

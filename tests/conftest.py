@@ -19,7 +19,8 @@ CASES = {  # what tests marked `case` show, `bash run.sh faults` prints as a tab
     23: "the end token", 24: "padding changes nothing", 25: "accumulation, DDP and FSDP2 give one gradient", 26: "resume with changed settings",
     27: "FSDP2 to one process and back", 28: "no network, tokenizer cache or GPU", 29: "out of memory", 30: "bad flags",
     31: "nothing to normalise: one sample, equal rewards, no tokens", 33: "one trajectory: accumulated, 2 ranks, sharded, compiled, padded, cached",
-    34: "a second device: nothing mixes devices, no wait inside a step", 35: "two machines, of which one dies and comes back"}
+    34: "a second device: nothing mixes devices, no wait inside a step", 35: "two machines, of which one dies and comes back",
+    36: "a console that lacks letters, output that nobody reads"}
 
 
 def pytest_addoption(parser):

@@ -930,7 +930,8 @@ def test_a_run_resumed_another_day_writes_the_date_of_its_beginning(lost, small,
 
 # -- what is printed, and where
 
-@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+@pytest.mark.case(36)
+@pytest.mark.parametrize("encoding", ["gbk", pytest.param("ascii", marks=pytest.mark.long)])
 def test_no_letter_that_a_console_lacks_ends_a_script(encoding, small, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     reply = "Stra\u00dfe, \u010desk\u00fd, \u4e2d"
@@ -961,7 +962,8 @@ def unheard(script, *flags, at_once, error=subprocess.PIPE, **options):
                               **options)
 
 
-@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.case(36)
+@pytest.mark.parametrize("at_once", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_script_whose_output_nobody_reads_ends_quietly_and_writes_whole_files(at_once, chain, tmp_path):
     root = shutil.copytree(chain[0], tmp_path / "demo")
     before = (root / "report.html").read_bytes()
