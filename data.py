@@ -58,10 +58,10 @@ def ranked_pairs(rows):
 def ranking_accuracy(values, rows):
     """Share of the ranked pairs of some rows that values (N,), for their replies laid end to end, order right; ties count half.
 
-    Every row weighs the same. Returns (accuracy, lower and upper end of its 95 % interval). Rows of one prompt are no
-    independent trials, so the interval is Wilson's (1927) for as many trials as would spread the mean as the prompts do
-    (effective sample size; Korn and Graubard 1998): never more than there are pairs, so it doesn't collapse where all
-    prompts agree.
+    Every row weighs the same. Returns (accuracy, lower and upper end of its 95 % interval). Rows of one prompt are
+    no independent trials, so the interval is Wilson's (1927) for as many trials as would spread the mean as the
+    prompts do (effective sample size; Korn and Graubard 1998): never more than there are pairs, so it doesn't
+    collapse where all prompts agree.
     """
     better, worse, _, _ = (t.numpy() for t in ranked_pairs(rows))
     right = (values[better] > values[worse]) + 0.5 * (values[better] == values[worse])  # (P,)
@@ -80,7 +80,7 @@ def ranking_accuracy(values, rows):
 
 
 def wilson(share, trials, z=1.96):
-    """Ends of the interval that holds the probability behind a share of trials, in 95 of 100 cases (Wilson 1927)."""
+    """Ends of the interval that holds the probability behind a share of trials in 95 of 100 cases (Wilson 1927)."""
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
@@ -132,7 +132,7 @@ WINDOW = 16  # batches' worth of examples that are sorted by length together
 def token_batches(lengths, budget, seed, epoch, rows=None):
     """One epoch of batches: lists of example numbers, each example once, rows * longest <= budget tokens.
 
-    lengths: tokens of each example, of the longest of its rows where it has several; rows: how many it has (None: one).
+    lengths: tokens of each example, of its longest row where it has several; rows: how many it has (None: one).
     Examples of like length share a batch (sorted within windows of a random order), so little is padding. A pure
     function of its arguments: resuming needs the epoch and the batch's number, nothing more. An example longer
     than the budget makes a batch of its own.
@@ -149,9 +149,11 @@ def token_batches(lengths, budget, seed, epoch, rows=None):
 
 
 def count_steps(config, lengths, rows=None):
-    """--steps, or as many batches as --epochs passes over examples of these lengths and rows make (see `token_batches`)."""
-    epochs = [token_batches(lengths, config.batch_tokens, config.seed, epoch, rows) for epoch in range(config.epochs)]
-    return sum(map(len, epochs)) or config.steps
+    """--steps, or as many as there are batches in --epochs passes. lengths, rows: see `token_batches`."""
+    batches = 0
+    for epoch in range(config.epochs):
+        batches += len(token_batches(lengths, config.batch_tokens, config.seed, epoch, rows))
+    return batches or config.steps
 
 
 def endless_batches(lengths, budget, seed, start=0, rows=None):

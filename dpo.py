@@ -101,7 +101,7 @@ def main(config):
     replies = [len(group) for _, group in train]
     with_margin = sum(row.margin != 0 for row, _ in train)
     if with_margin:
-        run.say(f"warning: {with_margin} rows have a margin, which only reward.py uses; it counts for nothing here")
+        run.say(f"warning: {with_margin} rows have a margin, which only reward.py uses; here it counts for nothing")
 
     # 2. model, optimiser, reference log-probabilities of the prompts that the steps will visit
     policy, reference = run.parallel(model), run.parallel(reference)
@@ -124,8 +124,8 @@ def main(config):
         ratios = reply_logprobs(run, model, val_examples, config.micro_batch_tokens, tokenizer.pad) - ref_val
         loss, result = preference_loss(ratios, *val_pairs[:2], val_pairs[2] / len(val), config.beta, config.loss, config.label_smoothing)
         accuracy, low, high = ranking_accuracy(ratios.numpy(), [row for row, _ in val])
-        run.log(step, {"val_loss": loss, "val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high,
-                       "val_margin": result["margin"]}, show=("val_accuracy",))
+        metrics = {"val_loss": loss, "val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high}
+        run.log(step, metrics | {"val_margin": result["margin"]}, show=("val_accuracy",))
         show_samples(run, model, tokenizer, [row for row, _ in val], config.max_new_tokens, run.seed_step(step))
 
     # 3. train

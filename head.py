@@ -15,7 +15,7 @@ class Head(torch.autograd.Function):
     at once   summed: all tokens weigh the same, so the gradient is computed while q is at hand
     kept      few tokens: q stays
     again     else the logits are computed again: three products of the forward pass's size become four
-    In float16 nothing is computed at once: a gradient that overflows must shrink with the loss, which is scaled later.
+    In float16 nothing is computed at once: what overflows must shrink with the loss, which is scaled later.
     """
 
     @staticmethod
@@ -36,9 +36,10 @@ class Head(torch.autograd.Function):
         gradients = [None, None]
         if ctx.at_once and learning:
             gradients = zeros_where_needed((x, w), ctx.needs_input_grad)
+        ones = x.new_ones(N, dtype=torch.float32)
         for at, q in chunks_of_softmax(x, w, rows, targets, logprobs, entropy if with_entropy else None):
             if ctx.at_once and learning:
-                add_head_gradients(gradients, at, q, x, w, targets, logprobs, x.new_ones(N, dtype=torch.float32))
+                add_head_gradients(gradients, at, q, x, w, targets, logprobs, ones)
         ctx.rows, ctx.dtypes = rows, (states.dtype, weight.dtype)
         kept = q if rows == N else None
         ctx.save_for_backward(*gradients if ctx.at_once else (x, w, targets, logprobs, entropy, kept))
@@ -66,7 +67,7 @@ def zeros_where_needed(tensors, needed):
 
 
 def float32_products(device):
-    """Whether the product of bfloat16 or float16 matrices can come out unrounded: on CUDA, from PyTorch 2.8."""
+    """Whether products of bfloat16 or float16 matrices can come out unrounded: on CUDA, from PyTorch 2.8."""
     return device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
@@ -75,7 +76,7 @@ def chunks_of_softmax(x, w, rows, targets, logprobs=None, entropy=None):
 
     On the way write the log-probabilities of the targets (N,) and the entropies to logprobs and entropy (N,), if given.
     V' is V rounded up to 64, by columns of no probability: products with rows of 50,257 numbers can take 1.4 times as
-    long as with 50,304. Products of bfloat16 round the logits to bfloat16 where `float32_products` are not to be had.
+    long as with 50,304. Products of bfloat16 round the logits to it where `float32_products` can't be had.
     """
     V, width, device = len(w), -(-len(w) // 64) * 64, x.device
     wide = x.dtype != torch.float32 and float32_products(device)
@@ -91,12 +92,14 @@ def chunks_of_softmax(x, w, rows, targets, logprobs=None, entropy=None):
         block = block_rows(logits)
         for out, part, first in zip(q.split(block), logits.split(block), range(start, len(x), block)):
             at = slice(first, first + len(part))
-            z = part.float()  # (n, V'); for fp32 these are the logits themselves, and the softmax is written over them
+            # For fp32 these are the logits themselves, and the softmax is written over them.
+            z = part.float()  # (n, V')
             if logprobs is None:
                 out.copy_(torch.softmax(z, -1, out=z))
                 continue
-            # Relative to the most likely token, whose probability can't underflow: log p = z - top + log p_top. In this
-            # order a confident token keeps its digits, which z - (top - log p_top) would lose to the size of the logits.
+            # Relative to the most likely token, whose probability can't underflow: log p = z - top + log p_top.
+            # In this order a confident token keeps its digits, which z - (top - log p_top) would lose to the
+            # size of the logits.
             top = z.amax(-1)  # (n,)
             below = z.gather(1, targets[at, None]).squeeze(1) - top  # (n,)
             distances = z - top[:, None] if entropy is not None else None
@@ -113,7 +116,7 @@ def add_head_gradients(gradients, at, q, x, w, targets, logprobs, g, h=None, ent
     """Add a chunk's to the gradients [of x (N, C), of w (V, C)], where not None. q (n, V') is overwritten.
 
     g, h (N,): gradients of logprobs and entropy. d logprob / d logits = onehot - q;  d entropy / d logits = -q (log q + entropy).
-    The target's entry is computed from its log-probability: in bfloat16 q of a confident token is 1, and 1 - q nothing.
+    The target's entry comes from its log-probability: in bfloat16 q of a confident token is 1, and 1 - q nothing.
     """
     each, scale = torch.arange(len(q), device=x.device), -g[at, None]
     log_p = logprobs[at]  # (n,)
@@ -150,8 +153,8 @@ def block_rows(x):
 def token_logprobs(states, weight, targets, temperature=1.0, with_entropy=False, summed=False):
     """Log-probabilities of targets under softmax(states @ weight.T / temperature), in fp32.
 
-    Under autocast the products are in its dtype; what follows them is in fp32, and so are the logits themselves where
-    `float32_products` holds (elsewhere bfloat16 rounds them: at logits near -100 by up to 0.25).
+    Under autocast the products are in its dtype; what follows them is in fp32, and so are the logits themselves
+    where `float32_products` holds (elsewhere bfloat16 rounds them: at logits near -100 by up to 0.25).
     states (N, C), weight (V, C), targets (N,) -> logprobs (N,) and entropy (N,) in nats, or None; with summed, the sum ()
     of the logprobs and None, whose gradient costs less. The logits (N, V) never exist at once unless they are few.
     """

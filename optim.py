@@ -124,31 +124,34 @@ class Optimizing(Ranks):
                 self._report(why, attempt.batch, counts, self.main)
 
     def _culprit(self, attempt):
-        """(why a step was not taken, whether --max-skipped counts it). All ranks call: each may see its shards alone."""
+        """(why a step was not taken, whether --max-skipped counts it). All ranks call, as each may have shards."""
         broken = torch.stack([~local(p).isfinite().all() for p in self.parameter_names]).float()
         for name, found in zip(self.parameter_names.values(), self.all_max(broken).tolist()):
             if found:
                 return f"the weight {name} is not finite", True
         odd = (~attempt.norms.isfinite()).nonzero()
         if len(odd) == 0:
-            return f"the gradient's norm is more than --skip-sigma {self.config.skip_sigma:g} deviations above the last ones", False
+            sigma = self.config.skip_sigma
+            return f"the gradient's norm is more than --skip-sigma {sigma:g} deviations above the last ones", False
         name = self.parameter_names[attempt.parameters[odd[0].item()]]
         scale = attempt.scaler.get_scale()
-        if attempt.scaler.is_enabled() and scale >= 1:  # the loss is scaled up until something overflows, and then down again
-            return f"the gradient of {name} overflowed float16; the loss is scaled by {scale:g} from now on", False
+        # The loss is scaled up until something overflows, and then down again.
+        if attempt.scaler.is_enabled() and scale >= 1:
+            why = f"the gradient of {name} overflowed float16; the loss is scaled by {scale:g} from now on"
+            return why, False
         return f"the gradient of {name} is not finite", True
 
     def _report(self, why, batch, counts, show):
-        """Say that a batch changed nothing, and end the run if that has happened too often. show: whether this rank says it."""
+        """Say that a batch changed nothing; end the run if that happened too often. show: this rank says it."""
         self.skipped += 1
         self.counted += counts
         if show:
             shown = ", ".join(map(str, batch[:8])) + (", ..." if len(batch) > 8 else "")
-            tqdm.write(f"warning: step {self.step + 1}: {why}; this batch changed nothing (examples {shown}; all are in "
-                       f"skipped.jsonl). Skipped so far: {self.skipped}")
+            tqdm.write(f"warning: step {self.step + 1}: {why}; this batch changed nothing (examples {shown}; "
+                       f"all are in skipped.jsonl). Skipped so far: {self.skipped}")
             with contextlib.suppress(OSError), open(self.out / "skipped.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": self.step + 1, "why": why, "examples": list(batch)}) + "\n")
         limit = self.config.max_skipped
         if counts and self.counted > limit:
-            self.problem = (f"step {self.step + 1}: {why}, and more than --max-skipped {limit} batches were skipped; "
-                            "lower the learning rate, or look at the data")
+            self.problem = (f"step {self.step + 1}: {why}, and more than --max-skipped {limit} batches were "
+                            "skipped; lower the learning rate, or look at the data")

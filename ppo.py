@@ -171,7 +171,8 @@ def normalise_scores(scores, moments, kind, clip):
     if kind != "none":
         count, mean, squares = moments
         deviation = math.sqrt(squares / max(1, count - 1))
-        if deviation <= ROUNDING * abs(mean):  # all scores have been equal so far, and their fp32 mean is not quite theirs
+        # All scores have been equal so far, and their mean in fp32 is not quite theirs.
+        if deviation <= ROUNDING * abs(mean):
             deviation = 1.0
         scores = (scores - (mean if kind == "standard" else 0.0)) / (deviation + 1e-8)
     return scores.clamp(-clip, clip) if clip > 0 else scores
@@ -192,8 +193,8 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 def steps_mask(mask, reward_at, all_max=lambda t: t):
     """Which positions get a reward and a value: the response, mask (B, T), and for `next` one more, but not for the longest replies.
 
-    (TRL pads replies to the longest one of the rollout, and what fills that width has no room behind it.) The last column
-    of mask is free. all_max: the maximum over all ranks.
+    (TRL pads replies to the longest one of the rollout, and what fills that width has no room behind it.) The last
+    column of mask is free. all_max: the maximum over all ranks.
     """
     if reward_at == "eos":
         return mask
@@ -250,9 +251,9 @@ def variance(x, mask, all_sum=lambda t: t):
 
 
 def explained_variance(values, returns, mask, all_sum=lambda t: t):
-    """Share of the returns' variance that the values explain, 1 - var(returns - values) / var(returns), all (B, T).
+    """Share of the returns' variance that the values explain: 1 - var(returns - values) / var(returns).
 
-    0 where the returns don't vary, beyond the rounding of their mean: then there is nothing to explain.
+    All (B, T). 0 where the returns don't vary, beyond the rounding of their mean: then there is nothing to explain.
     """
     size = all_sum((returns.square() * mask).sum()) / all_sum(mask.sum()).clamp(min=1)
     spread = variance(returns, mask, all_sum)
@@ -375,8 +376,8 @@ def main(config):
 
     # the models: policy, reference, what scores, critic
     policy_model, tokenizer = open_model(config, GPT)
-    # With adapters, what is frozen is shared: the reference is the policy without them, and the reward model the critic
-    # without its own. (Shards have one owner, so there each model is whole.)
+    # With adapters, what is frozen is shared: the reference is the policy without them, and the reward model the
+    # critic without its own. (Shards have one owner, so there each model is whole.)
     shares = config.lora_rank > 0 and config.parallel == "ddp"
     reference = twin(policy_model, shares)
     sources = config.reward + config.reward_fn
@@ -407,7 +408,8 @@ def main(config):
     for model in [reference, *reward_models]:
         model.requires_grad_(False).eval()
         if any(model is other for other in sharing):
-            model.to(run.device)  # its weights are the trained model's; what it has alone, a head, has to move as well
+            # Its weights are the trained model's; what it has alone, a head, has to move as well.
+            model.to(run.device)
             continue
         model.to(getattr(torch, config.frozen_dtype))
         if config.frozen_device == "same":
