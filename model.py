@@ -348,9 +348,9 @@ class GPT(nn.Module):
         """Per-token log-probabilities of the tokens that mask selects, each given all tokens before it.
 
         ids (B, T); mask (B, T) bool, on the CPU (see `token_index`), True for tokens to score (never the first of a row).
-        Returns logprobs (B, T) fp32, zero outside the mask, and the entropy of the distribution that each
-        token was drawn from, likewise (or None). No logits are computed outside the mask. With summed: the sum () of the
-        logprobs, which is cheaper to differentiate, and None.
+        Returns logprobs (B, T) fp32 (`token_logprobs` says of which logits), zero outside the mask, and the entropy
+        of the distribution that each token was drawn from, likewise (or None). No logits are computed outside the
+        mask. With summed: the sum () of the logprobs, which is cheaper to differentiate, and None.
         """
         at = token_index(mask)
         states, index = self.transformer(ids, index=before(at)), at.to(ids.device, non_blocking=True)  # (N, C), (N,)

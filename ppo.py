@@ -397,6 +397,8 @@ def main(config):
     require(critic_init != "reward" or config.reward, "--critic-init reward needs a --reward folder; use sft or zero")
     if critic_init == "reward":
         critic_model = twin(reward_models[0], shares)
+    elif critic_init not in ("sft", "zero"):
+        raise ValueError(f"unknown start of the critic {critic_init}")
     else:
         torch.manual_seed(config.seed)
         critic_model = ScalarModel.from_trunk(policy_model, shares)
@@ -502,7 +504,7 @@ def main(config):
             moments = update_moments(moments, judged, run.all_sum)
         judged = normalise_scores(judged, moments, config.reward_norm, config.reward_clip)
         kl = kl_estimate(old_logprobs, ref_logprobs, config.kl)  # (B, T)
-        rewards = shaped_rewards(judged, kl, steps, kl_coef if config.kl_in == "reward" else 0.0)
+        rewards = shaped_rewards(judged, kl, steps, {"reward": kl_coef, "loss": 0.0}[config.kl_in])
 
         # 4. advantages
         advantages, returns = gae(rewards, old_values, steps, config.gamma, config.lam)

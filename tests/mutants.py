@@ -746,7 +746,7 @@ MUTANTS = [
            "return log_ratio.square() / 2",
            "return log_ratio.square()"),
     Mutant("KL: in the reward and in the loss", "ppo.py", KL_TERM,
-           'kl_coef if config.kl_in == "reward" else 0.0',
+           '{"reward": kl_coef, "loss": 0.0}[config.kl_in]',
            "kl_coef"),
     Mutant("KL: on padding too", "ppo.py", LOSSES,
            "rewards = torch.where(steps, -kl_coef * kl, 0.0)",
