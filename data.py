@@ -69,8 +69,9 @@ def ranking_accuracy(values, rows):
     row_of_pair = row_of_reply[better]  # (P,)
     per_row = np.bincount(row_of_pair, right, len(rows)) / np.bincount(row_of_pair, minlength=len(rows))
     accuracy = per_row.mean()
-    _, prompt_of_row = np.unique([row.text for row in rows], return_inverse=True)
-    prompts = prompt_of_row.max() + 1
+    number = {}
+    prompt_of_row = np.array([number.setdefault(row.text, len(number)) for row in rows])
+    prompts = len(number)
     off = np.bincount(prompt_of_row, per_row - accuracy)  # (prompts,)
     variance = (off**2).sum() / len(rows) ** 2 * prompts / max(1, prompts - 1)  # of the mean
     trials = prompts if accuracy in (0, 1) or prompts == 1 else len(better)

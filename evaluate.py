@@ -185,8 +185,11 @@ def main(config):
 
 def table(labels, results):
     """The results of models, one a line below the names of the columns; blank where there is no number."""
-    rows = [result | result.get("scores", {}) for result in results]
-    names = [name for name in ("gold", "score") if name in rows[0]] + list(results[0].get("scores", {}))
+    rows = []
+    for result in results:
+        rows.append(result | {f"score_{name}": score for name, score in result.get("scores", {}).items()})
+    names = [name for name in ("gold", "score") if name in rows[0]]
+    names += [name for name in rows[0] if name.startswith("score_")]
     names += ["wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate"]
     first = max(24, *(len(label) + 1 for label in labels))
     lines = [" " * first, *(label.ljust(first) for label in labels)]

@@ -72,7 +72,7 @@ class RunConfig:
 
 SCRATCH_FLAGS = ("tokenizer", "layers", "heads", "width", "block_size")  # a checkpoint folder has its own
 # What a run is built on: data files, and folders of models and of a tokenizer.
-DATA_FLAGS, MODEL_FLAGS = ("data", "val_data", "demonstrations", "ptx_data"), ("model", "reward", "tokenizer")
+DATA_FLAGS, MODEL_FLAGS = ("data", "val_data", "demonstrations", "ptx_data"), ("model", "reward")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
                    "added_tokens.json", "tokenizer.model", "generation_config.json")
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)

@@ -84,7 +84,8 @@ def number_text(x):
 def find_result(text):
     """The result of a worked answer: behind the last #### (GSM8K), in the last \\boxed{} (MATH), or all."""
     _, mark, result = text.rpartition("####")
-    if mark and "\n" not in result.strip():  # more than a line is a section under a heading
+    heading = "\n" in result.strip() or ("\\boxed{" in text and not re.search(r"\d", result))
+    if mark and not heading:
         return result.strip().rstrip(".").replace(",", "")
     _, mark, result = text.rpartition("\\boxed{")
     depth = 1
@@ -212,7 +213,11 @@ def parse_plain(row, want):
 
 def parse_question(row, want):
     """A task and its worked answer. GSM8K's answers lose their <<48/2=24>> marks."""
+    if want == "prompts":
+        return Row(parse_prompt(row))
     reply = first(row, WORKED)
+    if is_number(reply) and row.keys() & {"choices", "options"}:
+        raise TypeError("the answer is the number of a choice; write the choices into the prompt, and the answer out")
     if is_number(reply):
         reply = number_text(reply)
     if not isinstance(reply, str):
@@ -529,6 +534,8 @@ def read_document(file, path):
 # Columns of a csv that hold numbers (or true and false), and those that hold lists or objects, as JSON.
 NUMBERS = {*RATINGS, "label", "labels", "margin"}
 LISTS = {*TURNS, "completions", "ranks", "gold", "instances", "history", "reward_model"}
+# Columns that hold text, or messages as JSON.
+TALKS = {*PROMPTS, *REPLIES, "chosen", "rejected"}
 # A first line without any of these names no columns.
 COLUMNS = {*PROMPTS, *REPLIES, *TURNS, *WORKED, "input", "chosen", "rejected", "text", "human_ref_A"}
 
@@ -538,9 +545,11 @@ def parse_cell(name, text):
     if name in NUMBERS:
         known = {"true": True, "false": False, "": None}
         return known.get(text.strip().lower(), as_number(text))
-    if name in LISTS and text.strip()[:1] in ("", "[", "{"):
+    if name in LISTS and not text.strip():
+        return None
+    if (name in LISTS and text.strip()[0] in "[{") or (name in TALKS and re.match(r"\s*(\[\s*)?\{", text)):
         try:
-            return DECODER.decode(text) if text.strip() else None
+            return DECODER.decode(text)
         except (ValueError, RecursionError):
             return text  # which is refused where the list is used
     return text

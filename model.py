@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import pad_rows
-from head import token_logprobs
+from head import float32_products, token_logprobs
 from flags import require
 from tokenizer import encode_prompt
 
@@ -508,6 +508,10 @@ def decoding_weights(model, dtype, rows):
     model.eval()
     try:
         head = multiplier(model.head_weight)  # first, as the largest: the heap then has room for it again at the next call
+        if dtype != torch.float32 and float32_products(model.device):
+            # The logits that are scored are not rounded either, and the sampler must be what is scored.
+            weight = model.head_weight.detach().to(dtype)
+            head = lambda x: torch.mm(x.to(dtype), weight.T, out_dtype=torch.float32)
         for module in linears:
             module.forward = multiplier(module.merged() if hasattr(module, "merged") else module.weight, module.bias)
         yield head

@@ -147,8 +147,9 @@ class Optimizing(Ranks):
         self.counted += counts
         if show:
             shown = ", ".join(map(str, batch[:8])) + (", ..." if len(batch) > 8 else "")
-            tqdm.write(f"warning: step {self.step + 1}: {why}; this batch changed nothing (examples {shown}; "
-                       f"all are in skipped.jsonl). Skipped so far: {self.skipped}")
+            with contextlib.suppress(OSError):  # a full disk, or nobody who reads, must not end the run
+                tqdm.write(f"warning: step {self.step + 1}: {why}; this batch changed nothing (examples {shown}; "
+                           f"all are in skipped.jsonl). Skipped so far: {self.skipped}")
             with contextlib.suppress(OSError), open(self.out / "skipped.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": self.step + 1, "why": why, "examples": list(batch)}) + "\n")
         limit = self.config.max_skipped

@@ -230,7 +230,11 @@ def main(config):
     questions = pick_questions(evaluation)
 
     names = ("gold", "wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate")
-    cells = [[STAGES[stage], *(f"{summary[stage][name]:.3f}" for name in names)] for stage in STAGES]
+    cells = []
+    for stage in STAGES:
+        numbers = [summary[stage][name] for name in names]
+        # Greedy replies have no KL.
+        cells.append([STAGES[stage], *("" if number is None else f"{number:.3f}" for number in numbers)])
 
     def table(head, rows):
         return "<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>" + "".join(

@@ -34,8 +34,8 @@ from hardware import autocast, keep_heap, pick_device, pick_dtype
 from metrics import Metrics, check_boards
 from optim import Optimizing
 from ranks import local
-from saving import (VERSION, Checkpoints, digest, fill, model_digest, room, save_shards, training_state,
-                    write_json, write_tensors)
+from saving import (VERSION, Checkpoints, digest, fill, model_digest, room, save_shards, tokenizer_digest,
+                    training_state, write_json, write_tensors)
 
 
 class Fault(Exception):
@@ -125,7 +125,8 @@ def changed_settings(config, inputs, state):
     changed, before = {}, state.get("config", {})
     for name, value in dataclasses.asdict(config).items():
         flag = "--" + name.replace("_", "-")
-        then, now = state.get("inputs_sha256", {}).get(name, []), inputs.get(name, [])
+        now = inputs.get(name, [])
+        then = state.get("inputs_sha256", {}).get(name, now)  # an older version did not look at all of them
         if name not in PLUMBING and before.get(name) != value:
             changed[name] = f"{flag} was {before.get(name)}, is now {value}"
         elif then != now:
@@ -236,6 +237,7 @@ class Run(Optimizing):
         self.dtype = pick_dtype(self.config.dtype, self.device, max(module.config.n_embd for module in modules.values()))
         named = {flag: as_list(getattr(self.config, flag, "")) for flag in (*DATA_FLAGS, *MODEL_FLAGS)}
         self.inputs = {flag: [model_digest(folder) for folder in named[flag]] for flag in MODEL_FLAGS}
+        self.inputs["tokenizer"] = [tokenizer_digest(self.config.tokenizer)]
         for flag in DATA_FLAGS:
             self.inputs[flag] = [digest(path for path, _ in parse_sources(spec)) for spec in named[flag]]
         self.state = {}
@@ -437,7 +439,8 @@ class Run(Optimizing):
         if folder is None:
             state = self._from_main(functools.partial(read_state, self.out / "run.json"))
             done, steps = state.get("finished_after"), self.config.steps
-            model = any((self.out / name).exists() for name in ("config.json", "adapter_config.json"))
+            names = ("config.json", "adapter_config.json")
+            model = self._from_main(lambda: any((self.out / name).exists() for name in names))
             require(done or not model,
                     f"--resume: {self.out} holds a model, but its checkpoints/ is gone, and it can't go on "
                     "without; name another --out, or begin anew with --overwrite")

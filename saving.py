@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from flags import CHECKPOINT_FILES, UserError, require
+from flags import CHECKPOINT_FILES, TOKENIZER_FILES, UserError, require
 
 VERSION = 1  # of the layout above
 TRAINING = ("training.safetensors", "state.json", "manifest.json")  # files of a checkpoint that are no part of the model
@@ -88,6 +88,12 @@ def sha256(path):
 def digest(paths):
     """{path: SHA-256} of those paths that are files; what else flags may name (a hub's data set) has none."""
     return {str(path): sha256(path) for path in paths if Path(path).is_file()}
+
+
+def tokenizer_digest(name):
+    """{name: SHA-256} of the files that a folder's tokenizer is opened from; {} for what is no folder."""
+    files = [Path(name) / file for file in TOKENIZER_FILES] if Path(name).is_dir() else []
+    return {Path(path).name: value for path, value in digest(files).items()}
 
 
 def model_digest(name):

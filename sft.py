@@ -87,7 +87,8 @@ def main(config):
     config.steps = count_steps(config, lengths)
     # A model that has only ever been shown single questions can't go on with a conversation. Its folder tells
     # chat.py so. What somebody else's model has seen before is not known here.
-    single = not any(message["role"] == "assistant" for row in rows for message in row.prompt)
+    single = all(row.prompt for row in rows)  # plain text may hold anything
+    single = single and not any(message["role"] == "assistant" for row in rows for message in row.prompt)
     single_turn = single if config.model == "scratch" or knows_single_turns(model.config) else None
 
     def write(folder):

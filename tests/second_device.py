@@ -41,7 +41,8 @@ FULL = ("layer_norm", "rms_norm", "softmax.int", "log_softmax.int", "sum", "sum.
         "exp", "log", "expm1")
 
 # What a GPU has and the CPU lacks: {operation: the same by other means}.
-SUBSTITUTES = {"aten.mm.dtype_out": lambda a, b, dtype, out: torch.mm(a.to(dtype), b.to(dtype), out=out)}
+SUBSTITUTES = {"aten.mm.dtype_out": lambda a, b, dtype, out: torch.mm(a.to(dtype), b.to(dtype), out=out),
+               "aten.mm.dtype": lambda a, b, dtype: torch.mm(a.to(dtype), b.to(dtype))}
 
 waits = collections.Counter()  # {"phase: file function": how often the CPU would have waited}
 phase = ["loading"]  # what a run is doing, see `watch`

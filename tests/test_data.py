@@ -1241,3 +1241,27 @@ def test_a_line_that_is_too_long_is_left_out_whole(tmp_path, monkeypatch):
     lines = [json.dumps({"prompt": f"p{i}", "completion": "r"}) for i in range(99)]
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:50], json.dumps({"prompt": "p", "completion": 1000 * "r"}), *lines[50:]]))
     assert [row.text for row in formats.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)] == [f"p{i}" for i in range(99)]
+
+
+def test_a_question_is_a_prompt_whatever_its_answer_and_a_choices_number_is_no_reply(tmp_path):
+    odd = {"question": "Which planet is largest?", "solution": ["a", "b"]}
+    choice = {"question": "Which planet is largest?", "choices": ["Mars", "Jupiter"], "answer": 1}
+    for row in (odd, choice):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        assert formats.read_rows(tmp_path / "rows.jsonl", "prompts", SILENT)[0].text == row["question"]
+    with pytest.raises(UserError, match="the answer is the number of a choice"):
+        formats.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT)
+
+
+def test_a_heading_behind_a_boxed_result_is_no_answer():
+    assert formats.find_result("it is \\boxed{7}\n#### Done") == "7"
+    assert formats.find_result("it is \\boxed{7}\n#### 8") == "8"
+
+
+def test_messages_in_the_cells_of_a_csv_are_messages(tmp_path):
+    turns = [{"role": "user", "content": "Cube 4."}]
+    replies = [json.dumps([{"role": "assistant", "content": text}]) for text in ("64", "65")]
+    cells = ['"' + cell.replace('"', '""') + '"' for cell in (json.dumps(turns), *replies)]
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + ",".join(cells) + "\n")
+    row, = formats.read_rows(tmp_path / "a.csv", "preferences", SILENT)
+    assert row.prompt == turns and row.replies == ["64", "65"]

@@ -1,5 +1,6 @@
 """Losses and estimators against closed forms, enumeration and slow loops. B replies, T tokens, P pairs."""
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -91,6 +92,14 @@ def test_the_interval_of_an_accuracy_is_over_prompts_and_does_not_collapse():
     half = torch.tensor([1.0, 0.0] * 17 + [0.0, 1.0] * 17).numpy()
     accuracy, low, high = ranking_accuracy(half, rows)  # 17 of 34 by Wilson, but for 33 in place of 34
     assert (accuracy, low) == pytest.approx((0.5, 1 - high)) and high - 0.5 == pytest.approx(0.5 * 1.96 / math.sqrt(33 + 1.96**2), rel=1e-6)
+
+
+def test_one_long_prompt_costs_an_accuracy_no_memory():
+    """As an array of text, these prompts would take 2 GB."""
+    rows = [Row([{"role": "user", "content": "x" * (100_000 if i == 0 else 10) + str(i)}], ["a", "b"], [0, 1]) for i in range(5000)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert ranking_accuracy(np.arange(10_000.0), rows)[0] == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 @pytest.mark.parametrize("prompts, right, k", [(34, 0.97, 2), (40, 0.85, 4), (100, 0.6, 2)])

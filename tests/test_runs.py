@@ -1062,7 +1062,7 @@ def test_evaluation_scores_by_a_weighted_sum_and_names_all_of_it(small, judged, 
                               "--reward-weights 2 10 0.5")
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in lines[1:]] == ["a/sft", "b/sft", "other"]
-    assert lines[0].split()[:4] == ["score", "reward", "mine:right", "mine:size"]
+    assert lines[0].split()[:4] == ["score", "score_reward", "score_mine:right", "score_mine:size"]
     assert len({len(line) for line in lines}) == 1
     for folder, result in results.items():
         parts = result["scores"]

@@ -230,3 +230,18 @@ def test_a_signal_from_outside_ends_a_process_with_its_exit_code_and_no_tracebac
     text, _ = process.communicate(timeout=60)
     assert process.returncode == code and time.monotonic() - began < 10 and "Traceback" not in text and "--resume goes on" in text
     assert Checkpoints(tmp_path / "run").newest(pytest.fail)[1]["step"] > 0
+
+
+@pytest.mark.case(15)
+def test_a_batch_is_skipped_where_nothing_can_be_printed(root, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise BrokenPipeError
+
+    def backward(run, loss, optimizer):
+        original(run, loss * (float("inf") if run.step == 1 else 1), optimizer)
+
+    original = runtime.Run.backward
+    monkeypatch.setattr(runtime.Run, "backward", backward)
+    monkeypatch.setattr("optim.tqdm.write", refuse)
+    assert tools.here("reward", root, FLAGS, f"--steps 3 --out {tmp_path}/run") == 0
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 1
