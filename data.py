@@ -81,7 +81,7 @@ def ranking_accuracy(values, rows):
 
 
 def wilson(share, trials, z=1.96):
-    """Ends of the interval that holds the probability behind a share of trials in 95 of 100 cases (Wilson 1927)."""
+    """Ends of the interval that holds the probability behind a share of trials, 95 times of 100 (Wilson 1927)."""
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))

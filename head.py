@@ -14,7 +14,7 @@ class Head(torch.autograd.Function):
     The gradient needs q, the softmax, and gets it the cheapest way there is:
     at once   summed: all tokens weigh the same, so the gradient is computed while q is at hand
     kept      few tokens: q stays
-    again     else the logits are computed again: three products of the forward pass's size become four
+    again     else the logits are computed again, a fourth product
     In float16 nothing is computed at once: what overflows must shrink with the loss, which is scaled later.
     """
 
@@ -28,7 +28,7 @@ class Head(torch.autograd.Function):
         most = max(1, LOGITS_AT_ONCE // len(weight))
         if N > 2 * most:
             most = max(1, most // 2)
-        # chunks of equal size
+        # Chunks of equal size.
         rows = -(-N // -(-N // most)) if N > 0 else 1
         x, w, q = states.to(dtype), weight.to(dtype), None
         logprobs, entropy = (x.new_empty(N, dtype=torch.float32) for _ in range(2))

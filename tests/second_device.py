@@ -154,7 +154,7 @@ def compute(operation, args, kwargs):
     if ours and strangers and name not in ("_to_copy", "copy_"):
         raise Mixed(f"{name}: tensors on {NAME} and, of shape {strangers}, on the CPU")
     if name in RESHAPING:
-        raise NotImplementedError(f"{name} on {NAME}")
+        raise RuntimeError(f"{name}: a stand-in on {NAME} can't follow it")
     if waits_for(name, args, kwargs, stays):
         count()
     out = SUBSTITUTES.get(str(operation), operation)(*raw_args, **raw_kwargs)

@@ -605,11 +605,13 @@ def test_a_function_that_wants_answers_and_gets_none_stops_the_run_and_one_that_
     (tmp_path / "graders.py").write_text(GRADERS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    rows = [{"prompt": f"Say {i}."} | ({"answer": str(i)} if i < answers else {}) for i in range(16)]
+    rows = [{"prompt": f"Say {i}."} | ({"answer": str(i)} if i >= 16 - answers else {}) for i in range(16)]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     words = f"{RUN} --steps 1 --data {tmp_path}/prompts.json --reward-fn graders:{name} --out {tmp_path}/run".format(root=root)
     code = tools_code(ppo, words)
-    sys.modules.pop("graders")
+    calls = sys.modules.pop("graders").calls
+    # The trial before the run is of a prompt that has an answer, if there is one.
+    assert calls[:1] == ([["13"]] if answers else [[""]] if code == 0 else [])
     captured = capsys.readouterr()
     assert code == (2 if "wants" in said else 0) and said in captured.out + captured.err
     assert (tmp_path / "run").exists() == (code == 0)
