@@ -1281,7 +1281,8 @@ def copy_repository(folder):
     """A copy of what the tests need in folder/repository, and a folder for their temporary files beside it."""
     (folder / "repository").mkdir(parents=True)
     (folder / "tmp").mkdir()
-    for path in [path for pattern in COPIED for path in ROOT.glob(pattern)]:
+    rooms = {file.parent for file in ROOT.glob("*/__init__.py")}
+    for path in sorted(rooms | {path for pattern in COPIED for path in ROOT.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, folder / "repository" / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

@@ -50,6 +50,12 @@ stop_after = [None]  # the step after which the run gets a signal to stop
 generators = []  # those that were made for the device
 
 
+def is_ours(file):
+    """Whether a file is the project's own, in one of its rooms or at the top, and no test."""
+    folder = Path(file).parent
+    return folder == ROOT or (folder.parent == ROOT and (folder / "__init__.py").exists())
+
+
 class Mixed(RuntimeError):
     """An operation on what lies on two devices."""
 
@@ -57,7 +63,7 @@ class Mixed(RuntimeError):
 def count():
     """Count a wait, by the function of the project that is running."""
     codes = [frame.f_code for frame, _ in traceback.walk_stack(None)]
-    codes = [code for code in codes if Path(code.co_filename).parent == ROOT]
+    codes = [code for code in codes if is_ours(code.co_filename)]
     # A comprehension has a frame of its own, except in new versions of Python.
     ours = [code for code in codes if not code.co_name.startswith("<")]
     where = f"{Path(ours[0].co_filename).name} {ours[0].co_name}" if ours else "?"
@@ -332,7 +338,7 @@ def run(words, stop=None):
         code = ended.code
     except Exception as raised:
         frames = traceback.extract_tb(raised.__traceback__)
-        last = [frame for frame in frames if Path(frame.filename).parent == ROOT][-1]
+        last = [frame for frame in frames if is_ours(frame.filename)][-1]
         code, error = 1, f"{Path(last.filename).name} {last.name}: {raised}"
     if runtime.Run.current and runtime.Run.current.lock:
         runtime.Run.current.lock.close()

@@ -727,7 +727,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run_the_second_t
 def test_help_explains_every_flag_and_every_field_is_read(name):
     config_class = SCRIPTS[name].Config
     comments = field_comments(config_class)
-    sources = inspect.getsource(SCRIPTS[name]) + "".join(path.read_text() for path in ROOT.glob("*.py") if path.stem not in SCRIPTS)
+    sources = inspect.getsource(SCRIPTS[name]) + "".join(text for file, text in tools.sources().items() if file.removesuffix(".py") not in SCRIPTS)
     for field in dataclasses.fields(config_class):
         assert len(comments.get(field.name, "")) > 8, f"--{field.name} has no help"
         assert re.search(rf"(config|flags)\.{field.name}\b", sources), f"--{field.name} is never read"
@@ -737,7 +737,8 @@ def test_help_explains_every_flag_and_every_field_is_read(name):
 
 
 def test_importing_any_module_does_nothing(tmp_path):
-    modules = ", ".join(p.stem for p in ROOT.glob("*.py"))
+    files = [file.removesuffix(".py").removesuffix("/__init__") for file in tools.sources()]
+    modules = ", ".join(file.replace("/", ".") for file in files)
     code = f"import torch; state = torch.get_rng_state(), torch.get_num_threads()\nimport {modules}\n" \
            "assert torch.equal(state[0], torch.get_rng_state()) and state[1] == torch.get_num_threads()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})

@@ -27,6 +27,13 @@ SHORT = "--steps 6 --save-every 1 --micro-batch-tokens 128"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
 
 
+def sources():
+    """{path from the root: text} of the project's own Python files, those in rooms (folders with an __init__.py) too."""
+    rooms = [file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name not in ("bench", "tests")]
+    files = [*ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]
+    return {file.relative_to(ROOT).as_posix(): file.read_text("utf-8") for file in sorted(files)}
+
+
 def words(script, root, *flags):
     return [str(word) for part in (PLAN[script].format(root=root), "--threads 1", *flags) for word in shlex.split(str(part))]
 
