@@ -13,13 +13,15 @@ from typing import Annotated, Literal
 
 import torch
 
-from checkpoint import knows_single_turns, load_model
+from formats.families import knows_single_turns
+from formats.model_folder import load_model
 from judges import short_names
-from model import GPT, generate
-from flags import Count, Natural, NonNegative, Seed, UserError, require
-from hardware import autocast, pick_device, pick_dtype
-from runtime import run_script
-from tokenizer import encode_prompt
+from model import GPT
+from generate import generate
+from plumbing.flags import Count, Natural, NonNegative, Seed, UserError, require
+from plumbing.hardware import autocast, pick_device, pick_dtype
+from plumbing.run import run_script
+from data import encode_prompt
 
 
 @dataclass

@@ -1,13 +1,64 @@
 """Rows in, batches out: token ids and masks, ranked pairs, token-budget batches."""
 import itertools
 import math
+from itertools import groupby
 
 import numpy as np
 import torch
 
-from formats import read_rows, split_by_prompt
-from flags import require
-from tokenizer import describe, encode_dialogue, encode_text
+from formats.sources import read_rows, split_by_prompt
+from plumbing.flags import require
+from plumbing.ranks import micro_batches
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Dialogues. Our template: <|system|>text <|user|>text <|assistant|>reply<|endoftext|> <|user|>... (no spaces between)
+
+def encode_prompt(tokenizer, messages):
+    """Ids of a conversation that awaits the assistant. messages: [{role, content}]."""
+    if tokenizer.roles:
+        return encode_dialogue(tokenizer, messages)[0] + [tokenizer.roles["assistant"]]
+    messages, hidden = tokenizer.template.hide(messages, tokenizer.special)
+    return tokenizer.encode_pieces(tokenizer.template.prompt_pieces(messages), hidden)[0]
+
+
+def encode_dialogue(tokenizer, messages, last_only=False):
+    """Ids of a whole conversation, and a mask that is True on what the assistant says, end tokens included.
+
+    last_only: True on the assistant's last turn alone. The ids begin with encode_prompt of the messages before that turn. Where
+    a chat template writes earlier turns anew as the conversation goes on, the mask is that of last_only.
+    """
+    if tokenizer.roles:
+        ids, mask = [], []
+        for message in messages:
+            answer = message["role"] == "assistant"
+            content = tokenizer.encode(message["content"], "special") + [tokenizer.eos] * answer
+            ids += [tokenizer.roles[message["role"]], *content]
+            mask += [False, *[answer] * len(content)]
+    else:
+        messages, hidden = tokenizer.template.hide(messages, tokenizer.special)
+        ids, mask = tokenizer.encode_pieces(tokenizer.template.dialogue_pieces(messages), hidden)
+    if last_only and True in mask:
+        start = len(mask) - mask[::-1].index(True)  # behind the last reply
+        while start and mask[start - 1]:
+            start -= 1
+        mask = [m and i >= start for i, m in enumerate(mask)]
+    return ids, mask
+
+
+def encode_text(tokenizer, text):
+    """Ids of plain text between document tokens, and a mask that is True on all but the first."""
+    ids = [tokenizer.document, *tokenizer.encode(text, "special"), tokenizer.document]
+    return ids, [False] + [True] * (len(ids) - 1)
+
+
+def describe(tokenizer, ids, mask):
+    """One example as text, the part that mask selects set in [[ ]]."""
+    text = ""
+    for inside, run in groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        shown = tokenizer.show(*(i for i, _ in run))
+        text += f"[[{shown}]]" if inside else shown
+    return text
 
 # ---------------------------------------------------------------------------------------------------------
 # Rows to token ids and masks
@@ -170,27 +221,6 @@ def endless_order(n, seed, start=0):
     for epoch in itertools.count(start // n):
         yield from (int(i) for i in np.random.default_rng([seed, epoch]).permutation(n)[start % n:])
         start = 0
-
-
-def micro_batches(examples, lengths, budget, rows=None):
-    """Cut examples, in their order, into pieces of at most budget padded tokens (at least one example each).
-
-    lengths, rows: see `token_batches`. A piece is padded to its longest row, all rows of its examples.
-    """
-    pieces, longest, height = [], 0, 0
-    for i in examples:
-        own = 1 if rows is None else rows[i]
-        longest, height = max(longest, lengths[i]), height + own
-        if not pieces or longest * height > budget:
-            pieces.append([])
-            longest, height = lengths[i], own
-        pieces[-1].append(int(i))
-    return pieces
-
-
-def by_length(examples, lengths, budget, rows=None):
-    """micro_batches of examples sorted by length: the least padding; no order of pieces can change a summed loss."""
-    return micro_batches(sorted(examples, key=lambda i: (lengths[i], i)), lengths, budget, rows)
 
 
 def pad_rows(rows, fill, device=None):

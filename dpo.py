@@ -21,13 +21,14 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 
-from adapters import prepare
-from checkpoint import open_model, save_model
+from model import prepare
+from formats.model_folder import open_model, save_model
 from data import collate, count_steps, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
-from model import GPT, show_samples, twin
-from flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
-from optim import adamw, scheduled_lr
-from runtime import Run, run_script
+from model import GPT, twin
+from rollout import show_samples
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
+from plumbing.steps import adamw, scheduled_lr
+from plumbing.run import Run, run_script
 
 
 @dataclass

@@ -19,16 +19,18 @@ import numpy as np
 import torch
 
 import toy
-from checkpoint import load_model
-from data import by_length, drop_long
-from formats import read_rows, split_by_prompt
+from formats.model_folder import load_model
+from plumbing.ranks import by_length
+from data import drop_long
+from formats.sources import read_rows, split_by_prompt
 from judges import check_functions, reward_function, short_names
-from model import GPT, ScalarModel, generate, last_scores
-from flags import Count, Fraction, Natural, NonNegative, Seed, require
-from hardware import autocast, pick_device, pick_dtype
-from runtime import run_script
-from saving import folder_of, write_json
-from tokenizer import encode_prompt
+from model import GPT, ScalarModel, last_scores
+from generate import generate
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Seed, require
+from plumbing.hardware import autocast, pick_device, pick_dtype
+from plumbing.run import run_script
+from plumbing.disk import folder_of, write_json
+from data import encode_prompt
 
 
 @dataclass

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from flags import UserError, require
+from plumbing.flags import UserError, require
 
 TEXTS = ("prompts", "replies", "answers")  # what a function may ask for, by the names of its parameters
 

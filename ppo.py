@@ -64,17 +64,19 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from adapters import prepare
-from checkpoint import load_model, open_model, save_model
-from data import by_length, collate, drop_long, encode_demonstrations, endless_batches, endless_order
-from flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
-from formats import read_rows, split_by_prompt
+from model import prepare
+from formats.model_folder import load_model, open_model, save_model
+from plumbing.ranks import by_length
+from data import collate, drop_long, encode_demonstrations, endless_batches, endless_order
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
+from formats.sources import read_rows, split_by_prompt
 from judges import check_functions, reward_function, short_names
-from model import GPT, ScalarModel, generate, last_scores, twin, uniforms, values_before
-from ranks import fill_up
-from optim import adamw, scheduled_lr
-from runtime import Run, run_script
-from tokenizer import describe, encode_prompt
+from model import GPT, ScalarModel, last_scores, twin, values_before
+from generate import generate, uniforms
+from plumbing.ranks import fill_up
+from plumbing.steps import adamw, scheduled_lr
+from plumbing.run import Run, run_script
+from data import describe, encode_prompt
 
 Schedule = Literal["cosine", "linear", "constant"]
 

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from flags import NonNegative, UserError, require
-from runtime import run_script
-from saving import write_atomically, write_json
+from plumbing.flags import NonNegative, UserError, require
+from plumbing.run import run_script
+from plumbing.disk import write_atomically, write_json
 
 STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 TRY_NEXT = [

@@ -24,15 +24,16 @@ import torch
 import torch.nn.functional as F
 
 import toy
-from adapters import prepare
-from checkpoint import open_model, save_model
+from model import prepare
+from formats.model_folder import open_model, save_model
 from data import collate, count_steps, encode_group, endless_batches, preference_groups, ranked_pairs, ranking_accuracy
-from formats import Row, read_rows
+from formats.rows import Row
+from formats.sources import read_rows
 from model import GPT, ScalarModel, last_scores, shifted
-from flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
-from optim import adamw, scheduled_lr
-from runtime import Run, run_script
-from saving import write_json
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
+from plumbing.steps import adamw, scheduled_lr
+from plumbing.run import Run, run_script
+from plumbing.disk import write_json
 
 
 @dataclass

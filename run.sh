@@ -91,7 +91,7 @@ fi
 
 # -- the demo: an interrupted one goes on where it stopped, a finished or different one is moved aside
 demo=runs/demo
-settings="seed $seed, code $(cat ./*.py | cksum)"
+settings="seed $seed, code $(cat ./*.py formats/*.py plumbing/*.py | cksum)"
 if [ -e "$demo" ] && { [ -e "$demo/summary.json" ] || [ "$(cat "$demo/settings" 2>/dev/null)" != "$settings" ]; }; then
     old="$demo.$(date +%Y%m%d-%H%M%S)"
     mv "$demo" "$old"

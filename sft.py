@@ -16,15 +16,17 @@ from dataclasses import dataclass
 import torch
 
 import toy
-from adapters import prepare
-from checkpoint import knows_single_turns, open_model, save_model
+from model import prepare
+from formats.families import knows_single_turns
+from formats.model_folder import open_model, save_model
 from data import collate, count_steps, encode_demonstrations, endless_batches
-from formats import read_rows, split_by_prompt
-from model import GPT, show_samples
-from flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
-from optim import adamw, scheduled_lr
-from runtime import Run, run_script
-from tokenizer import describe
+from formats.sources import read_rows, split_by_prompt
+from model import GPT
+from rollout import show_samples
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
+from plumbing.steps import adamw, scheduled_lr
+from plumbing.run import Run, run_script
+from data import describe
 
 
 @dataclass

@@ -18,12 +18,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from flags import Count, Natural, Seed, UserError, require
-from formats import Row
-from hardware import pick_device
-from runtime import run_script
-from saving import folder_of, write_atomically
-from tokenizer import Tokenizer, encode_prompt, train_bpe
+from plumbing.flags import Count, Natural, Seed, UserError, require
+from formats.rows import Row
+from plumbing.hardware import pick_device
+from plumbing.run import run_script
+from plumbing.disk import folder_of, write_atomically
+from formats.tokenizer import Tokenizer, train_bpe
+from data import encode_prompt
 
 # ---------------------------------------------------------------------------------------------------------
 # The world
@@ -279,8 +280,9 @@ def main(config):
     import torch
     from tqdm import tqdm
 
-    from checkpoint import load_model
-    from model import GPT, generate
+    from formats.model_folder import load_model
+    from model import GPT
+    from generate import generate
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)

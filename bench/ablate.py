@@ -28,11 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import toy  # noqa: E402
-from checkpoint import load_model  # noqa: E402
+from formats.model_folder import load_model  # noqa: E402
 from model import GPT, ScalarModel  # noqa: E402
-from flags import Count, UserError, require  # noqa: E402
-from runtime import run_script  # noqa: E402
-from tokenizer import encode_prompt  # noqa: E402
+from plumbing.flags import Count, UserError, require  # noqa: E402
+from plumbing.run import run_script  # noqa: E402
+from data import encode_prompt  # noqa: E402
 
 LAST = 10  # rollouts that a run's final numbers are the mean of
 BASELINE = "baseline"

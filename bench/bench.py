@@ -52,15 +52,17 @@ import torch.nn.functional as F  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.memory import forget, peak  # noqa: E402
-from checkpoint import load_model, save_model  # noqa: E402
+from formats.model_folder import load_model, save_model  # noqa: E402
 from data import encode_demonstration, encode_group  # noqa: E402
-from formats import read_rows  # noqa: E402
-from model import GPT, GPTConfig, ScalarModel, Transformer, generate, layouts  # noqa: E402
-from hardware import autocast  # noqa: E402
-from flags import Count, NonNegative, parse_flags, require  # noqa: E402
-from runtime import Run, run_script  # noqa: E402
-from saving import folder_of  # noqa: E402
-from tokenizer import Tokenizer, encode_prompt, encode_text  # noqa: E402
+from formats.sources import read_rows  # noqa: E402
+from model import GPT, GPTConfig, ScalarModel, Transformer, layouts  # noqa: E402
+from generate import generate  # noqa: E402
+from plumbing.hardware import autocast  # noqa: E402
+from plumbing.flags import Count, NonNegative, parse_flags, require  # noqa: E402
+from plumbing.run import Run, run_script  # noqa: E402
+from plumbing.disk import folder_of  # noqa: E402
+from formats.tokenizer import Tokenizer  # noqa: E402
+from data import encode_prompt, encode_text  # noqa: E402
 
 
 class Task(NamedTuple):

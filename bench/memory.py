@@ -35,14 +35,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from checkpoint import architecture_of, read_config, to_stored  # noqa: E402
+from formats.families import architecture_of, to_stored  # noqa: E402
+from formats.model_folder import read_config  # noqa: E402
 from head import LOGITS_AT_ONCE  # noqa: E402
 from model import GPT, ScalarModel  # noqa: E402
-from hardware import pick_device  # noqa: E402
-from flags import Count, Natural, parse_flags, require  # noqa: E402
-from runtime import Run, run_script  # noqa: E402
-from saving import write_json  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from plumbing.hardware import pick_device  # noqa: E402
+from plumbing.flags import Count, Natural, parse_flags, require  # noqa: E402
+from plumbing.run import Run, run_script  # noqa: E402
+from plumbing.disk import write_json  # noqa: E402
+from formats.tokenizer import Tokenizer  # noqa: E402
 
 GIB = 1 << 30
 SPARE = GIB // 2  # left to others when a run is started

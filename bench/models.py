@@ -17,12 +17,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from checkpoint import load_model, read_config, save_model  # noqa: E402
+from formats.model_folder import load_model, read_config, save_model  # noqa: E402
 from data import pad_rows  # noqa: E402
-from model import GPT, generate, last_scores  # noqa: E402
-from flags import Count, UserError, require  # noqa: E402
-from runtime import run_script  # noqa: E402
-from tokenizer import encode_dialogue, encode_prompt  # noqa: E402
+from model import GPT, last_scores  # noqa: E402
+from generate import generate  # noqa: E402
+from plumbing.flags import Count, UserError, require  # noqa: E402
+from plumbing.run import run_script  # noqa: E402
+from data import encode_dialogue, encode_prompt  # noqa: E402
 
 PROMPTS = """What is the capital of France?
 Give me three tips for staying healthy.

@@ -28,13 +28,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo  # noqa: E402
 import ppo  # noqa: E402
-from checkpoint import save_model  # noqa: E402
+from formats.model_folder import save_model  # noqa: E402
 from data import pad_rows  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from flags import Natural, UserError, parse_flags  # noqa: E402
-from runtime import run_script  # noqa: E402
-from saving import folder_of  # noqa: E402
-from tokenizer import Tokenizer, encode_prompt  # noqa: E402
+from plumbing.flags import Natural, UserError, parse_flags  # noqa: E402
+from plumbing.run import run_script  # noqa: E402
+from plumbing.disk import folder_of  # noqa: E402
+from formats.tokenizer import Tokenizer  # noqa: E402
+from data import encode_prompt  # noqa: E402
 
 SYMBOLS, PROMPTS = "abc", ("a", "b")
 PPO = ("--rollout-batch 512 --steps 150 --minibatches 2 --lr 3e-3 --critic-lr 3e-3 --lr-schedule linear --critic-lr-schedule constant --value-clip 0 "

@@ -40,15 +40,17 @@ except ModuleNotFoundError as error:
     print(f"error: {error.name} is missing; bash run.sh parity makes the environment for this script", file=sys.stderr)
     sys.exit(2)
 
-from checkpoint import TRANSPOSED, load_model, save_model
+from formats.families import TRANSPOSED
+from formats.model_folder import load_model, save_model
 from data import collate, encode_group, pad_rows, ranked_pairs
-from formats import Row
+from formats.rows import Row
 from dpo import preference_loss
 from model import GPT, GPTConfig, ScalarModel, last_scores, values_before
 from ppo import gae, judge_missing_eos, kl_estimate, policy_loss, shaped_rewards, steps_mask, value_loss, whiten
 from reward import ranking_loss
-from flags import UserError, require
-from tokenizer import Tokenizer, encode_prompt, train_bpe
+from plumbing.flags import UserError, require
+from formats.tokenizer import Tokenizer, train_bpe
+from data import encode_prompt
 
 TOLERANCE = 1e-5
 PPO_TRL = "1.12.0"

@@ -39,13 +39,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.ablate import put  # noqa: E402
 from bench.memory import forget, memory, peak  # noqa: E402
-from model import GPT, GPTConfig, generate  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from generate import generate  # noqa: E402
 from report import pyplot  # noqa: E402
-from hardware import autocast, keep_heap, pick_device  # noqa: E402
-from flags import Count, Natural, UserError, require  # noqa: E402
-from optim import adamw  # noqa: E402
-from runtime import run_script  # noqa: E402
-from saving import folder_of  # noqa: E402
+from plumbing.hardware import autocast, keep_heap, pick_device  # noqa: E402
+from plumbing.flags import Count, Natural, UserError, require  # noqa: E402
+from plumbing.steps import adamw  # noqa: E402
+from plumbing.run import run_script  # noqa: E402
+from plumbing.disk import folder_of  # noqa: E402
 
 MIB = 1 << 20
 SIZES = {  # layers, heads, width, tokens of a training step on a CPU

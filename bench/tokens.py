@@ -25,8 +25,10 @@ except ModuleNotFoundError:
     print("error: transformers is missing; pip install -r requirements-hf.txt transformers", file=sys.stderr)
     sys.exit(2)
 
-from flags import UserError
-from tokenizer import Tokenizer, encode_dialogue, encode_prompt, open_tokenizer
+from plumbing.flags import UserError
+from formats.tokenizer import Tokenizer
+from data import encode_dialogue, encode_prompt
+from formats.foreign_tokenizer import open_tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words
 QUESTIONS, ANSWERS = ("instruction", "prompt", "question"), ("output", "response", "chosen", "rejected", "answer")

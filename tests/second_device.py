@@ -265,8 +265,8 @@ class Finder:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        file = ROOT / f"{name}.py"
-        if not file.is_file():
+        file = ROOT / (name.replace(".", "/") + ".py")
+        if not file.is_file() or not is_ours(file):
             return None
         return importlib.util.spec_from_file_location(name, file, loader=Source(name, str(file)))
 
@@ -327,7 +327,7 @@ def run(words, stop=None):
 
     Returns {"code": its exit code, "error": in a line, "waits": {where: how often}}.
     """
-    import runtime
+    from plumbing import run as runtime
     module = importlib.import_module(words[0])
     waits.clear()
     phase[0], stop_after[0], runtime.Run.current = "loading", stop, None
@@ -354,9 +354,9 @@ def main():
     sys.meta_path.insert(0, Finder)
     torch.set_num_threads(1)
     libraries = register()
-    import model
-    import runtime
-    watch(model, "generate", "sampling")
+    import generate
+    from plumbing import run as runtime
+    watch(generate, "generate", "sampling")
     watch_run(runtime.Run)
     if sys.argv[1:]:
         print(json.dumps(run(sys.argv[1:]), indent=1))

@@ -13,11 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from checkpoint import FAMILIES, load_model, save_model
-from flags import UserError
-from model import GPT, GPTConfig, ScalarModel, generate, last_scores, shifted
-from tokenizer import Tokenizer, open_tokenizer
+from formats import model_folder
+from formats.families import FAMILIES
+from formats.model_folder import load_model, save_model
+from plumbing.flags import UserError
+from model import GPT, GPTConfig, ScalarModel, last_scores, shifted
+from generate import generate
+from formats.tokenizer import Tokenizer
+from formats.foreign_tokenizer import open_tokenizer
 
 VOCAB = 261
 TOKENIZER = Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(256)})
@@ -694,7 +697,7 @@ def test_added_tokens_get_rows_and_nothing_else_changes(tmp_path, monkeypatch, n
     tokenizer = copy.copy(TOKENIZER)
     tokenizer.added = 3
     save_model(tmp_path, before, TOKENIZER)
-    monkeypatch.setattr(checkpoint, "open_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(model_folder, "open_tokenizer", lambda folder: tokenizer)
     model, again = (load_model(tmp_path, kind)[0] for _ in range(2))
     assert model.config.vocab_size == model.transformer.config.vocab_size == max(vocab, 261)
     for table in tables:

@@ -18,13 +18,14 @@ import pytest
 import torch
 
 import data
-import formats
-import ranks
+from formats import rows as rows_file
+from formats import sources as sources_file
+from plumbing import ranks
 import tools
 import toy
-from flags import UserError
-from formats import Row
-from tokenizer import encode_prompt
+from plumbing.flags import UserError
+from formats.rows import Row
+from data import encode_prompt
 
 SILENT = lambda text: None
 
@@ -199,25 +200,25 @@ def write(path, rows):
 @pytest.mark.parametrize("want, source, form, expected", CASES)
 def test_every_format_is_recognised_and_read_as_the_right_row(tmp_path, want, source, form, expected):
     said = []
-    assert formats.read_rows(write(tmp_path / "rows.json", [source]), want, said.append) == [expected]
+    assert sources_file.read_rows(write(tmp_path / "rows.json", [source]), want, said.append) == [expected]
     assert len(said) == 1 and f"1 rows ({form}), 1 kept as {want}" in said[0] and "dropped" not in said[0]
     nulls = dict.fromkeys(["system", "history", "messages", "label", "rating", "chosen", "question", "margin", "gold", "text", "instances"])
-    assert formats.read_rows(write(tmp_path / "rows.json", [nulls | source]), want, SILENT) == [expected]  # null is absent
+    assert sources_file.read_rows(write(tmp_path / "rows.json", [nulls | source]), want, SILENT) == [expected]  # null is absent
 
 
 def test_every_want_takes_the_formats_that_can_serve_it_and_refuses_the_rest(tmp_path):
-    assert {form for _, _, form, _ in CASES} == set(formats.FORMATS)
+    assert {form for _, _, form, _ in CASES} == set(rows_file.FORMATS)
     for want in ("demonstrations", "preferences", "prompts"):
         for _, source, form, _ in CASES:
             path, said = write(tmp_path / "rows.jsonl", [source]), []
             alone = form in ("labelled replies", "rated replies") if want == "preferences" else want == "demonstrations" and (
                 source is ASKED or source.get("label") is False)
-            if want in formats.FORMATS[form][1] and not alone:
-                assert len(formats.read_rows(path, want, said.append)) == 1 and f"({form})" in said[0]
+            if want in rows_file.FORMATS[form][1] and not alone:
+                assert len(sources_file.read_rows(path, want, said.append)) == 1 and f"({form})" in said[0]
             else:
                 unfit = rf":1 doesn't hold .*; its fields are {next(iter(source))}"
                 with pytest.raises(UserError, match="no usable row|single replies" if alone else unfit):
-                    formats.read_rows(path, want, SILENT)
+                    sources_file.read_rows(path, want, SILENT)
 
 
 def test_an_answer_can_be_checked_however_it_is_written(tmp_path):
@@ -225,7 +226,7 @@ def test_an_answer_can_be_checked_however_it_is_written(tmp_path):
                            ("####", ""), ("72", "So\n72"), ("#### 1\n#### 2", "2"),
                            ("#### Then\nit is 1,2.", "So\n#### Then\nit is 1,2."),
                            ("\\boxed{1} or \\boxed{ 2^{3}} .", "2^{3}"), ("\\boxed{1", "So\n\\boxed{1")]:
-        row, = formats.read_rows(write(tmp_path / "a.jsonl", [{"question": "?", "answer": f"So\n{ending}"}]), "prompts", SILENT)
+        row, = sources_file.read_rows(write(tmp_path / "a.jsonl", [{"question": "?", "answer": f"So\n{ending}"}]), "prompts", SILENT)
         assert row.answer == answer
 
 
@@ -244,13 +245,13 @@ def test_a_prompt_of_every_format_brings_its_answer(tmp_path, fields, answer):
     sources = [{"prompt": "Cube 4."}, ALPACA, MESSAGES, COMPLETION_TURNS, PAIR, RANKING, KTO, RATED, HH,
                SHAREGPT, RAW_ULTRA, QUERY]
     path = write(tmp_path / "a.jsonl", [source | fields for source in sources])
-    rows = formats.read_rows(path, "prompts", SILENT)
+    rows = sources_file.read_rows(path, "prompts", SILENT)
     assert [row.answer for row in rows] == [answer] * len(sources)
 
 
 def test_self_instruct_rows_give_a_row_for_each_instance(tmp_path):
     path = write(tmp_path / "a.jsonl", [SEEDS | {"instances": [{"input": "4", "output": "64"}, {"input": "", "output": "?"}]}, SEEDS])
-    assert [(row.text, *row.replies) for row in formats.read_rows(path, "demonstrations", SILENT)] == [
+    assert [(row.text, *row.replies) for row in sources_file.read_rows(path, "demonstrations", SILENT)] == [
         ("Cube it.\n\n4", "64"), ("Cube it.", "?"), ("Cube it.\n\n4", "64")]
 
 
@@ -259,21 +260,21 @@ def test_labels_and_ratings_become_a_ranking_of_each_prompt(tmp_path):
     path, said = tmp_path / "rows.jsonl", []
     write(path, [rated("a", "good", 5), rated("b", "lonely", 3), rated("a", "bad", 1.5), rated("a", "fair", 3), rated("c", "x", 2),
                  rated("a", " good ", 2), rated("c", "y", 2), rated("a", "too", 5), rated("d", "", 1)])
-    assert formats.read_rows(path, "preferences", said.append) == [Row(user("a"), ["good", "bad", "fair", "too"], [-5, -1.5, -3, -5])]
+    assert sources_file.read_rows(path, "preferences", said.append) == [Row(user("a"), ["good", "bad", "fair", "too"], [-5, -1.5, -3, -5])]
     assert "9 rows (rated replies), 1 kept as preferences, one for all replies to a prompt" in said[0]
     assert dropped(said[0]) == {"no second rating of the same prompt to compare with": 3, "empty reply": 1,
                                 "the same reply to the same prompt again": 1}
-    rows = formats.read_rows(path, "demonstrations", said.append)
+    rows = sources_file.read_rows(path, "demonstrations", said.append)
     assert rows == [Row(user("a"), ["good"], [0]), Row(user("b"), ["lonely"], [0]), Row(user("c"), ["x"], [0])]
     assert dropped(said[1]) == {"rated no higher than another reply to the same prompt": 5, "empty reply": 1}
-    assert len(formats.read_rows(path, "prompts", SILENT)) == 9
+    assert len(sources_file.read_rows(path, "prompts", SILENT)) == 9
 
     labels = [COMPLETION | {"completion": "65", "label": False}, COMPLETION | {"label": True}, COMPLETION | {"completion": "?", "label": False},
               COMPLETION | {"label": True, "system": "Be brief."}, KTO, KTO | {"messages": chat("Hi", "Ho", "Cube 4.", "65"), "label": False}]
-    assert formats.read_rows(write(path, labels), "preferences", said.append) == [
+    assert sources_file.read_rows(write(path, labels), "preferences", said.append) == [
         Row(SHORT, ["65", "64", "?"], [1, 0, 1]), Row(user("Hi", "Ho", "Cube 4."), ["64", "65"], [0, 1])]
     assert dropped(said[2]) == {"no second rating of the same prompt to compare with": 1}  # another system turn, another prompt
-    assert [row.replies for row in formats.read_rows(path, "demonstrations", said.append)] == [["64"]] * 3
+    assert [row.replies for row in sources_file.read_rows(path, "demonstrations", said.append)] == [["64"]] * 3
     assert dropped(said[3]) == {"label false": 3}
 
 
@@ -283,16 +284,16 @@ def test_single_labelled_or_rated_replies_are_not_taken_for_preferences(tmp_path
     message = (r"kto.jsonl holds 5 single replies with good or bad labels \(3 true, 2 false\), and no prompt with "
                r"two that .* give each prompt a chosen and a rejected reply, or a row for each of its replies; sft.py")
     with pytest.raises(UserError, match=message):
-        formats.read_rows(path, "preferences", SILENT)
-    assert len(formats.read_rows(path, "demonstrations", SILENT)) == 3
+        sources_file.read_rows(path, "preferences", SILENT)
+    assert len(sources_file.read_rows(path, "demonstrations", SILENT)) == 3
     write(path, [{"prompt": f"p{i}", "completion": "r", "rating": i + 1} for i in range(4)])
     with pytest.raises(UserError, match="holds 4 single replies with ratings, and no prompt with two"):
-        formats.read_rows(path, "preferences", SILENT)
+        sources_file.read_rows(path, "preferences", SILENT)
     write(path, [*singles, singles[0] | {"completion": "other"}])  # two replies, and both are good
     with pytest.raises(UserError, match=r"holds 6 single replies with .* labels \(4 true, 2 false\)"):
-        formats.read_rows(path, "preferences", SILENT)
+        sources_file.read_rows(path, "preferences", SILENT)
     write(path, [*singles, singles[0] | {"completion": "other", "label": False}])
-    assert formats.read_rows(path, "preferences", SILENT) == [Row(user("p0"), ["r", "other"], [0, 1])]
+    assert sources_file.read_rows(path, "preferences", SILENT) == [Row(user("p0"), ["r", "other"], [0, 1])]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -310,13 +311,13 @@ def test_rows_are_the_same_in_every_kind_of_file(tmp_path, name, bom, newline):
         text = "\n" + "\n\n  \n".join(json.dumps(source, ensure_ascii=False) for source in sources) + "\n\n"
     raw = bom + text.replace("\n", newline).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    rows = formats.read_rows(tmp_path / name, "demonstrations", SILENT)
+    rows = sources_file.read_rows(tmp_path / name, "demonstrations", SILENT)
     assert [row.replies for row in rows] == [["64"], ["a\u2028b\u0085c"], ["日本"]]
 
 
 def test_a_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfFirst:\r\n  Speak.\n\n\xe2\x80\x99Tis\n")
-    assert formats.read_rows(tmp_path / "a.txt", "demonstrations", SILENT) == [
+    assert sources_file.read_rows(tmp_path / "a.txt", "demonstrations", SILENT) == [
         Row([], ["First:\n  Speak.\n\n’Tis\n"], [0], document=True)]
 
 
@@ -345,8 +346,8 @@ def as_csv(path, rows):
     ("prompts", [DAPO | {"prompt": "Cube 4."}]),
 ], ids=str)
 def test_csv_rows_are_those_of_json(tmp_path, name, want, sources):
-    rows = formats.read_rows(as_csv(tmp_path / name, sources), want, SILENT)
-    assert rows == formats.read_rows(write(tmp_path / "a.jsonl", sources), want, SILENT)
+    rows = sources_file.read_rows(as_csv(tmp_path / name, sources), want, SILENT)
+    assert rows == sources_file.read_rows(write(tmp_path / "a.jsonl", sources), want, SILENT)
 
 
 def test_a_csv_as_other_programs_write_it(tmp_path):
@@ -355,16 +356,16 @@ def test_a_csv_as_other_programs_write_it(tmp_path):
              "2,Cube 5.,,true", "3,Cube 6.,216,", ""]
     (tmp_path / "a.csv").write_text("\r\n".join(lines), encoding="utf-8", newline="")
     said = []
-    assert formats.read_rows(tmp_path / "a.csv", "demonstrations", said.append) == [
+    assert sources_file.read_rows(tmp_path / "a.csv", "demonstrations", said.append) == [
         Row(user("Cube\n4."), ["64"], [0]), Row(user("Cube 6."), ["216"], [0])]
     assert dropped(said[0]) == {"label false": 1, "empty reply": 1}
     long = {"prompt": "x", "completion": "a" * 200_000}  # more than the csv module reads unless it is told to
-    row, = formats.read_rows(as_csv(tmp_path / "b.csv", [long]), "demonstrations", SILENT)
+    row, = sources_file.read_rows(as_csv(tmp_path / "b.csv", [long]), "demonstrations", SILENT)
     assert row.replies == [long["completion"]]
     assert csv.field_size_limit() == limit
     with pytest.raises(UserError, match="a.csv:1 is no header"):
         (tmp_path / "a.csv").write_text("x\n", encoding="utf-8")
-        formats.read_rows(tmp_path / "a.csv", "demonstrations", SILENT)
+        sources_file.read_rows(tmp_path / "a.csv", "demonstrations", SILENT)
     assert csv.field_size_limit() == limit
 
 
@@ -383,40 +384,40 @@ def test_a_file_in_another_encoding_is_told_how_to_convert_it(tmp_path, name, te
     wholes = {"a.txt": text, "a.csv": f"prompt,completion\n{text},x\n", "a.jsonl": row, "a.json": f"[{row}]"}
     (tmp_path / name).write_bytes(wholes[name].encode(encoding))
     with pytest.raises(UserError, match=r":\d+ is not UTF-8 text; ") as error:
-        formats.read_rows(tmp_path / name, "demonstrations", SILENT)
+        sources_file.read_rows(tmp_path / name, "demonstrations", SILENT)
     assert str(error.value).endswith(f"convert it: iconv -f {guess or 'ITS_ENCODING'} -t UTF-8 FILE > NEW")
     assert (f"; it looks like {guess};" if guess else "text; convert it") in str(error.value)
 
 
 def test_a_folder_is_said_to_be_one_with_the_files_that_could_be_named(tmp_path):
     with pytest.raises(UserError, match=r" is a folder; it holds no file that is read \(\.json, "):
-        formats.read_rows(tmp_path, "demonstrations", SILENT)
+        sources_file.read_rows(tmp_path, "demonstrations", SILENT)
     (tmp_path / "part").mkdir()
     for name in ("b.jsonl", "a.csv", "notes.md", "part/c.parquet"):
         (tmp_path / name).write_text("")
     for spec in (f"{tmp_path}", f"{tmp_path}/", f"{tmp_path}:0.5"):
         with pytest.raises(UserError, match=" is a folder; name a file in it, or several .*: ") as error:
-            formats.read_rows(spec, "demonstrations", SILENT)
+            sources_file.read_rows(spec, "demonstrations", SILENT)
         assert str(error.value).endswith(f"{tmp_path}/a.csv, {tmp_path}/b.jsonl, {tmp_path}/part/c.parquet")
     for i in range(4):
         (tmp_path / f"d{i}.json").write_text("")
     with pytest.raises(UserError, match=r"/d1\.json, .*/d2\.json and 2 more$"):
-        formats.read_rows(tmp_path, "demonstrations", SILENT)
+        sources_file.read_rows(tmp_path, "demonstrations", SILENT)
 
 
 def test_parquet_rows_are_those_of_json(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     sources = [ULTRA, ULTRA | {"chosen": chat("Hi", "日本"), "rejected": chat("Hi", "Ho"), "prompt": "Hi"}] * 700  # more than a batch
     parquet.write_table(pyarrow.Table.from_pylist(sources), tmp_path / "a.parquet")
-    rows = formats.read_rows(tmp_path / "a.parquet", "preferences", SILENT)
-    assert rows == formats.read_rows(write(tmp_path / "a.jsonl", sources), "preferences", SILENT) and len(rows) == len(sources)
+    rows = sources_file.read_rows(tmp_path / "a.parquet", "preferences", SILENT)
+    assert rows == sources_file.read_rows(write(tmp_path / "a.jsonl", sources), "preferences", SILENT) and len(rows) == len(sources)
     mixed = [ALPACA, MESSAGES, COMPLETION]
     absent = dict.fromkeys([name for row in mixed for name in row])  # null in a table
     parquet.write_table(pyarrow.Table.from_pylist([absent | row for row in mixed]), tmp_path / "b.parquet")
-    assert [row.replies for row in formats.read_rows(tmp_path / "b.parquet", "demonstrations", SILENT)] == [["64"], ["Yes"], ["64"]]
+    assert [row.replies for row in sources_file.read_rows(tmp_path / "b.parquet", "demonstrations", SILENT)] == [["64"], ["Yes"], ["64"]]
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(UserError, match="c.parquet can't be read"):
-        formats.read_rows(tmp_path / "c.parquet", "preferences", SILENT)
+        sources_file.read_rows(tmp_path / "c.parquet", "preferences", SILENT)
 
 
 @pytest.mark.parametrize("spec, expected", [("hf:org/name", ("org/name", None, "train")), ("hf:org/name:test", ("org/name", None, "test")),
@@ -432,14 +433,14 @@ def test_a_data_set_of_the_hub_comes_through_datasets(monkeypatch, spec, expecte
         return [ALPACA, DOLLY]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert [row.replies for row in formats.read_rows(spec, "demonstrations", SILENT)] == [["64"], ["64"]] and asked == [expected]
+    assert [row.replies for row in sources_file.read_rows(spec, "demonstrations", SILENT)] == [["64"], ["64"]] and asked == [expected]
     with pytest.raises(UserError, match=r"hf:org/name.*, row 1 doesn't hold a prompt, chosen and rejected"):
-        formats.read_rows(spec, "preferences", SILENT)
+        sources_file.read_rows(spec, "preferences", SILENT)
     with pytest.raises(UserError, match=r"hf:org/gone can't be loaded \(ConnectionError: no network x{189}\)$"):
-        formats.read_rows("hf:org/gone", "demonstrations", SILENT)
+        sources_file.read_rows("hf:org/gone", "demonstrations", SILENT)
     with pytest.raises(UserError, match=r"hf:name: write hf:org/name"):
-        formats.read_rows("hf:name", "demonstrations", SILENT)
-    assert len(formats.read_rows(f"{spec}:0.25,hf:org/other:train:.25", "demonstrations", SILENT)) == 4  # with weights
+        sources_file.read_rows("hf:name", "demonstrations", SILENT)
+    assert len(sources_file.read_rows(f"{spec}:0.25,hf:org/other:train:.25", "demonstrations", SILENT)) == 4  # with weights
 
 
 @pytest.mark.parametrize("name, package", [("rows.parquet", "pyarrow"), ("hf:org/name", "datasets")])
@@ -448,7 +449,7 @@ def test_without_an_optional_library_the_message_names_it(tmp_path, monkeypatch,
         monkeypatch.setitem(sys.modules, module, None)  # which makes the import fail
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=f"{name} needs {package}: pip install -r requirements-hf.txt"):
-        formats.read_rows(name if ":" in name else tmp_path / name, "demonstrations", SILENT)
+        sources_file.read_rows(name if ":" in name else tmp_path / name, "demonstrations", SILENT)
 
 
 def dropped(said):
@@ -472,7 +473,7 @@ def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
                RANKING | {"ranks": [1]}, RANKING | {"completions": ["a"], "ranks": [1]},
                RANKING | {"completions": ["a", "", "b", "c"]}, RANKING | {"completions": ["a", "a", "b", "c"], "gold": None}]
     said = []
-    rows = formats.read_rows(write(tmp_path / "rows.jsonl", sources), "preferences", said.append)
+    rows = sources_file.read_rows(write(tmp_path / "rows.jsonl", sources), "preferences", said.append)
     assert [row.replies[0] for row in rows] == ["I don’t know.", "a"]
     assert len(said) == 1 and f"{len(sources)} rows (transcripts, preferences, rankings), 2 kept as preferences" in said[0]
     assert said[0].endswith("; ...")  # the rarest reasons
@@ -518,7 +519,7 @@ def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
 def test_each_defect_of_a_row_has_its_reason(tmp_path, want, source, reason):
     good = {"demonstrations": ALPACA, "preferences": PAIR, "prompts": {"prompt": "x"}}[want]
     said = []
-    assert len(formats.read_rows(write(tmp_path / "rows.jsonl", [good, source, source]), want, said.append)) == 1
+    assert len(sources_file.read_rows(write(tmp_path / "rows.jsonl", [good, source, source]), want, said.append)) == 1
     assert "3 rows (" in said[0] and dropped(said[0]) == {reason: 2}
 
 
@@ -628,7 +629,7 @@ def test_a_file_that_cannot_be_read_is_named_with_the_place(tmp_path, name, raw,
     if raw is not None:
         (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=re.escape(name) + message):
-        formats.read_rows(tmp_path / name, want, SILENT)
+        sources_file.read_rows(tmp_path / name, want, SILENT)
 
 
 @pytest.mark.case(18)
@@ -651,7 +652,7 @@ def test_a_file_with_random_damage_gives_rows_or_is_named_in_one_line(tmp_path, 
             path.write_bytes(path.read_bytes()[:rng.randrange(len(path.read_bytes()))])
         for want in ("demonstrations", "preferences", "prompts"):
             try:
-                rows = formats.read_rows(path, want, SILENT)
+                rows = sources_file.read_rows(path, want, SILENT)
             except UserError as error:
                 refused += 1
                 assert str(path) in str(error) and "\n" not in str(error)
@@ -665,12 +666,12 @@ def test_a_file_with_random_damage_gives_rows_or_is_named_in_one_line(tmp_path, 
 @pytest.mark.case(18)
 @pytest.mark.parametrize("name, where", [("a.jsonl", ":2"), ("a.json", ", row 2")])
 def test_a_row_of_endless_length_is_refused(tmp_path, monkeypatch, name, where):
-    monkeypatch.setattr(formats, "LONGEST", 2**20)
+    monkeypatch.setattr(sources_file, "LONGEST", 2**20)
     write(tmp_path / name, [PAIR, PAIR | {"chosen": "x" * (2**20 - 100)}])
-    assert len(formats.read_rows(tmp_path / name, "preferences", SILENT)) == 2
+    assert len(sources_file.read_rows(tmp_path / name, "preferences", SILENT)) == 2
     write(tmp_path / name, [PAIR, PAIR | {"chosen": "x" * 2**20}])
     with pytest.raises(UserError, match=f"{name}{where} is longer than 1 "):
-        formats.read_rows(tmp_path / name, "preferences", SILENT)
+        sources_file.read_rows(tmp_path / name, "preferences", SILENT)
 
 
 @pytest.mark.case(18)
@@ -679,7 +680,7 @@ def test_hostile_text_is_parsed_in_linear_time(tmp_path):
         text = unit * (2**20 // len(unit))
         for row in ({"chosen": text, "rejected": text}, {"question": text, "answer": text},
                     RM_STATIC | {"prompt": text + "\n\nAssistant:"}, ALPACA | {"input": text}):
-            rows = formats.read_rows(write(tmp_path / "a.jsonl", [{"prompt": "x"}, row]), "prompts", SILENT)  # in seconds, or in years
+            rows = sources_file.read_rows(write(tmp_path / "a.jsonl", [{"prompt": "x"}, row]), "prompts", SILENT)  # in seconds, or in years
             assert rows[0].text == "x" and len(rows) <= 2
 
 
@@ -696,15 +697,15 @@ def test_several_files_are_read_one_after_the_other_whatever_their_names(tmp_pat
     for name in names:
         write(Path(name), questions(name, 3))
     for name in names:
-        assert [row.text for row in formats.read_rows(name, "prompts", SILENT)] == [f"{name} {i}" for i in range(3)]
-        assert len(formats.read_rows(f"{name}:2", "prompts", SILENT)) == 3
+        assert [row.text for row in sources_file.read_rows(name, "prompts", SILENT)] == [f"{name} {i}" for i in range(3)]
+        assert len(sources_file.read_rows(f"{name}:2", "prompts", SILENT)) == 3
     for chosen in itertools.permutations(names):
-        assert [row.text for row in formats.read_rows(", ".join(chosen), "prompts", SILENT)] == [f"{name} {i}" for name in chosen for i in range(3)]
+        assert [row.text for row in sources_file.read_rows(", ".join(chosen), "prompts", SILENT)] == [f"{name} {i}" for name in chosen for i in range(3)]
     for spec, message in [("a.jsonl,a.jsonl", "names a.jsonl twice"), ("a.jsonl,", "names nothing"), ("", "names nothing"),
                           ("a.jsonl:1,d:1.jsonl", "give every file a weight"), ("a.jsonl:0", "a weight must be > 0"), ("a.jsonl:-1", "a weight must"),
                           ("a.jsonl:nan", "a weight must"), ("a.jsonl:inf", "a weight must"), ("a.jsonl:x", "a.jsonl:x: no such file")]:
         with pytest.raises(UserError, match=message):
-            formats.read_rows(spec, "prompts", SILENT)
+            sources_file.read_rows(spec, "prompts", SILENT)
 
 
 @pytest.mark.parametrize("sizes, weights, expected", [
@@ -714,9 +715,9 @@ def test_several_files_are_read_one_after_the_other_whatever_their_names(tmp_pat
 def test_a_mixture_has_its_shares_repeats_no_row_and_is_the_same_every_time(tmp_path, sizes, weights, expected):
     paths = [write(tmp_path / f"{i}.jsonl", questions(i, n)) for i, n in enumerate(sizes)]
     spec, said = ",".join(f"{path}:{weight}" for path, weight in zip(paths, weights)), []
-    texts = [row.text for row in formats.read_rows(spec, "prompts", said.append)]
+    texts = [row.text for row in sources_file.read_rows(spec, "prompts", said.append)]
     assert tuple(sum(text.startswith(f"{i} ") for text in texts) for i in range(len(sizes))) == expected
-    assert len(set(texts)) == len(texts) and texts == [row.text for row in formats.read_rows(spec, "prompts", SILENT)]
+    assert len(set(texts)) == len(texts) and texts == [row.text for row in sources_file.read_rows(spec, "prompts", SILENT)]
     assert f"mixture of {sum(expected)} rows: {expected[0]} of {paths[0]}" in said[-1]
     chosen = [int(text.split()[1]) for text in texts if text.startswith("0 ")]
     assert chosen == sorted(chosen) and (len(chosen) > sizes[0] / 2 or max(chosen) > sizes[0] / 2)  # not the first rows
@@ -725,24 +726,24 @@ def test_a_mixture_has_its_shares_repeats_no_row_and_is_the_same_every_time(tmp_
 def test_a_share_of_less_than_a_row_is_refused(tmp_path):
     a, b = (write(tmp_path / name, questions(name, 5)) for name in ("a.jsonl", "b.jsonl"))
     with pytest.raises(UserError, match=r"the share of .*b.jsonl is less than a row"):
-        formats.read_rows(f"{a}:0.9,{b}:0.1", "prompts", SILENT)
+        sources_file.read_rows(f"{a}:0.9,{b}:0.1", "prompts", SILENT)
 
 
 def test_parts_are_disjoint_cover_everything_and_know_nothing_of_the_held_out_prompts(tmp_path):
     path = write(tmp_path / "a.jsonl", questions("a", 4000) + questions("a", 500))
-    parts = [[row.text for row in formats.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")] for i in (1, 2, 3)]
+    parts = [[row.text for row in sources_file.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")] for i in (1, 2, 3)]
     assert sorted(sum(parts, [])) == sorted(row["prompt"] for row in questions("a", 4000) + questions("a", 500))
     assert not set(parts[0]) & set(parts[1]) and not set(parts[1]) & set(parts[2]) and not set(parts[0]) & set(parts[2])
     for part, share in zip(parts, (0.2, 0.4, 0.4)):
         assert len(set(part)) / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
-        held_out = formats.split_by_prompt([Row(user(text)) for text in set(part)], 0.1)[1]
+        held_out = sources_file.split_by_prompt([Row(user(text)) for text in set(part)], 0.1)[1]
         assert len(held_out) / len(set(part)) == pytest.approx(0.1, abs=4 * (0.09 / len(set(part))) ** 0.5)
-    assert len(formats.read_rows(path, "prompts", SILENT, "1:1")) == 4500
-    assert [row.text for row in formats.read_rows(path, "prompts", SILENT, "0.5/1/1.:3")] == parts[2]
+    assert len(sources_file.read_rows(path, "prompts", SILENT, "1:1")) == 4500
+    assert [row.text for row in sources_file.read_rows(path, "prompts", SILENT, "0.5/1/1.:3")] == parts[2]
     texts = write(tmp_path / "text.jsonl", [{"text": f"document {i}"} for i in range(400)])
-    rows = [formats.read_rows(texts, "demonstrations", SILENT, f"1/1:{i}") for i in (1, 2)]
+    rows = [sources_file.read_rows(texts, "demonstrations", SILENT, f"1/1:{i}") for i in (1, 2)]
     assert 150 < len(rows[0]) < 250 and len(rows[0]) + len(rows[1]) == 400  # plain text goes by itself
-    train, heldout = formats.split_by_prompt(rows[0] + rows[1], 0.5)
+    train, heldout = sources_file.split_by_prompt(rows[0] + rows[1], 0.5)
     assert 150 < len(train) < 250 and len(train) + len(heldout) == 400
 
 
@@ -750,18 +751,18 @@ def test_parts_are_disjoint_cover_everything_and_know_nothing_of_the_held_out_pr
 def test_a_malformed_part_is_shown_the_form(tmp_path, part):
     path = write(tmp_path / "a.jsonl", questions("a", 3))
     with pytest.raises(UserError, match="write the shares of the stages and the number of this one, as in 2/4/4:1"):
-        formats.read_rows(path, "prompts", SILENT, part)
+        sources_file.read_rows(path, "prompts", SILENT, part)
 
 
 def test_a_part_of_a_mixture_keeps_its_shares(tmp_path):
     a, b = (write(tmp_path / name, questions(name, 1000)) for name in ("a.jsonl", "b.jsonl"))
-    parts = [[row.text for row in formats.read_rows(f"{a}:3,{b}:1", "prompts", SILENT, f"1/1:{i}")] for i in (1, 2)]
+    parts = [[row.text for row in sources_file.read_rows(f"{a}:3,{b}:1", "prompts", SILENT, f"1/1:{i}")] for i in (1, 2)]
     for part in parts:
         assert sum("a" in text[:1] for text in part) == pytest.approx(3 * sum("b" in text[:1] for text in part), abs=3)
     assert not set(parts[0]) & set(parts[1])
     with pytest.raises(UserError, match="has no row in part"):
         for i in (1, 2):  # a single prompt is in one of them
-            formats.read_rows(write(tmp_path / "c.jsonl", questions("c", 1)), "prompts", SILENT, f"1/1:{i}")
+            sources_file.read_rows(write(tmp_path / "c.jsonl", questions("c", 1)), "prompts", SILENT, f"1/1:{i}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -778,7 +779,7 @@ def masked(tokenizer, ids, mask):
 @pytest.mark.parametrize("want, source, form, expected", [case for case in CASES if case[0] != "prompts"])
 def test_masks_select_the_replies_of_every_format(tmp_path, want, source, form, expected):
     tokenizer = toy.tokenizer()
-    row, = formats.read_rows(write(tmp_path / "rows.json", [source]), want, SILENT)
+    row, = sources_file.read_rows(write(tmp_path / "rows.json", [source]), want, SILENT)
     if want == "preferences":
         group = data.encode_group(tokenizer, row)
         assert [masked(tokenizer, *example) for example in group] == [[reply] for reply in expected.replies]
@@ -834,7 +835,7 @@ def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     rows = [row for row, _ in train + val]
     assert 160 < len(rows) < 240 and 20 < len(val) < 60 and not {row.text for row, _ in train} & {row.text for row, _ in val}
     assert all(group == data.encode_group(tokenizer, row) for row, group in train + val)
-    assert {row.text for row in rows} == {row.text for row in formats.read_rows(path, "preferences", SILENT, "1/2:2") if len(row.text) < 99}
+    assert {row.text for row in rows} == {row.text for row in sources_file.read_rows(path, "preferences", SILENT, "1/2:2") if len(row.text) < 99}
     config.val_data, config.part = str(path), ""
     assert [len(groups) for groups in data.preference_groups(config, tokenizer, 60, said.append)] == [300, 300]
     config.part, config.data = "1/2:2", "toy"
@@ -866,7 +867,7 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
     config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="", seed=0)
     train, val = data.preference_groups(config, tokenizer, limit, SILENT)
     assert all(len(ids) <= limit and any(mask) for _, group in train + val for ids, mask in group)
-    fitting = [row.text for row in formats.read_rows(path, "preferences", SILENT) if max(len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit]
+    fitting = [row.text for row in sources_file.read_rows(path, "preferences", SILENT) if max(len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit]
     assert sorted(row.text for row, _ in train + val) == sorted(fitting) and 0 < len(fitting) < 200
 
 
@@ -875,12 +876,12 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
 
 def test_split_keeps_a_prompt_on_one_side_whatever_the_order():
     rows = [Row(user(f"question {i % 3000}"), [str(i)]) for i in range(4000)]
-    train, heldout = formats.split_by_prompt(rows, 0.1)
+    train, heldout = sources_file.split_by_prompt(rows, 0.1)
     assert sorted(int(row.replies[0]) for row in train + heldout) == list(range(4000))
     assert not {row.text for row in train} & {row.text for row in heldout}
     assert 0.08 < len({row.text for row in heldout}) / 3000 < 0.12  # 3.6 standard deviations
-    assert formats.split_by_prompt(rows[::-1], 0.1) == (train[::-1], heldout[::-1])
-    assert formats.split_by_prompt(rows, 0.0) == (rows, []) and formats.split_by_prompt(rows, 1.0) == ([], rows)
+    assert sources_file.split_by_prompt(rows[::-1], 0.1) == (train[::-1], heldout[::-1])
+    assert sources_file.split_by_prompt(rows, 0.0) == (rows, []) and sources_file.split_by_prompt(rows, 1.0) == ([], rows)
 
 
 @pytest.mark.parametrize("text, fraction, place", [
@@ -892,14 +893,14 @@ def test_split_keeps_a_prompt_on_one_side_whatever_the_order():
 ])
 def test_of_a_document_the_end_is_held_out_whatever_its_hash(text, fraction, place):
     document = Row([], [text], [0], document=True)
-    train, held_out = formats.split_by_prompt([document], fraction)
+    train, held_out = sources_file.split_by_prompt([document], fraction)
     assert (train, held_out) == ([Row([], [text[:place]], [0], document=True)],
                                  [Row([], [text[place:]], [0], document=True)])
-    assert formats.split_by_prompt([document], 0.0) == ([document], [])
-    assert formats.split_by_prompt([document], 1.0) == ([], [document])
+    assert sources_file.split_by_prompt([document], 0.0) == ([document], [])
+    assert sources_file.split_by_prompt([document], 1.0) == ([], [document])
     rows = [Row([], [text], [0]), Row(user("a"), ["b"], [0])]  # of other files, go by their hash
-    alone = formats.split_by_prompt(rows, fraction)
-    together = formats.split_by_prompt([document, *rows], fraction)
+    alone = sources_file.split_by_prompt(rows, fraction)
+    together = sources_file.split_by_prompt([document, *rows], fraction)
     assert together == (train + alone[0], held_out + alone[1])
 
 
@@ -911,8 +912,8 @@ def test_a_documents_parts_and_its_held_out_ends_are_all_of_it_once(tmp_path):
         pieces = []
         for part in ("2/4/4:1", "2/4/4:2", "2/4/4:3"):
             with contextlib.suppress(UserError):  # a short text has no room for three
-                row, = formats.read_rows(tmp_path / "a.txt", "demonstrations", SILENT, part)
-                pieces += [side.text for rows in formats.split_by_prompt([row], 0.2) for side in rows]
+                row, = sources_file.read_rows(tmp_path / "a.txt", "demonstrations", SILENT, part)
+                pieces += [side.text for rows in sources_file.split_by_prompt([row], 0.2) for side in rows]
         assert "".join("".join(pieces).split()) == "".join(text.split())  # blank pieces are left out
         if size == 5000:
             shares = [len(piece) / len(text) for piece in pieces]
@@ -921,13 +922,13 @@ def test_a_documents_parts_and_its_held_out_ends_are_all_of_it_once(tmp_path):
 
 def test_nothing_held_out_is_said_with_the_flag_that_changes_it():
     rows, said = [Row(user(f"question {i}"), ["a"]) for i in range(6)], []
-    assert formats.split_by_prompt(rows, 1e-6, said.append) == (rows, [])
+    assert sources_file.split_by_prompt(rows, 1e-6, said.append) == (rows, [])
     assert len(said) == 1 and "warning: --val-fraction 1e-06 holds out none of these 6 rows" in said[0]
     assert "a larger --val-fraction" in said[0]
-    formats.split_by_prompt([Row([], ["a"], [0], document=True)], 0.5, said.append)  # which can't be cut
+    sources_file.split_by_prompt([Row([], ["a"], [0], document=True)], 0.5, said.append)  # which can't be cut
     assert len(said) == 2
     for fraction in (0.0, 0.5, 1.0):
-        assert len(formats.split_by_prompt(rows, fraction, said.append)[0] + rows) > 5 and len(said) == 2
+        assert len(sources_file.split_by_prompt(rows, fraction, said.append)[0] + rows) > 5 and len(said) == 2
 
 
 def test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one():
@@ -984,7 +985,7 @@ def test_token_batches_waste_a_quarter_of_the_padding_of_a_random_order_and_stil
     rng = np.random.default_rng(0)
     lengths = np.ceil(rng.lognormal(3.5, 0.7, 3000)).astype(int).tolist()
     batches = data.token_batches(lengths, 2048, 0, 0)
-    at_random = data.micro_batches(rng.permutation(3000), lengths, 2048)
+    at_random = ranks.micro_batches(rng.permutation(3000), lengths, 2048)
     assert padding_share(batches, lengths) < padding_share(at_random, lengths) / 4
     means = [np.mean([lengths[i] for i in batch]) for batch in batches]  # like batches must not follow each other
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
@@ -1013,7 +1014,7 @@ def test_no_piece_and_no_batch_of_prompts_with_many_and_few_replies_is_beyond_th
     """Two replies of 90 tokens beside nine of 20 are eleven rows of 90."""
     rng = random.Random(seed)
     lengths, rows = [rng.choice([5, 20, 90, 200]) for _ in range(300)], [rng.choice([2, 4, 9]) for _ in range(300)]
-    cuts = {"micro_batches": data.micro_batches(range(300), lengths, 2000, rows), "by_length": data.by_length(range(300), lengths, 2000, rows),
+    cuts = {"micro_batches": ranks.micro_batches(range(300), lengths, 2000, rows), "by_length": ranks.by_length(range(300), lengths, 2000, rows),
             "token_batches": data.token_batches(lengths, 2000, seed, 0, rows), "split": one_rank().split(range(300), lengths, 2000, rows)}
     cuts["split"] = [piece for piece, weight in cuts["split"] if weight]
     for name, pieces in cuts.items():
@@ -1026,7 +1027,7 @@ def one_rank():
     return ranks.Ranks()
 
 
-@pytest.mark.parametrize("cut", [data.micro_batches, data.by_length])
+@pytest.mark.parametrize("cut", [ranks.micro_batches, ranks.by_length])
 def test_pieces_partition_the_examples_fill_the_budget_and_never_pass_it(cut):
     rng = random.Random(0)
     for trial in range(100):
@@ -1034,7 +1035,7 @@ def test_pieces_partition_the_examples_fill_the_budget_and_never_pass_it(cut):
         examples = rng.sample(range(40), rng.randrange(1, 40))
         pieces = cut(examples, lengths, 25)
         flat = [i for piece in pieces for i in piece]
-        assert flat == (examples if cut is data.micro_batches else sorted(examples, key=lambda i: (lengths[i], i)))
+        assert flat == (examples if cut is ranks.micro_batches else sorted(examples, key=lambda i: (lengths[i], i)))
         cost = lambda piece: len(piece) * max(lengths[i] for i in piece)
         assert all(cost(piece) <= 25 or len(piece) == 1 for piece in pieces)
         assert all(cost(piece + following[:1]) > 25 for piece, following in zip(pieces, pieces[1:]))
@@ -1113,7 +1114,7 @@ def test_two_ranks_share_one_row_and_neither_waits_for_ever(script, models, tmp_
 @pytest.mark.case(20)
 def test_rows_around_the_context_train_whole_or_are_counted_and_left_out(models, tmp_path, capsys):
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "1" * size} for size in range(52, 68)])
-    lengths = [len(data.encode_demonstration(toy.tokenizer(), row)[0]) for row in formats.read_rows(rows, "demonstrations", SILENT)]
+    lengths = [len(data.encode_demonstration(toy.tokenizer(), row)[0]) for row in sources_file.read_rows(rows, "demonstrations", SILENT)]
     fitting = sum(length <= 64 for length in lengths)
     assert {63, 64, 65} <= set(lengths)
     assert tools.here("sft", models, f"--data {rows} --tokenizer toy --val-fraction 0 --steps 2 --out {tmp_path}/run") == 0
@@ -1225,22 +1226,22 @@ def test_rows_that_cannot_be_read_are_left_out_if_asked_to_and_at_most_one_in_a_
     ill = [b'{"prompt": "a", "completion"', b'{"prompt": "a", "completion": "\xff"}', b"[1]"]
     path, said = tmp_path / "rows.jsonl", []
     path.write_bytes(b"\n".join([*good[:16], ill[0], *good[16:200], ill[1], b"", *good[200:], ill[2]]) + b"\n")
-    rows = formats.read_rows(path, "demonstrations", said.append, skip_bad=True)
+    rows = sources_file.read_rows(path, "demonstrations", said.append, skip_bad=True)
     assert [row.replies[0] for row in rows] == [f"r{i}" for i in range(297)]
     assert said[0].startswith(f"warning: {path}: left out 3 of 300 rows; the first is {path}:17 is not valid JSON")
     with pytest.raises(UserError, match=r"rows.jsonl:17 is not valid JSON"):
-        formats.read_rows(path, "demonstrations", SILENT)
+        sources_file.read_rows(path, "demonstrations", SILENT)
     path.write_bytes(b"\n".join([*good[:296], *ill]))
     with pytest.raises(UserError, match=r"3 of 299 rows can't be read, and --skip-bad leaves out one in a hundred at most; the first is .*:297 is not valid"):
-        formats.read_rows(path, "demonstrations", SILENT, skip_bad=True)
+        sources_file.read_rows(path, "demonstrations", SILENT, skip_bad=True)
 
 
 @pytest.mark.case(18)
 def test_a_line_that_is_too_long_is_left_out_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LONGEST", 100)
+    monkeypatch.setattr(sources_file, "LONGEST", 100)
     lines = [json.dumps({"prompt": f"p{i}", "completion": "r"}) for i in range(99)]
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:50], json.dumps({"prompt": "p", "completion": 1000 * "r"}), *lines[50:]]))
-    assert [row.text for row in formats.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)] == [f"p{i}" for i in range(99)]
+    assert [row.text for row in sources_file.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)] == [f"p{i}" for i in range(99)]
 
 
 def test_a_question_is_a_prompt_whatever_its_answer_and_a_choices_number_is_no_reply(tmp_path):
@@ -1248,14 +1249,14 @@ def test_a_question_is_a_prompt_whatever_its_answer_and_a_choices_number_is_no_r
     choice = {"question": "Which planet is largest?", "choices": ["Mars", "Jupiter"], "answer": 1}
     for row in (odd, choice):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        assert formats.read_rows(tmp_path / "rows.jsonl", "prompts", SILENT)[0].text == row["question"]
+        assert sources_file.read_rows(tmp_path / "rows.jsonl", "prompts", SILENT)[0].text == row["question"]
     with pytest.raises(UserError, match="the answer is the number of a choice"):
-        formats.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT)
+        sources_file.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT)
 
 
 def test_a_heading_behind_a_boxed_result_is_no_answer():
-    assert formats.find_result("it is \\boxed{7}\n#### Done") == "7"
-    assert formats.find_result("it is \\boxed{7}\n#### 8") == "8"
+    assert rows_file.find_result("it is \\boxed{7}\n#### Done") == "7"
+    assert rows_file.find_result("it is \\boxed{7}\n#### 8") == "8"
 
 
 def test_messages_in_the_cells_of_a_csv_are_messages(tmp_path):
@@ -1263,5 +1264,5 @@ def test_messages_in_the_cells_of_a_csv_are_messages(tmp_path):
     replies = [json.dumps([{"role": "assistant", "content": text}]) for text in ("64", "65")]
     cells = ['"' + cell.replace('"', '""') + '"' for cell in (json.dumps(turns), *replies)]
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + ",".join(cells) + "\n")
-    row, = formats.read_rows(tmp_path / "a.csv", "preferences", SILENT)
+    row, = sources_file.read_rows(tmp_path / "a.csv", "preferences", SILENT)
     assert row.prompt == turns and row.replies == ["64", "65"]

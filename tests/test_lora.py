@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from formats import model_folder
 import ppo
 import tools
-from checkpoint import load_model, save_model
-from adapters import LORA_TARGETS, LoRALinear, merged_weights, prepare
-from flags import UserError
+from formats.model_folder import load_model, save_model
+from model import LORA_TARGETS, LoRALinear, merged_weights, prepare
+from plumbing.flags import UserError
 from model import GPT, ScalarModel, shifted, twin
-from optim import adamw
-from tokenizer import Tokenizer
+from plumbing.steps import adamw
+from formats.tokenizer import Tokenizer
 
 from test_checkpoint import ATTENTION, IDS, TOKENIZER, auto, close, open_with, outputs, peer_outputs, tiny
 from test_runs import SCRIPTS, TRAINERS, keep_signal_handlers, run_here, stopped_in_the_second_step  # keep_signal_handlers: a fixture of every test here, too
@@ -413,7 +413,7 @@ def test_adapters_cannot_be_saved_alone_where_tokens_were_added(root, tmp_path, 
         tokenizer.added = 3
         return tokenizer
 
-    monkeypatch.setattr(checkpoint, "open_tokenizer", added)
+    monkeypatch.setattr(model_folder, "open_tokenizer", added)
     with pytest.raises(UserError, match="lacks control tokens, .* use --lora-save merged"):
         run("sft", root, tmp_path / "run", "--lora-rank 4 --lora-save adapter")
     assert not (tmp_path / "run").exists()

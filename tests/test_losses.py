@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from data import ranked_pairs, ranking_accuracy
-from formats import Row
+from formats.rows import Row
 from dpo import preference_loss
-from optim import scheduled_lr
+from plumbing.steps import scheduled_lr
 from ppo import adapt_kl_coef, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss, shaped_rewards
 from ppo import steps_mask, value_loss, whiten
 from reward import evaluate, ranking_loss

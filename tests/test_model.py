@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import adapters
+import model as adapters
 import head as head_file
-import model as model_file
-from flags import UserError
-from model import (GPT, Generation, GPTConfig, ScalarModel, generate, last_scores, rotary_angles, rotate, sample_token, shifted, token_logprobs, uniforms,
-                   values_before)
-from tokenizer import Tokenizer
+import generate as generate_file
+
+from plumbing.flags import UserError
+from model import GPT, GPTConfig, ScalarModel, last_scores, rotary_angles, rotate, shifted, values_before
+from generate import Generation, generate, sample_token, uniforms
+from head import token_logprobs
+from formats.tokenizer import Tokenizer
 
 VOCAB = 261
 CPU = torch.device("cpu")
@@ -631,7 +633,7 @@ class Decoded:
 
     def __init__(self, patch):
         self.steps = []
-        patch.setattr(model_file, "sample_token", self.sample)
+        patch.setattr(generate_file, "sample_token", self.sample)
 
     def sample(self, logits, *options):
         self.steps.append(logits.log_softmax(-1))
@@ -686,7 +688,7 @@ def test_generation_leaves_the_model_as_it_was_even_when_it_fails(monkeypatch, b
         raise KeyboardInterrupt
 
     generate(model, PROMPTS, 4, ends(VOCAB, 0))
-    monkeypatch.setattr(model_file, "sample_token", fail)
+    monkeypatch.setattr(generate_file, "sample_token", fail)
     with pytest.raises(KeyboardInterrupt):
         generate(model, PROMPTS, 4, ends(VOCAB, 0))
     assert len(inside) == 8 and all(inside)

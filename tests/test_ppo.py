@@ -25,22 +25,24 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import evaluate
-import optim
+from plumbing import steps as steps_file
 import ppo
 import reward
-import runtime
+from plumbing import run as runtime
 import sft
 import tools
-from checkpoint import load_model, save_model
+from formats.model_folder import load_model, save_model
 from data import collate, encode_group, endless_batches, pad_rows
-from flags import UserError, parse_flags
-from formats import read_rows, split_by_prompt
-from model import GPT, Generation, GPTConfig, ScalarModel, sample_token
-from optim import scheduled_lr
+from plumbing.flags import UserError, parse_flags
+from formats.sources import read_rows, split_by_prompt
+from model import GPT, GPTConfig, ScalarModel
+from generate import Generation, sample_token
+from plumbing.steps import scheduled_lr
 from judges import short_names
 from ppo import adapt_kl_coef, adapt_penalty, diagnose, explained_variance, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
 from ppo import shaped_rewards, steps_mask, update_moments, value_loss, variance, whiten
-from tokenizer import Tokenizer, encode_prompt
+from formats.tokenizer import Tokenizer
+from data import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -423,7 +425,7 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         return recorded
 
     def adamw(network, *args, **options):
-        optimizer, name = optim.adamw(network, *args, **options), "policy" if isinstance(network, GPT) else "critic"
+        optimizer, name = steps_file.adamw(network, *args, **options), "policy" if isinstance(network, GPT) else "critic"
         trained[optimizer], run.start[name] = (name, network), copied(dict(network.state_dict()))
         return optimizer
 
@@ -1082,7 +1084,8 @@ AGREEING = """
 import sys
 import torch
 import torch.distributed as dist
-import ppo, runtime, saving
+import ppo
+from plumbing import checkpoints, run as runtime
 
 def agreed(tensor):
     least, most = tensor.clone(), tensor.clone()
@@ -1090,7 +1093,7 @@ def agreed(tensor):
     assert torch.equal(least, tensor) and torch.equal(most, tensor)
 
 def _save(self, last):
-    for tensor in saving.training_state(self.modules, self.optimizers).values():
+    for tensor in checkpoints.training_state(self.modules, self.optimizers).values():
         agreed(tensor.detach().clone())
     agreed(torch.tensor([self.step, self.state["kl_coef"], self.state["penalty_coef"], *self.state["moments"]], dtype=torch.float64))
     plain["_save"](self, last)

@@ -22,25 +22,26 @@ import torch
 from safetensors.torch import load_file
 
 import chat
-import chat_template
 import dpo
 import evaluate
+import generate
 import model
 import ppo
 import report
 import reward
-import hardware
-import optim
-import ranks
-import runtime
+from plumbing import hardware
+from plumbing import steps as steps_file
+from plumbing import ranks
+from plumbing import run as runtime
 import sft
 import tools
 import toy
-from checkpoint import knows_single_turns, load_model, read_config
+from formats.families import knows_single_turns
+from formats.model_folder import load_model, read_config
 from data import encode_group
-from flags import UserError, field_comments, parse_flags
-from formats import read_rows, split_by_prompt
-from tokenizer import encode_prompt
+from plumbing.flags import UserError, field_comments, parse_flags
+from formats.sources import read_rows, split_by_prompt
+from data import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
@@ -204,7 +205,7 @@ def test_the_pipeline_learns_what_is_preferred(tmp_path):
     def share_good(name):
         policy, tokenizer = load_model(tmp_path / name, model.GPT)
         ids = [encode_prompt(tokenizer, [{"role": "user", "content": p}]) for p in prompts for _ in range(25)]
-        got = model.generate(policy, ids, 12, tokenizer, generator=torch.Generator().manual_seed(1))
+        got = generate.generate(policy, ids, 12, tokenizer, generator=torch.Generator().manual_seed(1))
         return sum(text == "It is good." for text in got.texts(tokenizer)) / len(ids), got.ended.float().mean().item()
 
     before, stops = share_good("sft")
@@ -269,7 +270,7 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
 
     def adamw(network, *args):
         networks.append(network)
-        return optim.adamw(network, *args)
+        return steps_file.adamw(network, *args)
 
     def optimizer_step(self, *args):
         steps.append((copy.deepcopy(networks[0].state_dict()), {key: copy.deepcopy(p.grad) for key, p in networks[0].named_parameters()}))
@@ -358,7 +359,7 @@ def test_an_optimizer_step_clips_the_norm_of_all_gradients_and_clears_them_and_t
 def test_weight_decay_is_of_matrices_but_not_of_embeddings():
     network = model.GPT(model.GPTConfig(11, 8, 1, 2, 2, 4))
     name_of = {p: name for name, p in network.named_parameters()}
-    decay, keep = optim.adamw(network, 0.1, weight_decay=0.3).param_groups
+    decay, keep = steps_file.adamw(network, 0.1, weight_decay=0.3).param_groups
     assert {name_of[p].split(".", 3)[-1] for p in decay["params"]} == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
     assert len(decay["params"]) + len(keep["params"]) == len(name_of) and (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0)
 
@@ -431,7 +432,7 @@ def test_ppo_samples_at_its_temperature(small, tmp_path, monkeypatch):
     policy, tokenizer = load_model(small / "sft", model.GPT)
     rollout = rollouts[0][1]
     prompts = [ids[:mask.nonzero()[0]].tolist() for ids, mask in zip(rollout.ids, rollout.mask)]
-    assert torch.equal(model.generate(policy, prompts, 12, tokenizer, temperature=0).ids, rollout.ids)  # near 0 the likeliest tokens alone
+    assert torch.equal(generate.generate(policy, prompts, 12, tokenizer, temperature=0).ids, rollout.ids)  # near 0 the likeliest tokens alone
 
 
 def test_ppo_trains_on_each_reply_once_an_epoch_and_logs_and_adapts_to_the_kl_of_whole_replies(small, tmp_path, monkeypatch):
@@ -905,7 +906,6 @@ def test_a_run_resumed_another_day_writes_the_date_of_its_beginning(lost, small,
     library["model"]["ignore_merges"] = False  # so it is not our own tokenizer, which has our own template
     (folder / "tokenizer.json").write_text(json.dumps(library))
     (folder / "chat_template.jinja").write_text(DATED)
-    monkeypatch.setattr(chat_template, "clock", chat_template.clock)  # it is as it was when the test is over
     seen = recorded(monkeypatch, sft, "encode_demonstrations")["encode_demonstrations"]
 
     def run_on(day, *flags):

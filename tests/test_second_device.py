@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runtime
+from plumbing import run as runtime
 import second_device
 import tools
 import toy
-from checkpoint import save_model
+from formats.model_folder import save_model
 from model import GPT, ScalarModel
 from test_checkpoint import TOKENIZER, tiny
 

@@ -15,11 +15,13 @@ import tiktoken
 
 import tools
 import toy
-from chat_template import own_template
-from flags import TOKENIZER_FILES, UserError
-from tokenizer import (ALL_LETTERS, CONTROLS, ENGLISH, ROLES, Tokenizer, describe, encode_dialogue,
-                       encode_prompt, encode_text,
-                       open_tokenizer, scratch_tokenizer, texts_to_learn, train_bpe)
+from formats.chat_template import own_template
+from plumbing.disk import TOKENIZER_FILES
+from plumbing.flags import UserError
+from formats.tokenizer import ALL_LETTERS, CONTROLS, ENGLISH, ROLES, Tokenizer, train_bpe
+from data import describe, encode_dialogue, encode_prompt, encode_text
+from formats.foreign_tokenizer import open_tokenizer
+from formats.model_folder import scratch_tokenizer, texts_to_learn
 
 ODD_TEXTS = ["", " ", "a", "\n\n \t\r\n", "e\u0301", "naïve café", "日本語、中文。", "👩‍👩‍👧‍👦 🏳️‍🌈",
              "\u202eright to left", "\x00\x1c\x7f", "a  b   c ", "$1,234.56 isn't 2e-3", "Human: a\n\nHuman: b", "[[ ]] \\n"]
@@ -188,7 +190,7 @@ def test_a_vocabulary_is_learned_from_the_rows_that_are_trained_on(tmp_path, mon
                [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}])
     assert texts_to_learn(a_run(tmp_path)) == ["s", "u"]
     write_rows(tmp_path / "rows.jsonl", [{"text": "x" * 60}, {"text": "y" * 30}])
-    monkeypatch.setattr("tokenizer.LEARNED_FROM", 30)
+    monkeypatch.setattr("formats.model_folder.LEARNED_FROM", 30)
     assert texts_to_learn(a_run(tmp_path)) == ["x" * 20, "y" * 10]
 
 
@@ -556,7 +558,7 @@ HOSTILE = {
 @pytest.mark.case(11)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_in_one_line_and_soon(tmp_path, tokenizers, monkeypatch, name):
-    monkeypatch.setattr("chat_template.SECONDS", 1)
+    monkeypatch.setattr("formats.chat_template.SECONDS", 1)
     write(tmp_path, HOSTILE[name] + ("" if name == "silence" else CHATML))
     began = time.time()
     with pytest.raises(UserError, match=re.escape(str(tmp_path)) + ".* chat template") as error:
@@ -576,7 +578,7 @@ def test_the_template_may_be_in_a_list_or_in_a_file(tmp_path, tokenizers, transf
     listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
     write(tmp_path, words=WORDS | {"chat_template": listed if place == "list" else "x"})
     if place == "file":
-        (tmp_path / "chat_template.jinja").write_text(CHATML)
+        (tmp_path / "formats.chat_template.jinja").write_text(CHATML)
     ours, theirs = open_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert encode_prompt(ours, TALK[:4]) == theirs.apply_chat_template(TALK[:4], add_generation_prompt=True)["input_ids"]
     ours.save(tmp_path / "copy")
@@ -785,7 +787,7 @@ def test_damaged_files_of_another_project_are_named(tmp_path, tokenizers, name, 
 
 def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
     MADE["bytes"]().save(tmp_path)
-    monkeypatch.setattr("tokenizer.FILE_LIMIT", 100)
+    monkeypatch.setattr("formats.foreign_tokenizer.FILE_LIMIT", 100)
     with pytest.raises(UserError, match="tokenizer.json is too large"):
         open_tokenizer(tmp_path)
 

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-import runtime
+from plumbing import run as runtime
 import sft
 import tools
-from metrics import Metrics
-from saving import Checkpoints, damage
+from plumbing.metrics import Metrics
+from plumbing.checkpoints import Checkpoints, damage
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 FILES = (*sorted(MODEL_FILES), "training.safetensors", "state.json", "manifest.json")

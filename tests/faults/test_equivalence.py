@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import flags
-import runtime
+from plumbing import flags
+from plumbing import run as runtime
 import tools
 import toy
 

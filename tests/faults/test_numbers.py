@@ -13,11 +13,12 @@ import tiktoken
 import torch
 from safetensors.torch import load_file
 
-import flags
+from plumbing import flags
+import generate
 import model
 import ppo
-import runtime
-import saving
+from plumbing import run as runtime
+from plumbing import checkpoints
 import tools
 import toy
 
@@ -39,7 +40,7 @@ def wrap(monkeypatch, owner, name, around):
 
 
 def state_of(run):
-    return {name: tensor.clone() for name, tensor in saving.training_state(run.modules, run.optimizers).items()}
+    return {name: tensor.clone() for name, tensor in checkpoints.training_state(run.modules, run.optimizers).items()}
 
 
 def equal(a, b):
@@ -54,7 +55,7 @@ def finite_checkpoints(folder):
     """Names of a run's checkpoints, which are whole, finite and complete."""
     found = sorted(path for path in (folder / "checkpoints").iterdir() if path.is_dir())
     for checkpoint in found:
-        assert saving.damage(checkpoint) == ""
+        assert checkpoints.damage(checkpoint) == ""
         assert all(tensor.isfinite().all() for file in checkpoint.glob("*.safetensors") for tensor in load_file(file).values())
     return [path.name for path in found]
 
@@ -213,7 +214,7 @@ def test_a_rollout_that_is_skipped_leaves_nothing_behind_that_resuming_would_lac
 @pytest.mark.case(15)
 def test_sampling_from_logits_that_are_nan_gives_tokens_of_the_vocabulary():
     for width in (5, 256, 300):
-        token = model.sample_token(torch.full((3, width), math.nan), 1.0, 0, 1.0, torch.rand(3, 2, dtype=torch.float64))
+        token = generate.sample_token(torch.full((3, width), math.nan), 1.0, 0, 1.0, torch.rand(3, 2, dtype=torch.float64))
         assert ((0 <= token) & (token < width)).all()
 
 
@@ -402,7 +403,7 @@ def test_compiling_without_a_compiler_ends_in_one_line(root, tmp_path, monkeypat
 
 @pytest.mark.case(28)
 def test_more_ranks_than_gpus_are_refused_and_auto_takes_what_is_there(monkeypatch):
-    from hardware import pick_device
+    from plumbing.hardware import pick_device
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import saving
+from plumbing import checkpoints
 import tools
-from hardware import autocast
-from model import GPT, ScalarModel, generate, last_scores
-from ranks import Ranks
+from plumbing.hardware import autocast
+from model import GPT, ScalarModel, last_scores
+from generate import generate
+from plumbing.ranks import Ranks
 from test_checkpoint import ATTENTION, IDS, LENGTHS, TOKENIZER, tiny
 
 RUN = "--steps 24 --save-every 8 --micro-batch-tokens 200"
@@ -34,7 +35,7 @@ def sharded(folder):
 def contents(out):
     """All tensors of a run's latest checkpoint, which is whole: (training state, model)."""
     folder = tools.latest(out)
-    assert saving.damage(folder) == ""
+    assert checkpoints.damage(folder) == ""
     return sharded(folder) if (folder / "shards").is_dir() else load_file(folder / "training.safetensors"), load_file(folder / "model.safetensors")
 
 

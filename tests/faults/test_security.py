@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import saving
+from plumbing import checkpoints
 import tools
-from checkpoint import load_model, save_model
-from flags import UserError
+from formats.model_folder import load_model, save_model
+from plumbing.flags import UserError
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from formats.tokenizer import Tokenizer
 
 FORBIDDEN = re.compile(r"import pickle|pickle\.|torch\.(save|jit)\b|torch\.load\((?!.*weights_only=True)|weights_only=False|(?<![\w.])(eval|exec)\(|"
                        r"trust_remote_code|shell\s*=\s*True|np\.load|allow_pickle=True|yaml\.load|marshal|os\.system")
-ALLOWED = {"saving.py": ["import pickle", "pickle.", "pickle."]}  # the class that refuses, and the error it may meet
+ALLOWED = {"plumbing/checkpoints.py": ["import pickle", "pickle.", "pickle."]}  # the class that refuses, and the error it may meet
 
 
 class Touch:
@@ -68,7 +68,7 @@ def test_a_pickle_is_refused_under_any_name(wrap, protocol, tmp_path):
 
 
 def test_a_header_of_any_length_is_no_pickle(tmp_path):
-    from checkpoint import is_pickle
+    from formats.model_folder import is_pickle
     from safetensors.torch import save_file
     for size in (0x280, 0x380, 0x4B50):  # whose first bytes are those of a pickle, or of a zip archive
         save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"pad": ""})
@@ -83,14 +83,14 @@ def test_the_index_of_shards_may_hold_nothing_but_an_index(tmp_path):
     tensors = {"x": torch.arange(6.0)}
     dcp.save(tensors, checkpoint_id=tmp_path / "shards")
     read = {"x": torch.zeros(6)}
-    saving.load_shards(read, tmp_path / "shards")
+    checkpoints.load_shards(read, tmp_path / "shards")
     assert read["x"].equal(tensors["x"])
     for protocol in (0, 2, 4):
         (tmp_path / "shards" / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "trace"), protocol))
         with pytest.raises(OSError, match="its index asks for (posix|nt|os).mkdir"):
-            saving.load_shards(read, tmp_path / "shards")
+            checkpoints.load_shards(read, tmp_path / "shards")
     dotted = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93."
     (tmp_path / "shards" / ".metadata").write_bytes(dotted)
     with pytest.raises(OSError, match="filesystem.os.system"):
-        saving.load_shards(read, tmp_path / "shards")
+        checkpoints.load_shards(read, tmp_path / "shards")
     assert not (tmp_path / "trace").exists()

@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 
-import model
-import runtime
+import generate
+from plumbing import run as runtime
 import sft
 import tools
-from saving import Checkpoints
+from plumbing.checkpoints import Checkpoints
 
 FLAGS = f"{tools.SHORT} --save-every 0"
 
@@ -60,7 +60,7 @@ def watch(patch, at=None, act=None):
     patch.setattr(runtime.Run, "passes", passes)
     patch.setattr(runtime.Run, "steps", steps)
     patch.setattr(runtime.Run, "_save", part("save", runtime.Run._save))
-    watched(model, "sample_token", "token")
+    watched(generate, "sample_token", "token")
     watched(runtime.Run, "optimizer_step", "update")
     watched(Checkpoints, "publish", "end")
     return events
@@ -242,6 +242,6 @@ def test_a_batch_is_skipped_where_nothing_can_be_printed(root, tmp_path, monkeyp
 
     original = runtime.Run.backward
     monkeypatch.setattr(runtime.Run, "backward", backward)
-    monkeypatch.setattr("optim.tqdm.write", refuse)
+    monkeypatch.setattr("plumbing.steps.tqdm.write", refuse)
     assert tools.here("reward", root, FLAGS, f"--steps 3 --out {tmp_path}/run") == 0
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 1

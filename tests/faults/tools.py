@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-import runtime
-import saving
+from plumbing import run as runtime
+from plumbing import checkpoints, disk
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -42,7 +42,7 @@ def start(script, root, *flags, hook="", launcher=(sys.executable,), **options):
     """Popen of a script's run. hook: Python that is executed before the script's main, to break things; {script} is imported by then."""
     if hook:
         file = Path(root) / f"hook{abs(hash((script, hook))):x}.py"
-        file.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests' / 'faults')]}\nimport runtime, {script}\n{hook}\n"
+        file.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests' / 'faults')]}\nfrom plumbing import run as runtime\nimport {script}\n{hook}\n"
                         f"runtime.run_script({script}.main, {script}.Config, '')\n")
     else:
         file = ROOT / f"{script}.py"
@@ -117,10 +117,10 @@ def die():
 
 
 STAGES = {  # of a save: (whose function, its name, what its arguments contain, whether just before it)
-    "in the model": (saving, "save_file", "/model.safetensors", False), "in the training state": (saving, "save_file", "/training.safetensors", False),
-    "before the rename": (os, "rename", "step_", True), "before latest.json": (saving, "write_json", "latest.json", True),
-    "before the links": (saving.Checkpoints, "link", "step_", True), "in the links": (os, "link", "", False),
-    "before the deletion": (saving.Checkpoints, "link", "step_", False), "in the deletion": (shutil, "rmtree", "/step_", True)}
+    "in the model": (disk, "save_file", "/model.safetensors", False), "in the training state": (disk, "save_file", "/training.safetensors", False),
+    "before the rename": (os, "rename", "step_", True), "before latest.json": (checkpoints, "write_json", "latest.json", True),
+    "before the links": (checkpoints.Checkpoints, "link", "step_", True), "in the links": (os, "link", "", False),
+    "before the deletion": (checkpoints.Checkpoints, "link", "step_", False), "in the deletion": (shutil, "rmtree", "/step_", True)}
 PUBLISHED = list(STAGES)[4:]  # those where the new checkpoint counts
 
 

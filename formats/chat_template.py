@@ -1,6 +1,5 @@
 """Chat templates of other projects' checkpoint folders: programs (Jinja) of unknown origin, so they run in a sandbox with bounds."""
 import contextlib
-import datetime
 import importlib
 import json
 import re
@@ -8,10 +7,9 @@ import signal
 import threading
 from pathlib import Path
 
-from flags import UserError, require
+from plumbing.flags import UserError, require
+from plumbing.run import today
 
-# What a template that asks for the date is told. A run makes it the date of its beginning.
-clock = datetime.datetime.now
 TEMPLATE_LIMIT, OUTPUT_LIMIT = 100_000, 1 << 24  # characters
 SECONDS = 3  # for one rendering
 MEMORY = 1 << 29  # bytes that one rendering may take
@@ -87,7 +85,7 @@ def bounded(folder):
 def sandbox():
     """The Jinja environment that transformers renders chat templates in, stricter about sizes and about unsafe attributes."""
     jinja2, ext, safe = optional("jinja2"), optional("jinja2.ext"), optional("jinja2.sandbox")
-    today = clock()  # one date for as long as a tokenizer is open: a conversation has the same ids at its end
+    date = today()  # one date for as long as a tokenizer is open: a conversation has the same ids at its end
 
     class Generation(ext.Extension):  # transformers' mark around replies: its body alone counts here
         tags = {"generation"}
@@ -117,7 +115,7 @@ def sandbox():
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
     environment.filters["tojson"] = tojson  # Jinja's own escapes HTML
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": today.strftime}
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": date.strftime}
     return environment
 
 

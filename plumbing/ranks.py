@@ -11,8 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from data import by_length
-from flags import require
+from plumbing.flags import require
 
 
 def local(tensor):
@@ -139,3 +138,33 @@ class Ranks:
 def fill_up(pieces, count, spare):
     """Pieces of a rank with their weight, count of them: see `Ranks.split`."""
     return [(piece, 1.0) for piece in pieces] + [(list(spare), 0.0)] * (count - len(pieces))
+
+
+def whole_weights(model):
+    """{name: tensor} of a model. Of one in shards: whole tensors on the CPU of rank 0, nothing on the others; all of them must call."""
+    weights = model.state_dict()
+    if type(next(iter(weights.values()))) is torch.Tensor:
+        return weights
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def micro_batches(examples, lengths, budget, rows=None):
+    """Cut examples, in their order, into pieces of at most budget padded tokens (at least one example each).
+
+    lengths, rows: see `token_batches`. A piece is padded to its longest row, all rows of its examples.
+    """
+    pieces, longest, height = [], 0, 0
+    for i in examples:
+        own = 1 if rows is None else rows[i]
+        longest, height = max(longest, lengths[i]), height + own
+        if not pieces or longest * height > budget:
+            pieces.append([])
+            longest, height = lengths[i], own
+        pieces[-1].append(int(i))
+    return pieces
+
+
+def by_length(examples, lengths, budget, rows=None):
+    """micro_batches of examples sorted by length: the least padding; no order of pieces can change a summed loss."""
+    return micro_batches(sorted(examples, key=lambda i: (lengths[i], i)), lengths, budget, rows)

@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import typing
+from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -73,12 +75,6 @@ class RunConfig:
 SCRATCH_FLAGS = ("tokenizer", "layers", "heads", "width", "block_size")  # a checkpoint folder has its own
 # What a run is built on: data files, and folders of models and of a tokenizer.
 DATA_FLAGS, MODEL_FLAGS = ("data", "val_data", "demonstrations", "ptx_data"), ("model", "reward")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
-                   "added_tokens.json", "tokenizer.model", "generation_config.json")
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
-# What a run writes. --overwrite deletes run.json first, which says that the model is that of a finished run.
-RUN_FILES = ("run.json", *CHECKPOINT_FILES, *(f"ema/{name}" for name in CHECKPOINT_FILES),
-             "metrics.jsonl", "skipped.jsonl", "evaluation.json")
 PLUMBING = {"out", "device", "threads", "resume", "override", "overwrite", "save_every", "log_every", "tensorboard", "wandb", "debug", "parallel", "rank_timeout",
             "deterministic", "max_skipped", "checkpoint_activations", "compile", "save_dtype", "lora_save", "allow_pickle"}  # may change on --resume
 SHAPE_FLAGS = (*SCRATCH_FLAGS, "lora_rank", "lora_targets")  # may not, even with --override
@@ -148,3 +144,26 @@ def parse_flags(config_class, description, argv=None):
 def as_list(value):
     """A flag's values: itself if it takes several, else the one, unless that is empty."""
     return value if isinstance(value, list) else [value] if value else []
+
+
+def parse_sources(spec):
+    """[(path, weight or None)] of a.jsonl, of several with commas, or of a mixture a.jsonl:0.8,b.json:0.2."""
+    sources, pieces = [], spec.split(",")
+    while pieces:
+        for n in range(len(pieces), 0, -1):  # a file may have commas and colons in its name: the longest name that exists
+            path, weight = ",".join(pieces[:n]).strip(), None
+            if not os.path.isfile(path):
+                try:
+                    path, weight = path.rpartition(":")[0], float(path.rpartition(":")[2])
+                except ValueError:
+                    path, weight = ",".join(pieces[:n]).strip(), None
+            if os.path.isfile(path):
+                break
+        sources.append((path, weight))
+        pieces = pieces[n:]
+    weights = [weight for _, weight in sources]
+    require(weights.count(None) in (0, len(weights)), f"{spec}: give every file a weight (a.jsonl:0.8,b.jsonl:0.2), or none")
+    require(all(weight is None or 0 < weight < math.inf for weight in weights), f"{spec}: a weight must be > 0")
+    for path, n in Counter(path for path, _ in sources).items():
+        require(path and n == 1, f"{spec} names {path or 'nothing'} {'twice' if path else 'between two commas'}")
+    return sources

@@ -4,8 +4,8 @@ import importlib
 import json
 from pathlib import Path
 
-from flags import UserError
-from saving import write_atomically
+from plumbing.disk import write_atomically
+from plumbing.flags import UserError
 
 
 def check_boards(config):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ranks import Ranks, local
+from plumbing.ranks import Ranks, local
 
 
 def scheduled_lr(step, steps, warmup, peak, schedule="cosine"):

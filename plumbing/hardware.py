@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flags import require
+from plumbing.flags import require
 
 
 def pick_device(name):

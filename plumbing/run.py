@@ -26,16 +26,22 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import chat_template
-from flags import (DATA_FLAGS, MODEL_FLAGS, PLUMBING, RUN_FILES, SCRATCH_FLAGS, SHAPE_FLAGS, UserError,
-                   as_list, parse_flags, require)
-from formats import parse_sources
-from hardware import autocast, keep_heap, pick_device, pick_dtype
-from metrics import Metrics, check_boards
-from optim import Optimizing
-from ranks import local
-from saving import (VERSION, Checkpoints, digest, fill, model_digest, room, save_shards, tokenizer_digest,
-                    training_state, write_json, write_tensors)
+from plumbing.checkpoints import VERSION, Checkpoints, fill, room, save_shards, training_state
+from plumbing.disk import RUN_FILES, digest, model_digest, tokenizer_digest, write_json, write_tensors
+from plumbing.flags import (
+    DATA_FLAGS, MODEL_FLAGS, PLUMBING, SCRATCH_FLAGS, SHAPE_FLAGS, UserError, as_list, parse_flags,
+    parse_sources, require)
+from plumbing.hardware import autocast, keep_heap, pick_device, pick_dtype
+from plumbing.metrics import Metrics, check_boards
+from plumbing.ranks import local
+from plumbing.steps import Optimizing
+
+
+def today():
+    """What a chat template that asks for the date is told: when the run of this process began, outside of one now."""
+    if Run.current is None:
+        return datetime.datetime.now()
+    return datetime.datetime.fromisoformat(Run.current.date)
 
 
 class Fault(Exception):
@@ -166,7 +172,6 @@ class Run(Optimizing):
         self.join(sharded, config.rank_timeout)
         # A chat template may write the date: the beginning's, or a run resumed another day had other ids.
         self.date = self._from_main(self._find_date)
-        chat_template.clock = functools.partial(datetime.datetime.fromisoformat, self.date)
         self.say(f"{Path(sys.argv[0]).name}: {self.device}, {self.world_size} process(es), output in {self.out}")
 
     def _check_out(self):

@@ -10,7 +10,6 @@
 A checkpoint is written under another name and flushed to the disk, then renamed, then latest.json is replaced, then what that no
 longer names is deleted. A kill or a power cut at any moment leaves the old checkpoint or the new one.
 """
-import hashlib
 import json
 import os
 import pickle
@@ -21,87 +20,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from flags import CHECKPOINT_FILES, TOKENIZER_FILES, UserError, require
+from plumbing.disk import flush, sha256, write_json
+from plumbing.flags import require
 
 VERSION = 1  # of the layout above
 TRAINING = ("training.safetensors", "state.json", "manifest.json")  # files of a checkpoint that are no part of the model
 NAME = re.compile(r"step_\d{6,}")
-WEIGHTS = (".safetensors", ".bin", ".index.json")  # ends of the names of files with weights, or lists of such
-
-
-def flush(path):
-    """Have the disk hold what a file or folder holds now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path, data):
-    """Write bytes to path so that a crash leaves either the old file or the new one, never a part."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(data)
-    flush(temporary)
-    os.replace(temporary, path)
-
-
-def write_json(path, value):
-    """Write value as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-
-
-def write_tensors(path, tensors, metadata):
-    """Write {name: tensor} as safetensors, atomically, straight from the tensors' memory; those not on the CPU are copied there first."""
-    seen, host = set(), {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        host[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format has no shared tensors
-        seen.add(tensor.data_ptr())
-    temporary = Path(f"{path}.tmp")
-    save_file(host, temporary, metadata)
-    temporary.chmod(temporary.parent.stat().st_mode & 0o666)  # who may open the folder may read the file; safetensors lets the owner alone
-    flush(temporary)
-    os.replace(temporary, path)
-
-
-def folder_of(path):
-    """The folder that a file is to be written to, made if need be; UserError if it can't be."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path} can't be written: {error.strerror}") from None
-    return Path(path).parent
-
-
-def sha256(path):
-    """SHA-256 of a file."""
-    total = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
-def digest(paths):
-    """{path: SHA-256} of those paths that are files; what else flags may name (a hub's data set) has none."""
-    return {str(path): sha256(path) for path in paths if Path(path).is_file()}
-
-
-def tokenizer_digest(name):
-    """{name: SHA-256} of the files that a folder's tokenizer is opened from; {} for what is no folder."""
-    files = [Path(name) / file for file in TOKENIZER_FILES] if Path(name).is_dir() else []
-    return {Path(path).name: value for path, value in digest(files).items()}
-
-
-def model_digest(name):
-    """{name: SHA-256} of the files that a model folder is opened from; {} for what is no folder."""
-    folder = Path(name)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [file for file in files if file.name in CHECKPOINT_FILES or file.name.endswith(WEIGHTS)]
-    return {Path(path).name: value for path, value in digest(files).items()}
 
 
 def damage(folder):
