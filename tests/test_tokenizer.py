@@ -578,7 +578,7 @@ def test_the_template_may_be_in_a_list_or_in_a_file(tmp_path, tokenizers, transf
     listed = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
     write(tmp_path, words=WORDS | {"chat_template": listed if place == "list" else "x"})
     if place == "file":
-        (tmp_path / "formats.chat_template.jinja").write_text(CHATML)
+        (tmp_path / "chat_template.jinja").write_text(CHATML)
     ours, theirs = open_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert encode_prompt(ours, TALK[:4]) == theirs.apply_chat_template(TALK[:4], add_generation_prompt=True)["input_ids"]
     ours.save(tmp_path / "copy")
