@@ -2,10 +2,12 @@
 import itertools
 import math
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from formats.rows import Row
 from formats.sources import read_rows, split_by_prompt
 from plumbing.flags import require
 from plumbing.ranks import micro_batches
@@ -63,32 +65,62 @@ def describe(tokenizer, ids, mask):
 # ---------------------------------------------------------------------------------------------------------
 # Rows to token ids and masks
 
+class Example(NamedTuple):
+    """A reply behind its prompt, ready to train on."""
+    ids: list
+    mask: list  # of bool, True on the tokens that count
+
+
+class Group(NamedTuple):
+    """A prompt's replies and what is known of their ranks."""
+    row: Row
+    examples: list  # of Example, one for each reply
+
+    @property
+    def longest(self):
+        """Tokens of the longest reply with its prompt."""
+        return max(len(example.ids) for example in self.examples)
+
+
 def encode_group(tokenizer, row):
-    """[(ids, mask)] for every reply of a row: prompt and reply, mask True on the reply alone."""
-    return [encode_dialogue(tokenizer, row.prompt + [{"role": "assistant", "content": reply}], last_only=True) for reply in row.replies]
+    """[Example] for every reply of a row: prompt and reply, mask True on the reply alone."""
+    examples = []
+    for reply in row.replies:
+        talk = row.prompt + [{"role": "assistant", "content": reply}]
+        examples.append(Example(*encode_dialogue(tokenizer, talk, last_only=True)))
+    return examples
 
 
 def encode_demonstration(tokenizer, row):
-    """(ids, mask) of a demonstration: mask True on every assistant turn of a conversation, on all of a plain text."""
+    """Example of a demonstration: mask True on every assistant turn of a conversation, on all of a plain text."""
     if not row.prompt:
-        return encode_text(tokenizer, row.replies[0])
-    return encode_dialogue(tokenizer, row.prompt + [{"role": "assistant", "content": row.replies[0]}])
+        return Example(*encode_text(tokenizer, row.replies[0]))
+    talk = row.prompt + [{"role": "assistant", "content": row.replies[0]}]
+    return Example(*encode_dialogue(tokenizer, talk))
 
 
 def encode_demonstrations(tokenizer, rows, limit, say=print):
-    """[(ids, mask)] of demonstrations, at most limit tokens each: longer conversations are dropped, plain texts cut.
+    """[Example] of demonstrations, at most limit tokens each: longer conversations are dropped, plain texts cut.
 
     A piece after the first begins with the last token of the one before, unmasked, so that every token counts once.
     """
     examples = [encode_demonstration(tokenizer, row) for row in rows if row.prompt]
     if examples:
-        examples = drop_long(examples, [len(ids) for ids, _ in examples], limit, say)
+        examples = drop_long(examples, [len(example.ids) for example in examples], limit, say)
     texts = [encode_demonstration(tokenizer, row) for row in rows if not row.prompt]
     require(not texts or limit > 1, f"a context of {limit} tokens is too short for plain text")
-    pieces = [(ids[i:i + limit], [False] + mask[i + 1:i + limit]) for ids, mask in texts for i in range(0, len(ids) - 1, limit - 1)]
+    pieces = []
+    for ids, mask in texts:
+        for start in range(0, len(ids) - 1, limit - 1):
+            pieces.append(Example(ids[start:start + limit], [False] + mask[start + 1:start + limit]))
     if len(pieces) > len(texts):
         say(f"cut {len(texts)} plain texts into {len(pieces)} pieces of at most {limit} tokens")
     return examples + pieces
+
+
+def context_of(config, model):
+    """Longest sequence that a run takes, tokens: --max-length, or all of the model's context."""
+    return min(config.max_length or model.config.block_size, model.config.block_size)
 
 
 def ranked_pairs(rows):
@@ -151,27 +183,21 @@ def drop_long(rows, lengths, limit, say=print):
 
 
 def preference_groups(config, tokenizer, limit, say):
-    """(training, held-out) lists of (Row, [(ids, mask) of each reply]) from --data, --val-data and --val-fraction."""
-    if config.data == "toy":
-        require(not config.part, "--part is for files, not for the toy task")
-        import toy  # which builds on this file
-        world = toy.World(config.seed)
-        rows, heldout = world.preferences("train", 24000), world.preferences("heldout", 2000)
-    else:
-        rows, heldout = read_rows(config.data, "preferences", say, config.part, config.skip_bad), []
+    """(training, held-out) lists of Group from --data, --val-data and --val-fraction."""
+    rows = read_rows(config.data, "preferences", say, config.part, config.skip_bad)
     if config.val_data:
-        heldout = read_rows(config.val_data, "preferences", say)
-    elif config.data != "toy":
-        rows, heldout = split_by_prompt(rows, config.val_fraction, say)
+        held_out = read_rows(config.val_data, "preferences", say)
+    else:
+        rows, held_out = split_by_prompt(rows, config.val_fraction, say)
+    require(rows, f"--val-fraction {config.val_fraction} leaves nothing to train on")
 
     def encode(rows):
-        groups = [(row, encode_group(tokenizer, row)) for row in rows]
-        return drop_long(groups, [max(len(ids) for ids, _ in group) for _, group in groups], limit, say) if rows else []
+        groups = [Group(row, encode_group(tokenizer, row)) for row in rows]
+        return drop_long(groups, [group.longest for group in groups], limit, say) if groups else []
 
-    train, val = encode(rows), encode(heldout)
-    require(train, f"--val-fraction {config.val_fraction} leaves nothing to train on")
-    ids, mask = train[0][1][0]
-    say(f"{len(train)} prompts to train on and {len(val)} held out, for instance, the reply in [[ ]],\n{describe(tokenizer, ids, mask)}")
+    train, val = encode(rows), encode(held_out)
+    shown = describe(tokenizer, *train[0].examples[0])
+    say(f"{len(train)} prompts to train on and {len(val)} held out, for instance, the reply in [[ ]],\n{shown}")
     return train, val
 
 
@@ -236,3 +262,21 @@ def collate(examples, pad, device):
     """Examples [(ids, mask)] -> ids (B, T) on device, mask (B, T) bool and lengths (B,) on the CPU (see token_index)."""
     ids, lengths = pad_rows([ids for ids, _ in examples], pad, device)
     return ids, pad_rows([mask for _, mask in examples], False)[0], lengths
+
+
+@torch.no_grad()
+def per_example(run, model, examples, budget, pad, read):
+    """A number of each example (N,), fp32, on the CPU, the same on every rank.
+
+    read(ids, mask, lengths) -> (n,): from what `collate` makes of some examples. The model doesn't drop out meanwhile.
+    """
+    numbers = torch.zeros(len(examples), device=run.device)
+    lengths = [len(example.ids) for example in examples]
+    was_training = model.training
+    model.eval()
+    for piece, weight in run.passes(run.split(range(len(examples)), lengths, budget)):
+        rows = torch.tensor(piece).to(run.device, non_blocking=True)
+        with run.autocast():
+            numbers[rows] += weight * read(*collate([examples[i] for i in piece], pad, run.device))
+    model.train(was_training)
+    return run.all_sum(numbers).cpu()

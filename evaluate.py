@@ -1,15 +1,14 @@
 """Compare checkpoints on held-out prompts: sample one reply each, score it, and count wins against the first model.
 
-    python evaluate.py --models runs/sft runs/ppo runs/dpo --out runs/evaluation.json              toy task, gold judge
+    python evaluate.py --models runs/sft runs/ppo runs/dpo --judge toy:gold --out runs/evaluation.json
     python evaluate.py --models runs/sft runs/dpo --data rows.json --reward runs/reward            any prompts
-    python evaluate.py --models runs/sft runs/ppo --data rows.json --reward-fn mine:right
+    python evaluate.py --models runs/sft runs/ppo --data rows.json --judge mine:right
 
-The score is a reward model's, that of a Python function, or a weighted sum of several, as in ppo.py. win,
-tie and loss compare the gold score (toy) or else that score of two replies to one prompt; the win rate counts
-ties half. kl is the mean over replies of the summed log pi - log ref, in nats, where ref is the first model.
-Replies are sampled at temperature 1 unless you say otherwise.
+The score is a reward model's, that of a Python function, or a weighted sum of several, as in ppo.py; a judge's number
+stands beside it, under the function's name. win, tie and loss compare the first judge's numbers, or else the scores, of
+two replies to one prompt; the win rate counts ties half. kl is the mean over replies of the summed log pi - log ref, in
+nats, where ref is the first model. Replies are sampled at temperature 1 unless you say otherwise.
 """
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,73 +17,74 @@ from typing import Literal
 import numpy as np
 import torch
 
-import toy
 from formats.model_folder import load_model
-from plumbing.ranks import by_length
-from data import drop_long
-from formats.sources import read_rows, split_by_prompt
-from judges import check_functions, reward_function, short_names
-from model import GPT, ScalarModel, last_scores
-from generate import generate
-from plumbing.flags import Count, Fraction, Natural, NonNegative, Seed, require
-from plumbing.hardware import autocast, pick_device, pick_dtype
-from plumbing.run import run_script
+from judges import (
+    check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
+from model import GPT
 from plumbing.disk import folder_of, write_json
-from data import encode_prompt
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Seed, require
+from plumbing.hardware import pick_device, pick_dtype
+from plumbing.run import Alone, run_script
+from rollout import load_prompts, sample
 
 
 @dataclass
 class Config:
     models: list[str] = field(default_factory=list)  # checkpoint folders; the first is the reference
-    data: str = "toy"  # toy, or files whose prompts are used, as for ppo.py
+    data: str = "runs/toy/prompts_heldout.jsonl"  # files whose prompts are used, as for ppo.py
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models to score with
     reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, as for ppo.py
     reward_weights: list[float] = field(default_factory=list)  # of each --reward, then each --reward-fn (1)
+    # functions whose numbers stand beside the score, under their names; the first decides who wins
+    judge: list[str] = field(default_factory=list)
     out: str = ""  # JSON file for the results, samples included
-    val_fraction: Fraction = 0.0  # of a file: only the prompts that training with this --val-fraction held out, 0 for all
+    # of a file: only the prompts that training with this --val-fraction held out, 0 for all
+    val_fraction: Fraction = 0.0
     part: str = ""  # of a file: one part of it, as in training (2/4/4:3)
     skip_bad: bool = False  # leave out rows of --data that can't be read, at most one in a hundred
-    max_length: Natural = 0  # leave out prompts longer than this less --max-new-tokens, tokens; 0: the models' context
+    # leave out prompts longer than this less --max-new-tokens, tokens; 0: the models' context
+    max_length: Natural = 0
     prompts: Natural = 0  # prompts to use at most, evenly spread, 0 for all
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: NonNegative = 1.0  # of sampling; 0 takes the likeliest token, and there is no kl then
     batch: Count = 256  # replies sampled at once
     micro_batch_tokens: Count = 16384  # tokens per scoring pass
-    seed: Seed = 0  # seed of the sampling, and of the toy task's split: take the one of the training
+    seed: Seed = 0  # seed of the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
-    allow_pickle: bool = False  # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
+    # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
+    allow_pickle: bool = False
     debug: bool = False  # show the traceback of an error
 
 
 @torch.no_grad()
-def answer(model, reference, reward_models, tokenizer, prompts, config, device):
-    """One reply per prompt (lists of ids). Returns texts, and numpy arrays (N,): ended, length, kl, [scores].
+def answer(alone, model, reference, reward_models, functions, judges, tokenizer, prompts, config):
+    """One reply to each [Prompt]. Returns texts, and numpy arrays: ended, length, kl (N,), scores (sources, N), judged (judges, N).
 
-    scores: an array for each reward model. At temperature 0 a reply is no sample, so there is no KL: kl is 0.
+    At temperature 0 a reply is no sample, so there is no KL: kl is 0.
     """
-    texts, rows = [], []
-    generator = torch.Generator(device).manual_seed(config.seed)
+    texts, columns = [], []
+    generator = torch.Generator(alone.device).manual_seed(config.seed)
     for start in range(0, len(prompts), config.batch):
-        got = generate(model, prompts[start:start + config.batch], config.max_new_tokens, tokenizer, config.temperature, generator=generator)
-        texts += got.texts(tokenizer)
-        lengths, mask = got.lengths.cpu(), got.mask.cpu()
-        size = lengths.tolist()
-        kl = torch.zeros(len(size), device=device)
-        scores = torch.zeros(len(reward_models), len(size), device=device)
-        for piece in by_length(range(len(size)), size, config.micro_batch_tokens):
-            rows_here, T = torch.tensor(piece).to(device, non_blocking=True), max(size[i] for i in piece)
-            ids, part_mask = got.ids[rows_here, :T], mask[piece, :T]
-            if config.temperature > 0:
-                logprobs = model(ids, part_mask, config.temperature)[0]
-                ref_logprobs = reference(ids, part_mask, config.temperature)[0]
-                kl[rows_here] = (logprobs - ref_logprobs).sum(1)
-            for source, reward_model in enumerate(reward_models):
-                scores[source, rows_here] = last_scores(reward_model, ids, lengths[piece])
-        rows.append(torch.stack([got.ended.float(), got.mask.sum(1).float(), kl, *scores], 1).cpu())
-    ended, length, kl, *scores = torch.cat(rows).numpy().T
-    return texts, ended, length, kl, scores
+        batch = sample(alone, model, tokenizer, prompts[start:start + config.batch], config.max_new_tokens,
+                       config.temperature, generator)
+        texts += batch.texts
+        plan, = batch.plan(alone, [list(range(len(batch.texts)))], config.micro_batch_tokens)
+        kl = torch.zeros(len(batch.texts), device=alone.device)
+        if config.temperature > 0:
+            for part in batch.passes(alone, plan):
+                with alone.autocast():
+                    logprobs = model(part.ids, part.where, config.temperature)[0]  # (n, W)
+                    ref_logprobs = reference(part.ids, part.where, config.temperature)[0]
+                kl[part.rows] = (logprobs - ref_logprobs).sum(1)
+        scores = score(alone, reward_models, functions, batch, plan)
+        judged = [judge(function, batch) for function in judges]
+        facts = torch.stack([batch.ended.float(), batch.mask.sum(1).float(), kl])
+        columns.append(torch.cat([facts.cpu(), scores.cpu(), *(own[None] for own in judged)]))
+    ended, length, kl, *rest = torch.cat(columns, 1).numpy()
+    sources = len(reward_models) + len(functions)
+    return texts, ended, length, kl, np.array(rest[:sources]), np.array(rest[sources:])
 
 
 def compare(values, baseline):
@@ -111,86 +111,68 @@ def main(config):
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
 
-    # what judges: the toy task's own judge, reward models, functions
-    world = toy.World(config.seed) if config.data == "toy" else None
-    require(not (world and config.part), "--part is for files, not for the toy task")
-    sources, weights = config.reward + config.reward_fn, config.reward_weights
-    require(world or sources, "--data without gold scores needs --reward or --reward-fn to score with")
-    require(len(weights) in (0, len(sources)),
-            f"{len(weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
-    require(all(map(math.isfinite, weights)), "--reward-weights must be finite numbers")
-    weights = np.array(weights or [1.0] * len(sources))
-    functions = [reward_function(spec, device) for spec in config.reward_fn]
+    # what judges: reward models, functions
+    sources = config.reward + config.reward_fn
+    require(sources or config.judge, "name what to judge with: --judge, --reward or --reward-fn")
+    weights = np.array(source_weights(config.reward_weights, sources))
+    functions, judges = load_functions("--reward-fn", config.reward_fn), load_functions("--judge", config.judge)
 
     # the models
-    loaded = [load_model(folder, GPT, allow_pickle=config.allow_pickle) for folder in config.models]
-    loaded += [load_model(folder, ScalarModel, allow_pickle=config.allow_pickle) for folder in config.reward]
-    tokenizer = loaded[0][1]
-    for (network, other), folder in zip(loaded, config.models + config.reward):
+    models, tokenizer = [], None
+    for folder in config.models:
+        model, other = load_model(folder, GPT, allow_pickle=config.allow_pickle)
+        tokenizer = tokenizer or other
         require(other.same_as(tokenizer), f"{folder} has another tokenizer than {config.models[0]}")
+        models.append(model)
+    reward_models = load_reward_models(config.reward, tokenizer, config.models[0], config.allow_pickle)
+    for network in [*models, *reward_models]:
         network.to(device).eval()
-    networks = [network for network, _ in loaded]
-    models, reward_models = networks[:len(config.models)], networks[len(config.models):]
-    dtype = pick_dtype(config.dtype, device, models[0].config.n_embd)
+    alone = Alone(device, pick_dtype(config.dtype, device, models[0].config.n_embd))
 
     # the prompts
-    if world:
-        rows = world.prompts("heldout")
-    else:
-        rows = read_rows(config.data, "prompts", part=config.part, skip_bad=config.skip_bad)
-    if config.val_fraction and not world:
-        rows = split_by_prompt(rows, config.val_fraction)[1]
-    context = min(network.config.block_size for network in networks)
-    context = min(config.max_length or context, context) - config.max_new_tokens
-    require(context > 0, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the models' context")
-    require(rows, f"--val-fraction {config.val_fraction} holds out no prompt of {config.data}")
-    prompts = [(row, encode_prompt(tokenizer, row.prompt)) for row in rows]
-    prompts = drop_long(prompts, [len(ids) for _, ids in prompts], context)
+    context = min(network.config.block_size for network in [*models, *reward_models])
+    prompts = load_prompts(config, tokenizer, context, print, held_out=True)
     if 0 < config.prompts < len(prompts):
         prompts = [prompts[i * len(prompts) // config.prompts] for i in range(config.prompts)]
-    check_functions(config.reward_fn, functions, [row for row, _ in prompts], print)
-    questions, answers = [row.text for row, _ in prompts], [row.answer for row, _ in prompts]
+    check_functions(functions + judges, [prompt.row for prompt in prompts], print)
 
-    results, replies = {}, {}
+    results, replies, baseline = {}, {}, None
     for folder, model in zip(config.models, models):
-        with autocast(device, dtype):
-            texts, ended, length, kl, parts = answer(model, models[0], reward_models, tokenizer,
-                                                     [ids for _, ids in prompts], config, device)
-        parts += [function(questions, texts, answers).cpu().numpy() for function in functions]
-        for source, part in zip(sources, parts):
-            require(np.isfinite(part).all(), f"{source} gave a reply of {folder} a score that is not finite")
-        scores = {}
-        if world:
-            gold = [world.gold(*reply) for reply in zip(questions, texts, map(bool, ended))]
-            scores["gold"] = np.array(gold)
+        texts, ended, length, kl, source_scores, judged = answer(
+            alone, model, models[0], reward_models, functions, judges, tokenizer, prompts, config)
+        for source, numbers in zip(sources + config.judge, [*source_scores, *judged]):
+            require(np.isfinite(numbers).all(), f"{source} gave a reply of {folder} a score that is not finite")
+        columns = {function.name: numbers for function, numbers in zip(judges, judged)}
         if sources:
-            scores["score"] = weights @ np.stack(parts)
-        judged = next(iter(scores.values()))
-        if not results:  # the first model is the one to beat
-            baseline = judged
-        result = {"prompts": len(prompts), **{name: float(np.mean(v)) for name, v in scores.items()}}
+            columns["score"] = weights @ source_scores
+        compared = next(iter(columns.values()))
+        # The first model is the one to beat.
+        baseline = compared if baseline is None else baseline
+        result = {"prompts": len(prompts), **{name: float(np.mean(numbers)) for name, numbers in columns.items()}}
         if len(sources) > 1:
-            result["scores"] = {name: float(np.mean(part)) for name, part in zip(short_names(sources), parts)}
-        result |= {"standard_error": float(np.std(judged) / len(judged) ** 0.5), **compare(judged, baseline)}
+            named = zip(short_names(sources), source_scores)
+            result["scores"] = {name: float(np.mean(numbers)) for name, numbers in named}
+        error = np.std(compared) / len(compared) ** 0.5
+        result |= {"standard_error": float(error), **compare(compared, baseline)}
         result["kl"] = float(np.mean(kl)) if config.temperature > 0 else None
         result |= {"length": float(np.mean(length)), "eos_rate": float(np.mean(ended))}
         results[folder] = result
-        replies[folder] = [{"prompt": question, "reply": text, "score": float(score)}
-                           for question, text, score in zip(questions, texts, judged)]
+        replies[folder] = [{"prompt": prompt.row.text, "reply": text, "score": float(number)}
+                           for prompt, text, number in zip(prompts, texts, compared)]
 
     if config.out:
         write_json(config.out, {"results": results, "replies": replies})
     print(f"{len(prompts)} prompts, temperature {config.temperature:g}; "
           f"wins, ties and losses against {config.models[0]}")
-    print(table(short_names(config.models), list(results.values())))
+    print(table(short_names(config.models), list(results.values()), [function.name for function in judges]))
 
 
-def table(labels, results):
+def table(labels, results, judges):
     """The results of models, one a line below the names of the columns; blank where there is no number."""
     rows = []
     for result in results:
         rows.append(result | {f"score_{name}": score for name, score in result.get("scores", {}).items()})
-    names = [name for name in ("gold", "score") if name in rows[0]]
+    names = [name for name in (*judges, "score") if name in rows[0]]
     names += [name for name in rows[0] if name.startswith("score_")]
     names += ["wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate"]
     first = max(24, *(len(label) + 1 for label in labels))

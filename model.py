@@ -399,6 +399,19 @@ def twin(module, share=False):
     return copy.deepcopy(module, {id(p): p for p in module.parameters()} if share else {})
 
 
+def shares_frozen(config):
+    """Whether models share the weights that adapters leave frozen. (Shards have one owner, so there each is whole.)"""
+    return config.lora_rank > 0 and config.parallel == "ddp"
+
+
+def frozen_reference(policy, config):
+    """The policy as it is now, never to be trained: a copy or, with adapters, the policy's own weights.
+
+    So it must be made before `prepare` gives the policy its adapters, which the reference then lacks.
+    """
+    return twin(policy, shares_frozen(config)).requires_grad_(False)
+
+
 class LoRALinear(nn.Linear):
     """x W^T + b + (alpha / rank) dropout(x) A^T B^T with W and b frozen (Hu et al. 2021, eq. 3). B starts at zero."""
 

@@ -58,81 +58,106 @@ import copy
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-import toy
-from model import prepare
-from formats.model_folder import load_model, open_model, save_model
-from plumbing.ranks import by_length
-from data import collate, drop_long, encode_demonstrations, endless_batches, endless_order
+from data import collate, describe, encode_demonstrations, endless_batches, endless_order
+from formats.model_folder import open_model, save_model
+from formats.sources import read_rows
+from judges import check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights
+from model import GPT, ScalarModel, frozen_reference, prepare, shares_frozen, twin, values_before
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
-from formats.sources import read_rows, split_by_prompt
-from judges import check_functions, reward_function, short_names
-from model import GPT, ScalarModel, last_scores, twin, values_before
-from generate import generate, uniforms
-from plumbing.ranks import fill_up
-from plumbing.steps import adamw, scheduled_lr
 from plumbing.run import Run, run_script
-from data import describe, encode_prompt
+from plumbing.steps import adamw, scheduled_lr
+from rollout import draw_prompts, load_prompts, sample
 
 Schedule = Literal["cosine", "linear", "constant"]
 
 
 @dataclass
 class Config(RunConfig):
-    data: str = "toy"  # toy, or files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
-    model: str = "runs/sft"  # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
-    reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
-    reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, called with lists of prompts and replies (and, if it takes three, of the answers in --data) for one number per reply
-    reward_weights: list[float] = field(default_factory=list)  # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
+    # files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
+    data: str = "runs/toy/prompts.jsonl"
+    # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
+    model: str = "runs/sft"
+    # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
+    reward: list[str] = field(default_factory=list)
+    # Python functions, module:function, which get lists (those that their parameters name: prompts, replies, answers,
+    # ended) and return one number per reply
+    reward_fn: list[str] = field(default_factory=list)
+    # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
+    reward_weights: list[float] = field(default_factory=list)
+    # functions as for --reward-fn, whose numbers are measured and logged under their names, and never trained on
+    judge: list[str] = field(default_factory=list)
     out: str = "runs/ppo"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 80  # rollouts, each followed by an update
-    val_fraction: Fraction = 0.0  # share of a file's prompts left out; take that of the other stages, and evaluate.py has prompts that none has seen
+    # share of a file's prompts left out; take that of the other stages, and evaluate.py has prompts that none has seen
+    val_fraction: Fraction = 0.0
     rollout_batch: Count = 256  # prompts per rollout over all ranks
-    rollout_rows: Natural = 0  # replies that a rank samples at the same time, the other prompts wait for a place; 0: all. Lower it when keys and values take too much memory
+    # replies that a rank samples at the same time, the other prompts wait for a place; 0: all. Lower it when keys and
+    # values take too much memory
+    rollout_rows: Natural = 0
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: Positive = 1.0  # of sampling; all log-probabilities are taken at it
     epochs: Count = 2  # passes over each rollout
     minibatches: Count = 4  # optimiser steps per pass
-    micro_batch_tokens: Count = 8192  # tokens per forward pass on one rank, at most; lower it when memory is short
+    # tokens per forward pass on one rank, at most; lower it when memory is short
+    micro_batch_tokens: Count = 8192
     lr: Positive = 1e-3  # peak learning rate of the policy
     critic_lr: Positive = 1e-3  # peak learning rate of the critic
-    lr_schedule: Schedule = "cosine"  # the policy's: to a tenth on a cosine, to zero on a line, or constant
+    # the policy's: to a tenth on a cosine, to zero on a line, or constant
+    lr_schedule: Schedule = "cosine"
     critic_lr_schedule: Schedule = "cosine"  # the critic's
     warmup: Natural = 5  # rollouts of linear warm-up, both networks
     max_grad_norm: Positive = 1.0  # gradients of policy and of critic are scaled down to this norm
-    critic_init: Literal["auto", "reward", "sft", "zero"] = "auto"  # trunk and head of the reward model; --model's trunk with a random head, or with a head of zeros; auto: reward, or zero if there is none
+    # trunk and head of the reward model; --model's trunk with a random head, or with a head of zeros; auto: reward, or
+    # zero if there is none
+    critic_init: Literal["auto", "reward", "sft", "zero"] = "auto"
     critic_warmup: Natural = 0  # rollouts at the start that train the critic alone
-    missing_eos: Literal["floor", "replace", "subtract"] = "floor"  # score of a reply cut off before its end token: the rollout's lowest less the penalty; minus the penalty; its own less the penalty
+    # score of a reply cut off before its end token: the rollout's lowest less the penalty; minus the penalty; its own
+    # less the penalty
+    missing_eos: Literal["floor", "replace", "subtract"] = "floor"
     missing_eos_penalty: NonNegative = 1.0  # for --missing-eos, in units of the score
-    reward_norm: Literal["none", "scale", "standard"] = "none"  # divide scores by their running deviation; or subtract the running mean first
-    reward_clip: NonNegative = 0.0  # scores (after --reward-norm) are held within this distance of 0; 0 is off
-    reward_at: Literal["eos", "next"] = "eos"  # the score counts at the last token, or one position later (as TRL has it)
+    # divide scores by their running deviation; or subtract the running mean first
+    reward_norm: Literal["none", "scale", "standard"] = "none"
+    # scores (after --reward-norm) are held within this distance of 0; 0 is off
+    reward_clip: NonNegative = 0.0
+    # the score counts at the last token, or one position later (as TRL has it)
+    reward_at: Literal["eos", "next"] = "eos"
     kl: Literal["k1", "k2", "k3"] = "k1"  # estimator of the KL term
     kl_in: Literal["reward", "loss"] = "reward"  # where the KL term stands
     kl_coef: NonNegative = 0.1  # beta, score per nat
-    kl_target: NonNegative = 0.0  # adapt beta so that the KL per reply (nats) stays near this; 0 keeps beta
-    kl_horizon: Positive = 10000.0  # replies over which beta may change by a fifth (Ziegler et al. 2019)
+    # adapt beta so that the KL per reply (nats) stays near this; 0 keeps beta
+    kl_target: NonNegative = 0.0
+    # replies over which beta may change by a fifth (Ziegler et al. 2019)
+    kl_horizon: Positive = 10000.0
     gamma: Fraction = 1.0  # discount per token
     lam: Fraction = 0.95  # GAE's lambda: 0 trusts the critic, 1 the sampled return
-    whiten: Literal["population", "sample", "none"] = "population"  # advantages to mean 0 and variance 1 over the whole rollout: which variance
-    advantage_clip: NonNegative = 0.0  # advantages (after --whiten) are held within this distance of 0; 0 is off
+    # advantages to mean 0 and variance 1 over the whole rollout: which variance
+    whiten: Literal["population", "sample", "none"] = "population"
+    # advantages (after --whiten) are held within this distance of 0; 0 is off
+    advantage_clip: NonNegative = 0.0
     policy_loss: Literal["clip", "penalty"] = "clip"  # PPO's clipped ratio, or its penalty on KL(old || new)
     clip: Positive = 0.2  # the probability ratio counts within 1 - clip and 1 + clip
-    dual_clip: NonNegative = 0.0  # tokens with a negative advantage lose at most this (above 1) times it; 0 is off
+    # tokens with a negative advantage lose at most this (above 1) times it; 0 is off
+    dual_clip: NonNegative = 0.0
     penalty_coef: NonNegative = 1.0  # weight of KL(old || new) in --policy-loss penalty, to begin with
-    penalty_target: NonNegative = 0.0  # double or halve that weight to hold KL(old || new) near this, nats per token; 0 keeps it
-    value_clip: NonNegative = 2.0  # values count within this distance of the old ones, in units of the score; 0 is off
+    # double or halve that weight to hold KL(old || new) near this, nats per token; 0 keeps it
+    penalty_target: NonNegative = 0.0
+    # values count within this distance of the old ones, in units of the score; 0 is off
+    value_clip: NonNegative = 2.0
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, per nat
-    kl_stop: NonNegative = 0.0  # end a rollout's update once KL(old || new) of a minibatch is above this, nats per token; 0 is off
+    # end a rollout's update once KL(old || new) of a minibatch is above this, nats per token; 0 is off
+    kl_stop: NonNegative = 0.0
     ptx_coef: NonNegative = 0.0  # weight of the log-likelihood of --ptx-data, per nat and token (PPO-ptx)
-    ptx_data: str = ""  # toy, or a file of demonstrations or plain text, for --ptx-coef
+    ptx_data: str = ""  # a file of demonstrations or plain text, for --ptx-coef
     ptx_tokens: Count = 2048  # tokens of --ptx-data per optimiser step over all ranks, padding included
-    ema: Probability = 0.0  # keep an average of the policy in OUT/ema, with this decay per optimiser step (0.992 is usual); 0 is off
-    frozen_device: Literal["same", "cpu"] = "same"  # where reference and reward models are: with the policy, or on the CPU (slow, but leaves a GPU's memory)
+    # keep an average of the policy in OUT/ema, with this decay per optimiser step (0.992 is usual); 0 is off
+    ema: Probability = 0.0
+    # where reference and reward models are: with the policy, or on the CPU (slow, but leaves a GPU's memory)
+    frozen_device: Literal["same", "cpu"] = "same"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights of reference and reward models
     kl_limit: Positive = 20.0  # warn when the KL per reply is above this, nats
     kl_limit_stop: bool = False  # and end the run there
@@ -140,16 +165,24 @@ class Config(RunConfig):
 
 
 ROUNDING = 1e-6  # relative: fp32 numbers that differ by less are taken to be equal
-RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}  # largest |log ratio| that rounding explains
+# The largest |log ratio| that rounding explains.
+RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
-def judge_missing_eos(scores, ended, rule, penalty, lowest):
+def missing_eos_scores(scores, ended, rule, penalty, lowest):
     """Scores (B,) with those of replies that were cut off before their end token (ended False) set by a rule.
 
     floor: the lowest score of the rollout less penalty, as a reward model has not seen such replies and ending must
     never be worse; replace: -penalty; subtract: the reply's score less penalty.
     """
-    cut_off = {"floor": lowest - penalty, "replace": torch.full_like(scores, -penalty), "subtract": scores - penalty}[rule]
+    if rule == "floor":
+        cut_off = lowest - penalty
+    elif rule == "replace":
+        cut_off = torch.full_like(scores, -penalty)
+    elif rule == "subtract":
+        cut_off = scores - penalty
+    else:
+        raise ValueError(f"unknown rule for missing end tokens {rule}")
     return torch.where(ended, scores, cut_off)
 
 
@@ -323,95 +356,121 @@ def adapt_penalty(penalty_coef, kl, target):
     return penalty_coef * (2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0)
 
 
-def diagnose(history, kl_limit):
+# ---------------------------------------------------------------------------------------------------------
+# What is unhealthy in a run
+
+WINDOW = 5  # rollouts whose mean is compared with that of others
+
+
+def mean(name, rows):
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def diagnose(history, kl_limit, judges=()):
     """What is unhealthy in a run's rows of metrics so far, oldest first: {symptom: one line with the switch to try}."""
-    found, last, window = {}, history[-1], 5
-
-    def mean(name, rows):
-        return sum(row[name] for row in rows) / len(rows)
-
+    found, last = {}, history[-1]
     if last["kl"] > kl_limit:
-        found["kl"] = f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit {kl_limit:g}: raise --kl-coef (or set --kl-target), or lower --lr"
-    if len(history) >= 2 * window:
-        early, late = history[:window], history[-window:]
-        if all(row["explained_variance"] < 0 for row in history[-2 * window:]):
-            found["critic"] = f"the critic has explained nothing of the returns for {2 * window} rollouts: try --critic-warmup {2 * window}, another --critic-lr or --critic-init"
-        if mean("eos_rate", late) < mean("eos_rate", early) - 0.1:
-            found["eos"] = (f"replies that end by themselves fell from {mean('eos_rate', early):.2f} to {mean('eos_rate', late):.2f}: "
-                            "raise --missing-eos-penalty or --max-new-tokens; is there an end token in the data?")
-        if mean("entropy", late) < 0.05 * mean("entropy", early):
-            found["entropy"] = f"entropy fell to {mean('entropy', late):.2g} nats per token, a twentieth of what it was: raise --kl-coef or --entropy-coef, or lower --lr"
-    if "gold" in last and len(history) >= 3 * window:
-        ends = range(window, len(history) + 1)
-        best = max(ends, key=lambda end: mean("gold", history[end - window:end]))
-        before, late = history[best - window:best], history[-window:]
-        if mean("gold", late) < mean("gold", before) - 0.1 and mean("score", late) > mean("score", before):
-            found["gold"] = (f"the score rises while the gold score fell from {mean('gold', before):.2f} to {mean('gold', late):.2f} (over-optimisation): "
-                             "raise --kl-coef, stop earlier, or train the reward model on replies of this policy")
+        found["kl"] = (f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit {kl_limit:g}: "
+                       "raise --kl-coef (or set --kl-target), or lower --lr")
+    if len(history) >= 2 * WINDOW:
+        found |= diagnose_trends(history)
+    if len(history) >= 3 * WINDOW:
+        for name in judges:
+            if fell := over_optimised(history, name):
+                before, late = fell
+                found[name] = (f"the score rises while the {name} score fell from {before:.2f} to {late:.2f} "
+                               "(over-optimisation): raise --kl-coef, stop earlier, or train the reward model on "
+                               "replies of this policy")
     return found
 
 
-def average_of(policy, shares):
-    """A copy of the policy to average its weights in. shares: what is frozen stays the policy's own."""
-    frozen = {id(p): p for p in policy.parameters() if shares and not p.requires_grad}
-    return copy.deepcopy(policy, frozen).requires_grad_(False)
+def diagnose_trends(history):
+    """The part of `diagnose` that compares a run's end with its beginning."""
+    found, early, late = {}, history[:WINDOW], history[-WINDOW:]
+    rollouts = 2 * WINDOW
+    if all(row["explained_variance"] < 0 for row in history[-rollouts:]):
+        found["critic"] = (f"the critic has explained nothing of the returns for {rollouts} rollouts: "
+                           f"try --critic-warmup {rollouts}, another --critic-lr or --critic-init")
+    ended_before, ended = mean("eos_rate", early), mean("eos_rate", late)
+    if ended < ended_before - 0.1:
+        found["eos"] = (f"replies that end by themselves fell from {ended_before:.2f} to {ended:.2f}: "
+                        "raise --missing-eos-penalty or --max-new-tokens; is there an end token in the data?")
+    entropy = mean("entropy", late)
+    if entropy < 0.05 * mean("entropy", early):
+        found["entropy"] = (f"entropy fell to {entropy:.2g} nats per token, a twentieth of what it was: "
+                            "raise --kl-coef or --entropy-coef, or lower --lr")
+    return found
 
 
-def main(config):
-    config.reward = config.reward or ([] if config.reward_fn else ["runs/reward"])
-    run = Run(config)
-    require(config.rollout_batch % run.world_size == 0, f"--rollout-batch {config.rollout_batch} is not divisible by {run.world_size} ranks")
-    share = config.rollout_batch // run.world_size  # prompts per rollout on this rank
-    require(share % config.minibatches == 0, f"a rank's {share} prompts are not divisible into --minibatches {config.minibatches}")
+def over_optimised(history, name):
+    """(best, last) mean of a judge's number, if it has fallen since its best while the score rose; else None."""
+    windows = [history[end - WINDOW:end] for end in range(WINDOW, len(history) + 1)]
+    best, late = max(windows, key=lambda rows: mean(name, rows)), history[-WINDOW:]
+    fell = mean(name, late) < mean(name, best) - 0.1
+    if fell and mean("score", late) > mean("score", best):
+        return mean(name, best), mean(name, late)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Before the first rollout
+
+def check(config, folders, run):
+    """UserError for flags that don't go together. folders: of the reward models."""
+    B, ranks = config.rollout_batch, run.world_size
+    require(B % ranks == 0, f"--rollout-batch {B} is not divisible by {ranks} ranks")
+    require(B // ranks % config.minibatches == 0,
+            f"a rank's {B // ranks} prompts are not divisible into --minibatches {config.minibatches}")
     require(config.kl_target == 0 or config.kl_coef > 0, "--kl-target needs a --kl-coef above 0 to start from")
-    require(config.kl_target == 0 or config.rollout_batch <= config.kl_horizon, "--kl-horizon must be at least --rollout-batch")
-    require(config.dual_clip == 0 or (config.dual_clip > 1 and config.policy_loss == "clip"), "--dual-clip must be above 1, and is for --policy-loss clip")
+    require(config.kl_target == 0 or B <= config.kl_horizon, "--kl-horizon must be at least --rollout-batch")
+    require(config.dual_clip == 0 or (config.dual_clip > 1 and config.policy_loss == "clip"),
+            "--dual-clip must be above 1, and is for --policy-loss clip")
     require(config.penalty_target == 0 or (config.policy_loss == "penalty" and config.penalty_coef > 0),
             "--penalty-target is for --policy-loss penalty, with a --penalty-coef above 0 to start from")
-    updates = config.epochs * config.minibatches  # optimiser steps per rollout
-    require(updates > 1 or config.penalty_target == config.kl_stop == 0, "--penalty-target and --kl-stop need more than one of --epochs or --minibatches")
+    require(config.epochs * config.minibatches > 1 or config.penalty_target == config.kl_stop == 0,
+            "--penalty-target and --kl-stop need more than one of --epochs or --minibatches")
     require((config.ptx_coef > 0) == bool(config.ptx_data), "--ptx-coef and --ptx-data go together")
-    require(config.critic_warmup < config.steps, f"--critic-warmup {config.critic_warmup} leaves none of {config.steps} rollouts to train the policy on")
+    require(config.critic_warmup < config.steps,
+            f"--critic-warmup {config.critic_warmup} leaves none of {config.steps} rollouts to train the policy on")
+    require(config.critic_init != "reward" or folders, "--critic-init reward needs a --reward folder; use sft or zero")
     if config.kl_coef > 0 and (config.kl == "k1") == (config.kl_in == "loss"):
+        right = "k2 and k3 have" if config.kl_in == "loss" else "k1 has"
         run.say(f"warning: --kl {config.kl} --kl-in {config.kl_in} has the wrong gradient (see the top of ppo.py); "
-                f"{'k2 and k3 have' if config.kl_in == 'loss' else 'k1 has'} the right one there")
+                f"{right} the right one there")
 
-    # the models: policy, reference, what scores, critic
+
+class Models(NamedTuple):
+    """All that has weights. What trains is in DDP where there are several ranks (or in shards): policy, critic."""
+    policy: torch.nn.Module
+    critic: torch.nn.Module
+    policy_model: GPT  # the same without DDP: to sample with, and to save
+    critic_model: ScalarModel
+    reference: GPT
+    reward_models: list
+    average: GPT | None  # of the policy's weights, for --ema
+    policy_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+
+
+def load_models(config, folders, run):
+    """(Models, tokenizer): policy, reference, reward models from their folders, critic."""
     policy_model, tokenizer = open_model(config, GPT)
-    # With adapters, what is frozen is shared: the reference is the policy without them, and the reward model the
-    # critic without its own. (Shards have one owner, so there each model is whole.)
-    shares = config.lora_rank > 0 and config.parallel == "ddp"
-    reference = twin(policy_model, shares)
-    sources = config.reward + config.reward_fn
-    require(len(config.reward_weights) in (0, len(sources)),
-            f"{len(config.reward_weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
-    require(all(map(math.isfinite, config.reward_weights)), "--reward-weights must be finite numbers")
-    weights = torch.tensor(config.reward_weights or [1.0] * len(sources), device=run.device)  # (sources,)
-    reward_fns = [reward_function(spec, run.device) for spec in config.reward_fn]
-    reward_models = []
-    for folder in config.reward:
-        reward_model, reward_tokenizer = load_model(folder, ScalarModel, allow_pickle=config.allow_pickle)
-        require(reward_tokenizer.same_as(tokenizer), f"--reward {folder} has another tokenizer than --model {config.model}")
-        reward_models.append(reward_model)
+    reference = frozen_reference(policy_model, config)
+    reward_models = load_reward_models(folders, tokenizer, config.model, config.allow_pickle)
     critic_init = config.critic_init
     if critic_init == "auto":
-        critic_init = "reward" if config.reward else "zero"
-    require(critic_init != "reward" or config.reward, "--critic-init reward needs a --reward folder; use sft or zero")
-    if critic_init == "reward":
-        critic_model = twin(reward_models[0], shares)
-    elif critic_init not in ("sft", "zero"):
-        raise ValueError(f"unknown start of the critic {critic_init}")
-    else:
-        torch.manual_seed(config.seed)
-        critic_model = ScalarModel.from_trunk(policy_model, shares)
-        if critic_init == "zero":
-            torch.nn.init.zeros_(critic_model.score.weight)
-    sharing = []
-    if shares:
-        sharing = [reference] + (reward_models[:1] if critic_init == "reward" else [])
+        critic_init = "reward" if folders else "zero"
+    critic_model = start_critic(critic_init, policy_model, reward_models, config)
+    # With adapters, what is frozen is shared: the reference is the policy without them, and the reward model the critic
+    # without its own.
+    shared = []
+    if shares_frozen(config):
+        shared = [reference]
+        if critic_init == "reward":
+            shared.append(reward_models[0])
     for model in [reference, *reward_models]:
         model.requires_grad_(False).eval()
-        if any(model is other for other in sharing):
+        if any(model is other for other in shared):
             # Its weights are the trained model's; what it has alone, a head, has to move as well.
             model.to(run.device)
             continue
@@ -420,220 +479,382 @@ def main(config):
             run.parallel(model)
     prepare(policy_model, config)
     prepare(critic_model, config)
-    ema = average_of(policy_model, shares) if config.ema > 0 else None
+    average = average_of(policy_model, shares_frozen(config)) if config.ema > 0 else None
     policy, critic = run.parallel(policy_model), run.parallel(critic_model)
+    if average:
+        average = run.parallel(average)
     policy_optimizer = adamw(policy_model, config.lr, eps=1e-5)
     critic_optimizer = adamw(critic_model, config.critic_lr, eps=1e-5)
-    modules = {"policy": policy_model, "critic": critic_model}
-    optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    models = Models(policy, critic, policy_model, critic_model, reference, reward_models, average, policy_optimizer,
+                    critic_optimizer)
+    return models, tokenizer
+
+
+def start_critic(init, policy_model, reward_models, config):
+    """The critic before training: a copy of the first reward model, or of the policy's trunk with a new head."""
+    if init == "reward":
+        return twin(reward_models[0], shares_frozen(config))
+    if init not in ("sft", "zero"):
+        raise ValueError(f"unknown start of the critic {init}")
+    torch.manual_seed(config.seed)
+    critic = ScalarModel.from_trunk(policy_model, shares_frozen(config))
+    if init == "zero":
+        torch.nn.init.zeros_(critic.score.weight)
+    return critic
+
+
+def average_of(policy, shares):
+    """A copy of the policy to average its weights in. shares: what is frozen stays the policy's own."""
+    frozen = {id(p): p for p in policy.parameters() if shares and not p.requires_grad}
+    return copy.deepcopy(policy, frozen).requires_grad_(False)
+
+
+class Demonstrations:
+    """The examples of --ptx-data, and the batch of each optimiser step (PPO-ptx)."""
+
+    def __init__(self, config, tokenizer, context, say):
+        rows = read_rows(config.ptx_data, "demonstrations", say)
+        self.examples = encode_demonstrations(tokenizer, rows, context, say)
+        self.lengths = [len(ids) for ids, _ in self.examples]
+        self.config, self.pad = config, tokenizer.pad
+
+    def start(self, done):
+        """Begin behind so many optimiser steps."""
+        self.batches = endless_batches(self.lengths, self.config.ptx_tokens, self.config.seed, done)
+
+    def draw(self, number):
+        """Draw the batches of so many optimiser steps."""
+        self.drawn = [next(self.batches) for _ in range(number)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The phases that take more than a few lines
+
+class Old(NamedTuple):
+    """What the losses call old, and the reference: computed by the forward pass that trains, not by the sampler."""
+    logprobs: torch.Tensor  # (B, T)
+    ref_logprobs: torch.Tensor  # (B, T)
+    values: torch.Tensor  # (B, T)
+    entropy: torch.Tensor  # (B, T) nats
+
+
+@torch.no_grad()
+def forward(run, models, batch, host_steps, plan, temperature):
+    """`Old` of a rollout. host_steps (B, T), on the CPU: see `steps_mask`."""
+    old = Old(*(torch.zeros(batch.ids.shape, device=run.device) for _ in Old._fields))
+    reference = models.reference
+    for part in batch.passes(run, plan):
+        with run.autocast():
+            logprobs, entropy = models.policy_model(part.ids, part.where, temperature, with_entropy=True)
+            ref_logprobs, _ = reference(part.ids.to(reference.device), part.where, temperature)
+            values = values_before(models.critic_model, part.ids, part.of(host_steps))
+        here = part.rows, slice(part.width)
+        old.logprobs[here], old.entropy[here] = logprobs, entropy
+        old.ref_logprobs[here], old.values[here] = ref_logprobs.to(run.device), values
+    return old
+
+
+def deal(replies, minibatches, epochs, run, generator):
+    """Numbers of this rank's replies in each minibatch: epochs * minibatches lists.
+
+    A rank's replies lie in lanes, as many as a minibatch takes from the rank; each lane gives one reply to every
+    minibatch, in a random order. Ranks own whole lanes, so all have as many in each minibatch, and the number of ranks
+    changes nothing. Of 8 replies on 2 ranks, for 2 minibatches:
+
+        lane    rank 0: 0  1    rank 1: 0  1
+                        0  1            0  1    the first minibatch takes one of each column,
+                        2  3            2  3    the second the other
+    """
+    lanes = replies // minibatches
+    order = torch.rand(epochs, minibatches, lanes * run.world_size, generator=generator, device=run.device).argsort(1)
+    own = order.cpu().flatten(0, 1)[:, run.rank::run.world_size]  # (epochs * minibatches, lanes): which of the lane
+    return (own * lanes + torch.arange(lanes)).tolist()
+
+
+class Totals(dict):
+    """Sums of metrics over an update, each divided by the optimiser steps that it has."""
+
+    def __init__(self, updates):
+        super().__init__()
+        self.updates = updates
+
+    def add(self, metrics):
+        for name, value in metrics.items():
+            self[name] = self.get(name, 0) + value.detach() / self.updates
+
+
+class Update(NamedTuple):
+    """What came of the update on a rollout."""
+    totals: dict  # {metric: () sum of this rank}, as from `Totals`
+    begun: int  # minibatches
+    stopped: bool  # by --kl-stop, so that the last of them changed nothing
+    old_new_kl: float  # KL(old || new) of the last minibatch, where a flag asks for it
+    ratio_error: torch.Tensor  # () largest |log ratio| of the first minibatch
+    grad_norm: torch.Tensor
+    critic_grad_norm: torch.Tensor
+    lr: float
+    critic_lr: float
+
+
+def update(run, config, models, batch, steps, old, advantages, returns, coefs, generator, drawn, demonstrations):
+    """Some epochs of minibatches over a rollout.
+
+    steps, advantages, returns (B, T). coefs: {kl_coef, penalty_coef}. drawn: numbers of this rank's prompts;
+    demonstrations: `Demonstrations`, or None. Returns an `Update`.
+    """
+    updates = config.epochs * config.minibatches
+    totals, ratio_error, old_new_kl, stopped = Totals(updates), torch.zeros((), device=run.device), 0.0, False
+    step, warm = run.step, config.critic_warmup
+    lr = scheduled_lr(max(0, step - warm), config.steps - warm, config.warmup, config.lr, config.lr_schedule)
+    critic_lr = scheduled_lr(step, config.steps, config.warmup, config.critic_lr, config.critic_lr_schedule)
+    train_policy = step >= warm
+    grad_norm = critic_grad_norm = torch.zeros(())
+    minibatches = deal(len(batch.texts), config.minibatches, config.epochs, run, generator)
+    plans = batch.plan(run, minibatches, config.micro_batch_tokens)
+    host_steps = steps.cpu()
+
+    for number, picked in enumerate(minibatches):
+        # Counts of the whole minibatch: a short reply weighs by its tokens.
+        own = torch.stack([batch.host_mask[picked].sum(), host_steps[picked].sum()])
+        tokens, value_tokens = run.all_sum(own.to(run.device, non_blocking=True))
+        approx_kl = torch.zeros((), device=run.device)
+        if demonstrations and train_policy:
+            ptx_pass(run, config, models, demonstrations, demonstrations.drawn[number], totals)
+        for part in batch.passes(run, plans[number], models.policy, models.critic):
+            old_logprobs = part.of(old.logprobs)  # (n, W)
+            if train_policy:
+                with run.autocast():
+                    logprobs, entropy = models.policy(part.ids, part.where, config.temperature,
+                                                      with_entropy=config.entropy_coef > 0)
+                objective, stats = policy_loss(
+                    logprobs, old_logprobs, part.of(advantages), part.mask, config.clip, tokens, config.policy_loss,
+                    config.dual_clip, coefs["penalty_coef"])
+                totals.add({"policy_loss": objective, **stats})
+                approx_kl += stats["approx_kl"]
+                if config.entropy_coef > 0:
+                    objective = objective - config.entropy_coef * (entropy * part.mask).sum() / tokens
+                if config.kl_in == "loss":
+                    kl = kl_loss(logprobs, old_logprobs, part.of(old.ref_logprobs), part.mask, config.kl, tokens)
+                    totals.add({"kl_loss": kl})
+                    objective = objective + coefs["kl_coef"] * kl
+                if number == 0:
+                    # Nothing has been updated yet, so the ratio to the old policy must be 1.
+                    ratio_error = torch.maximum(ratio_error, (logprobs.detach() - old_logprobs).abs().max())
+                run.backward(objective, models.policy_optimizer)
+            with run.autocast():
+                values = values_before(models.critic, part.ids, part.of(host_steps))  # (n, W)
+            part_steps = part.of(steps) & part.counts
+            loss, stats = value_loss(values, part.of(old.values), part.of(returns), part_steps, config.value_clip,
+                                     value_tokens)
+            totals.add({"value_loss": loss, **stats})
+            run.backward(loss, models.critic_optimizer)
+        if config.kl_stop > 0 or config.penalty_target > 0:
+            old_new_kl = run.all_sum(approx_kl).item()
+        stopped = config.kl_stop > 0 and old_new_kl > config.kl_stop
+        if stopped:
+            models.policy_optimizer.zero_grad()
+            models.critic_optimizer.zero_grad()
+            break
+        examples = [drawn[i] for i in picked]
+        if train_policy:
+            grad_norm = run.optimizer_step(models.policy_optimizer, lr, config.max_grad_norm, examples)
+            if models.average:
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(models.average.parameters()), list(models.policy_model.parameters()),
+                                         1 - config.ema)
+        critic_grad_norm = run.optimizer_step(models.critic_optimizer, critic_lr, config.max_grad_norm, examples)
+    return Update(totals, number + 1, stopped, old_new_kl, ratio_error, grad_norm, critic_grad_norm,
+                  lr * train_policy, critic_lr)
+
+
+def ptx_pass(run, config, models, demonstrations, numbers, totals):
+    """Add the gradient of -ptx_coef * log-likelihood of a batch of demonstrations: it is summed with PPO's, for one step."""
+    examples = demonstrations.examples
+    tokens = sum(sum(examples[i][1]) for i in numbers)
+    pieces = run.split(numbers, demonstrations.lengths, config.micro_batch_tokens)
+    for picked, weight in run.passes(pieces, models.policy, more=True):
+        ids, mask, _ = collate([examples[i] for i in picked], demonstrations.pad, run.device)  # (n, W)
+        with run.autocast():
+            logprob, _ = models.policy(ids, mask, summed=True)  # ()
+        loss = -logprob * weight * config.ptx_coef / tokens
+        run.backward(loss, models.policy_optimizer)
+        totals.add({"ptx_loss": loss / config.ptx_coef})
+
+
+def summarise(run, batch, old, scores, source_scores, rewards, explained, judged, done):
+    """A rollout's row of metrics, and its response tokens, over all ranks.
+
+    scores (B,); source_scores {name: (B,)} where there are several; rewards (B, T); judged {name: (B,)}; done: `Update`.
+    """
+    log_ratio = old.logprobs - old.ref_logprobs  # (B, T)
+    k3 = kl_estimate(old.logprobs, old.ref_logprobs, "k3")  # (B, T)
+    lengths = batch.mask.sum(1).float()  # (B,)
+    tokens = run.all_sum(batch.mask.sum())
+    # All but entropy, value and ref_nll, which are means over tokens, are means over replies.
+    per_token = run.world_size / tokens
+    metrics = {
+        "score": scores.mean(), "kl": log_ratio.sum(1).mean(), "length": lengths.mean(),
+        "eos_rate": batch.ended.float().mean(), "kl_k3": k3.sum(1).mean(), "reward": rewards.sum(1).mean(),
+        "explained_variance": explained, "entropy": old.entropy.sum() * per_token,
+        "value": old.values.sum() * per_token, "ref_nll": -old.ref_logprobs.sum() * per_token}
+    metrics |= {f"score_{name}": own.mean() for name, own in source_scores.items()}
+    metrics |= {name: numbers.mean() for name, numbers in judged.items()}
+    sums = run.all_sum(torch.stack(list(metrics.values()))) / run.world_size
+    row = dict(zip(metrics, sums.tolist()))
+    sums = run.all_sum(torch.stack(list(done.totals.values())))
+    for name, value in zip(done.totals, sums.tolist()):
+        row[name] = value * done.totals.updates / done.begun
+    row["ref_perplexity"] = math.exp(min(row.pop("ref_nll"), 700.0))
+    row["updates"] = done.begun - done.stopped
+    return row, tokens.item()
+
+
+def shares_of_time(clock, tokens, passes):
+    """{metric}: of rollout, score and update the part of the step's seconds, and tokens per second. clock: four times."""
+    row = {}
+    for name, before, after in zip(("rollout", "score", "update"), clock, clock[1:]):
+        seconds, times = after - before, passes if name == "update" else 1
+        row[f"{name}_tokens_per_second"] = tokens * times / seconds
+        row[f"{name}_share"] = seconds / (clock[-1] - clock[0])
+    return row
+
+
+def main(config):
+    folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
+    run = Run(config, reads={"reward": folders})
+    sources = folders + config.reward_fn
+    check(config, folders, run)
+    weights = torch.tensor(source_weights(config.reward_weights, sources), device=run.device)  # (sources,)
+    functions, judges = load_functions("--reward-fn", config.reward_fn), load_functions("--judge", config.judge)
+    models, tokenizer = load_models(config, folders, run)
+    policy_model, reward_models = models.policy_model, models.reward_models
+    context = min(model.config.block_size for model in [policy_model, models.critic_model, *reward_models])
+    prompts = load_prompts(config, tokenizer, context, run.say)
+    run.say(f"{len(prompts)} prompts, for instance\n{describe(tokenizer, prompts[0].ids, [False] * len(prompts[0].ids))}")
+    demonstrations = None
+    if config.ptx_coef > 0:
+        limit = min(config.max_length or context, context)
+        demonstrations = Demonstrations(config, tokenizer, limit, run.say)
+    # A mistake in a function should show before anything is written.
+    check_functions(functions + judges, [prompt.row for prompt in prompts], run.say)
+
+    modules = {"policy": policy_model, "critic": models.critic_model}
+    optimizers = {"policy_optimizer": models.policy_optimizer, "critic_optimizer": models.critic_optimizer}
     save = {"": lambda folder: save_model(folder, policy_model, tokenizer, config)}
-    if ema:
-        modules["ema"] = run.parallel(ema)
-        save["ema"] = lambda folder: save_model(folder, ema, tokenizer, config)
-
-    # prompts, and demonstrations for PPO-ptx
-    world = toy.World(config.seed) if config.data == "toy" else None
-    require(not (world and config.part), "--part is for files, not for the toy task")
-    rows = world.prompts("train") if world else split_by_prompt(read_rows(config.data, "prompts", run.say, config.part, config.skip_bad), config.val_fraction)[0]
-    require(rows, f"--val-fraction {config.val_fraction} leaves no prompt")
-    prompts = [(row, encode_prompt(tokenizer, row.prompt)) for row in rows]
-    context = min(model.config.block_size for model in [policy_model, critic_model, *reward_models])
-    context = min(config.max_length or context, context)
-    require(config.max_new_tokens < context, f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context}")
-    prompts = drop_long(prompts, [len(ids) for _, ids in prompts], context - config.max_new_tokens, run.say)
-    run.say(f"{len(prompts)} prompts, for instance\n{describe(tokenizer, prompts[0][1], [False] * len(prompts[0][1]))}")
-    if config.ptx_coef > 0:
-        rows = toy.World(config.seed).demonstrations("train") if config.ptx_data == "toy" else read_rows(config.ptx_data, "demonstrations", run.say)
-        ptx = encode_demonstrations(tokenizer, rows, context, run.say)
-        ptx_lengths = [len(ids) for ids, _ in ptx]
-
-    # a mistake in a function should show before anything is written
-    check_functions(config.reward_fn, reward_fns, [row for row, _ in prompts], run.say)
+    if models.average:
+        modules["ema"] = models.average
+        save["ema"] = lambda folder: save_model(folder, models.average, tokenizer, config)
     first, state = run.begin(modules, optimizers, save, best="reward")
-    kl_coef, penalty_coef, moments = (state.get(name, start) for name, start in
-                                      (("kl_coef", config.kl_coef), ("penalty_coef", config.penalty_coef), ("moments", [0, 0.0, 0.0])))
+    state |= {"kl_coef": config.kl_coef, "penalty_coef": config.penalty_coef, "moments": [0, 0.0, 0.0]} | state
+    moments = state["moments"]
+    updates = config.epochs * config.minibatches
+    if demonstrations:
+        demonstrations.start(first * updates)
     order = endless_order(len(prompts), config.seed, first * config.rollout_batch)
-    if config.ptx_coef > 0:
-        ptx_batches = endless_batches(ptx_lengths, config.ptx_tokens, config.seed, first * updates)
-    policy.eval(), critic.eval()  # no dropout: the ratio to the old policy must be 1 where nothing has changed
-    rows = [json.loads(line) for line in open(run.out / "metrics.jsonl")] if first and run.main else []
-    history, warned = [row for row in rows if {"score", "kl", "entropy", "eos_rate", "explained_variance"} <= row.keys()], {}  # the finite ones
+    # No dropout: the ratio to the old policy must be 1 where nothing has changed.
+    models.policy.eval()
+    models.critic.eval()
+    history, warned = read_history(run) if first and run.main else [], {}
 
     for step in run.steps(first, config.steps):
         generator = run.seed_step(step)
         clock = [run.clock()]
 
         # 1. rollout
-        chosen = sorted((next(order) for _ in range(config.rollout_batch)), key=lambda i: len(prompts[i][1]))[run.rank::run.world_size]  # equal work for all ranks
-        ptx_drawn = [next(ptx_batches) for _ in range(updates)] if config.ptx_coef > 0 else []  # in rollouts that are skipped, too
-        uniform = uniforms(config.rollout_batch, config.max_new_tokens, generator, run.device)[run.rank::run.world_size]  # replies don't depend on the ranks
-        run.doing = f"step {step + 1}, sampling {config.rollout_rows or share} replies at once"
-        with run.gathered(policy_model), run.autocast():
-            rollout = generate(policy_model, [prompts[i][1] for i in chosen], config.max_new_tokens, tokenizer,
-                               config.temperature, rows=config.rollout_rows, uniform=uniform, interrupted=run.asked_to_stop)
-        run.safe_point()
-        ids, mask, lengths, ended = rollout  # (B, T), (B, T), (B,), (B,)
-        texts, questions = rollout.texts(tokenizer), [prompts[i][0].text for i in chosen]
-        if config.reward_at == "next":
-            ids, mask = F.pad(ids, (0, 1), value=tokenizer.pad), F.pad(mask, (0, 1))
-        steps = steps_mask(mask, config.reward_at, run.all_max)  # (B, T)
-        size = (lengths + steps.sum(1) - mask.sum(1)).tolist()
-        host_mask, host_steps, host_lengths = mask.cpu(), steps.cpu(), lengths.cpu()  # see token_index
+        if demonstrations:
+            # In rollouts that are skipped, too: a step's batches go by its number alone.
+            demonstrations.draw(updates)
+        drawn = draw_prompts(run, prompts, order, config.rollout_batch)
+        room = 1 if config.reward_at == "next" else 0
+        batch = sample(run, policy_model, tokenizer, [prompts[i] for i in drawn], config.max_new_tokens,
+                       config.temperature, generator, config.rollout_rows, room=room)  # ids, mask (B, T)
+        steps = steps_mask(batch.mask, config.reward_at, run.all_max)  # (B, T)
+        batch.sizes = (batch.host_lengths + (steps.sum(1) - batch.mask.sum(1)).cpu()).tolist()
         clock.append(run.clock())
 
-        # 2. score: what the losses call old is computed here, by the forward pass that trains, not by the sampler
-        old_logprobs, ref_logprobs, old_values, entropy = (torch.zeros(ids.shape, device=run.device) for _ in range(4))  # (B, T)
-        parts = torch.zeros(len(sources), share, device=run.device)
-        with torch.no_grad(), run.autocast():
-            pieces = by_length(range(share), size, config.micro_batch_tokens)
-            for piece, _ in run.passes(fill_up(pieces, int(run.all_max(torch.tensor(len(pieces), device=run.device))), pieces[0])):
-                rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
-                part, part_mask = ids[rows, :T], host_mask[piece, :T]
-                old_logprobs[rows, :T], entropy[rows, :T] = policy_model(part, part_mask, config.temperature, with_entropy=True)
-                ref_logprobs[rows, :T] = reference(part.to(reference.device), part_mask, config.temperature)[0].to(run.device)
-                old_values[rows, :T] = values_before(critic_model, part, host_steps[piece, :T])
-                for source, reward_model in enumerate(reward_models):
-                    parts[source, rows] = last_scores(reward_model, part.to(reward_model.device), host_lengths[piece]).to(run.device)
-        for source, function in enumerate(reward_fns, len(reward_models)):
-            parts[source] = function(questions, texts, [prompts[i][0].answer for i in chosen])
-        scores = weights @ parts  # (B,)
-        if not run.finite("the score", scores, chosen):
+        # 2. score
+        plan, = batch.plan(run, [list(range(len(drawn)))], config.micro_batch_tokens)
+        old = forward(run, models, batch, steps.cpu(), plan, config.temperature)  # (B, T) each
+        source_scores = score(run, reward_models, functions, batch, plan)  # (sources, B)
+        scores = weights @ source_scores  # (B,)
+        if not run.finite("the score", scores, drawn):
             continue
 
         # 3. rewards
-        judged = judge_missing_eos(scores, ended, config.missing_eos, config.missing_eos_penalty, run.all_min(scores.min()))
+        lowest = run.all_min(scores.min())
+        adjusted = missing_eos_scores(scores, batch.ended, config.missing_eos, config.missing_eos_penalty, lowest)
         if config.reward_norm != "none":
-            moments = update_moments(moments, judged, run.all_sum)
-        judged = normalise_scores(judged, moments, config.reward_norm, config.reward_clip)
-        kl = kl_estimate(old_logprobs, ref_logprobs, config.kl)  # (B, T)
-        rewards = shaped_rewards(judged, kl, steps, {"reward": kl_coef, "loss": 0.0}[config.kl_in])
+            moments = update_moments(moments, adjusted, run.all_sum)
+        adjusted = normalise_scores(adjusted, moments, config.reward_norm, config.reward_clip)
+        kl = kl_estimate(old.logprobs, old.ref_logprobs, config.kl)  # (B, T)
+        in_reward = {"reward": state["kl_coef"], "loss": 0.0}[config.kl_in]
+        rewards = shaped_rewards(adjusted, kl, steps, in_reward)  # (B, T)
 
         # 4. advantages
-        advantages, returns = gae(rewards, old_values, steps, config.gamma, config.lam)
-        explained = explained_variance(old_values, returns, steps, run.all_sum)
+        advantages, returns = gae(rewards, old.values, steps, config.gamma, config.lam)  # (B, T)
+        explained = explained_variance(old.values, returns, steps, run.all_sum)
         if config.whiten != "none":
-            advantages = whiten(advantages, mask, run.all_sum, config.whiten)
+            advantages = whiten(advantages, batch.mask, run.all_sum, config.whiten)
         if config.advantage_clip > 0:
             advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
         clock.append(run.clock())
 
         # 5. update
-        totals, off_by, stopped = {}, torch.zeros((), device=run.device), False
-        lr = scheduled_lr(max(0, step - config.critic_warmup), config.steps - config.critic_warmup, config.warmup, config.lr, config.lr_schedule)
-        critic_lr = scheduled_lr(step, config.steps, config.warmup, config.critic_lr, config.critic_lr_schedule)
-        train_policy = step >= config.critic_warmup
-        # replies lie in as many lanes as a minibatch has rows, and each lane gives one to every minibatch in a random order: so the
-        lanes = share // config.minibatches  # ranks, which own whole lanes, have equally many in each, and their number changes nothing
-        picks = torch.rand(config.epochs, config.minibatches, lanes * run.world_size, generator=generator, device=run.device).argsort(1)
-        batches = (picks.cpu().flatten(0, 1)[:, run.rank::run.world_size] * lanes + torch.arange(lanes)).tolist()  # (epochs * minibatches, lanes) replies of this rank
-        plans = [by_length(picked, size, config.micro_batch_tokens) for picked in batches]
-        counts = run.all_max(torch.tensor([len(plan) for plan in plans], device=run.device)).tolist()
-        grad_norm = critic_grad_norm = torch.zeros(())
-
-        def add(name, value):  # to the mean over the update
-            totals[name] = totals.get(name, 0) + value.detach() / updates
-
-        for number, picked in enumerate(batches):
-            # of the whole minibatch: short replies weigh by their tokens
-            own = torch.stack([host_mask[picked].sum(), host_steps[picked].sum()])
-            tokens, value_tokens = run.all_sum(own.to(run.device, non_blocking=True))
-            old_new_kl = torch.zeros((), device=run.device)  # of this minibatch, per token
-            pieces = [("ppo", *piece) for piece in fill_up(plans[number], counts[number], picked[:1])]
-            if ptx_drawn and train_policy:
-                pieces = [("ptx", *piece) for piece in run.split(ptx_drawn[number], ptx_lengths, config.micro_batch_tokens)] + pieces
-            for kind, piece, weight in run.passes(pieces, policy, critic):
-                if kind == "ptx":  # its gradients are summed with those of PPO: one step for both
-                    part, part_mask, _ = collate([ptx[i] for i in piece], tokenizer.pad, run.device)
-                    with run.autocast():
-                        ptx_loss = -policy(part, part_mask, summed=True)[0] * weight * config.ptx_coef / sum(sum(ptx[i][1]) for i in ptx_drawn[number])
-                    run.backward(ptx_loss, policy_optimizer)
-                    add("ptx_loss", ptx_loss / config.ptx_coef)
-                    continue
-                rows, T = torch.tensor(piece).to(run.device, non_blocking=True), max(size[i] for i in piece)
-                part, part_mask, part_steps, old = ids[rows, :T], mask[rows, :T] & (weight > 0), steps[rows, :T] & (weight > 0), old_logprobs[rows, :T]
-                losses, stats = {}, {}
-                if train_policy:
-                    with run.autocast():
-                        logprobs, H = policy(part, host_mask[piece, :T], config.temperature, with_entropy=config.entropy_coef > 0)
-                    losses["policy_loss"], stats = policy_loss(logprobs, old, advantages[rows, :T], part_mask, config.clip, tokens,
-                                                               config.policy_loss, config.dual_clip, penalty_coef)
-                    objective = losses["policy_loss"]
-                    if config.entropy_coef > 0:
-                        objective = objective - config.entropy_coef * (H * part_mask).sum() / tokens
-                    if config.kl_in == "loss":
-                        losses["kl_loss"] = kl_loss(logprobs, old, ref_logprobs[rows, :T], part_mask, config.kl, tokens)
-                        objective = objective + kl_coef * losses["kl_loss"]
-                    if number == 0:  # nothing has been updated yet, so the ratio to the old policy must be 1
-                        off_by = torch.maximum(off_by, (logprobs.detach() - old).abs().max())
-                    run.backward(objective, policy_optimizer)
-                with run.autocast():
-                    values = values_before(critic, part, host_steps[piece, :T])
-                losses["value_loss"], value_stats = value_loss(values, old_values[rows, :T], returns[rows, :T], part_steps, config.value_clip, value_tokens)
-                run.backward(losses["value_loss"], critic_optimizer)
-                for name, value in {**losses, **stats, **value_stats}.items():
-                    add(name, value)
-                old_new_kl += stats.get("approx_kl", 0)
-            if config.kl_stop > 0 or config.penalty_target > 0:
-                old_new_kl = run.all_sum(old_new_kl).item()
-            stopped = config.kl_stop > 0 and old_new_kl > config.kl_stop
-            if stopped:
-                policy_optimizer.zero_grad(), critic_optimizer.zero_grad()
-                break
-            if train_policy:
-                grad_norm = run.optimizer_step(policy_optimizer, lr, config.max_grad_norm, [chosen[i] for i in picked])
-                if ema:
-                    with torch.no_grad():
-                        torch._foreach_lerp_(list(ema.parameters()), list(policy_model.parameters()), 1 - config.ema)
-            critic_grad_norm = run.optimizer_step(critic_optimizer, critic_lr, config.max_grad_norm, [chosen[i] for i in picked])
+        done = update(run, config, models, batch, steps, old, advantages, returns, state, generator, drawn,
+                      demonstrations)
 
         # 6. control, log, save
-        log_ratio = old_logprobs - ref_logprobs  # (B, T)
-        all_tokens = run.all_sum(mask.sum())
-        replies = {  # means over the replies; entropy, value and ref_nll are means over their tokens
-            "score": scores.mean(), "kl": log_ratio.sum(1).mean(), "length": mask.sum(1).float().mean(), "eos_rate": ended.float().mean(),
-            "kl_k3": kl_estimate(old_logprobs, ref_logprobs, "k3").sum(1).mean(), "reward": rewards.sum(1).mean(), "explained_variance": explained,
-            "entropy": entropy.sum() / all_tokens * run.world_size, "value": old_values.sum() / all_tokens * run.world_size,
-            "ref_nll": -ref_logprobs.sum() / all_tokens * run.world_size}
-        if len(sources) > 1:
-            replies |= {f"score_{name}": part.mean() for name, part in zip(short_names(sources), parts)}
-        if world:
-            gold = [world.gold(*reply) for reply in zip(questions, texts, ended.tolist())]
-            replies["gold"] = torch.tensor(gold, device=run.device).mean()
-        names, values = zip(*replies.items())
-        means = dict(zip(names, (run.all_sum(torch.stack(values)) / run.world_size).tolist()))
-        names, values = zip(*totals.items())
-        means |= {name: value * updates / (number + 1) for name, value in zip(names, run.all_sum(torch.stack(values)).tolist())}
-        means |= {"ref_perplexity": math.exp(min(means.pop("ref_nll"), 700.0)), "updates": number + 1 - stopped}
+        named = dict(zip(short_names(sources), source_scores)) if len(sources) > 1 else {}
+        judged = {function.name: judge(function, batch).to(run.device) for function in judges}
+        row, tokens = summarise(run, batch, old, scores, named, rewards, explained, judged, done)
         clock.append(run.clock())
-        seconds = {name: after - before for name, before, after in zip(("rollout", "score", "update"), clock, clock[1:])}
-        tokens, off_by = all_tokens.item(), -run.all_min(-off_by)  # the largest of all ranks
-        if off_by > RATIO_TOLERANCE[run.dtype]:
-            run.say(f"warning: step {step + 1}: log-probabilities of an unchanged policy moved by {off_by:.2g}; the ratio should be 1, so something "
-                    "differs between the two passes (dropout? --dtype float32 tells whether it is rounding)")
-        history.append(means)
-        if len(history) > 300:
-            del history[5]  # the first five stay, to compare with
-        for symptom, advice in diagnose(history, config.kl_limit).items():
+        # The largest of all ranks.
+        ratio_error = -run.all_min(-done.ratio_error)
+        if ratio_error > RATIO_TOLERANCE[run.dtype]:
+            run.say(f"warning: step {step + 1}: log-probabilities of an unchanged policy moved by {ratio_error:.2g}; the "
+                    "ratio should be 1, so something differs between the two passes (dropout? --dtype float32 tells "
+                    "whether it is rounding)")
+        # The first rollouts are kept to compare with.
+        history.append(row)
+        history = history[:WINDOW] + history[WINDOW:][-295:]
+        for symptom, advice in diagnose(history, config.kl_limit, judged).items():
             if step - warned.get(symptom, -20) >= 20:
                 warned[symptom] = step
                 run.say(f"warning: step {step + 1}: {advice}")
         if run.time_to_log(step):
-            run.log(step + 1, means | {"kl_coef": kl_coef, "lr": lr * train_policy, "critic_lr": critic_lr, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
-                                   "ratio_error": off_by}
-                    | {f"{name}_tokens_per_second": tokens * (config.epochs * (number + 1) / updates if name == "update" else 1) / s for name, s in seconds.items()}
-                    | {f"{name}_share": s / (clock[-1] - clock[0]) for name, s in seconds.items()}
-                    | ({"penalty_coef": penalty_coef} if config.policy_loss == "penalty" else {}),
-                    show=("score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance"))
+            penalty = {"penalty_coef": state["penalty_coef"]} if config.policy_loss == "penalty" else {}
+            run.log(step + 1, row | {
+                "kl_coef": state["kl_coef"], "lr": done.lr, "critic_lr": done.critic_lr, "grad_norm": done.grad_norm,
+                "critic_grad_norm": done.critic_grad_norm, "ratio_error": ratio_error} | penalty
+                | shares_of_time(clock, tokens, config.epochs * done.begun / updates),
+                show=("score", *judged, "kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance"))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
-            for i in range(0, share, max(1, share // 3))[:3]:
-                run.say(f"  sample: {questions[i]!r} -> {texts[i]!r} (score {scores[i]:.2f})")
-        if config.kl_target > 0 and train_policy:
-            kl_coef = adapt_kl_coef(kl_coef, means["kl"], config.kl_target, config.rollout_batch, config.kl_horizon)
-        if config.penalty_target > 0 and train_policy:
-            penalty_coef = adapt_penalty(penalty_coef, old_new_kl, config.penalty_target)
-        state |= {"kl_coef": kl_coef, "penalty_coef": penalty_coef, "moments": moments}
-        if config.kl_limit_stop and means["kl"] > config.kl_limit:
-            run.problem = f"step {step + 1}: the KL per reply, {means['kl']:.1f} nats, is beyond --kl-limit {config.kl_limit:g}, and --kl-limit-stop was asked for"
+            show_replies(run, batch, scores)
+        # What is saved changes here alone: a run that is stopped on the way begins the step anew.
+        state["moments"] = moments
+        if config.kl_target > 0 and step >= config.critic_warmup:
+            state["kl_coef"] = adapt_kl_coef(state["kl_coef"], row["kl"], config.kl_target, config.rollout_batch,
+                                             config.kl_horizon)
+        if config.penalty_target > 0 and step >= config.critic_warmup:
+            state["penalty_coef"] = adapt_penalty(state["penalty_coef"], done.old_new_kl, config.penalty_target)
+        if config.kl_limit_stop and row["kl"] > config.kl_limit:
+            run.problem = (f"step {step + 1}: the KL per reply, {row['kl']:.1f} nats, is beyond --kl-limit "
+                           f"{config.kl_limit:g}, and --kl-limit-stop was asked for")
+
+
+def read_history(run):
+    """The rows of a resumed run's metrics that `diagnose` can use: those of finite numbers."""
+    needed = {"score", "kl", "entropy", "eos_rate", "explained_variance"}
+    with open(run.out / "metrics.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    return [row for row in rows if needed <= row.keys()]
+
+
+def show_replies(run, batch, scores, number=3):
+    """Print a few replies of a rollout with their scores (B,)."""
+    for i in range(0, len(batch.texts), max(1, len(batch.texts) // number))[:number]:
+        prompt = batch.prompts[i].row.text
+        run.say(f"  sample: {prompt!r} -> {batch.texts[i]!r} (score {scores[i]:.2f})")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,137 @@
-"""Replies of a policy to prompts."""
-from data import encode_prompt
-from generate import generate
+"""Replies of a policy to prompts: prompts of a file, sampling, and the cutting of what was sampled into forward passes.
+
+Shapes: B replies of this rank, T tokens of the longest, n replies of a pass, W tokens of the longest of them.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from data import drop_long, encode_prompt
+from formats.rows import Row
+from formats.sources import read_rows, split_by_prompt
+from generate import generate, uniforms
+from plumbing.flags import require
+from plumbing.ranks import by_length, fill_up
+
+
+class Prompt(NamedTuple):
+    row: Row
+    ids: list  # of a conversation that awaits the assistant
+
+
+def load_prompts(config, tokenizer, context, say, held_out=False):
+    """[Prompt] of --data that fit a context (tokens) with --max-new-tokens behind them.
+
+    held_out: those that --val-fraction holds out, if it is above 0; else those that it leaves.
+    """
+    rows = read_rows(config.data, "prompts", say, config.part, config.skip_bad)
+    train, kept_back = split_by_prompt(rows, config.val_fraction)
+    if held_out and config.val_fraction > 0:
+        require(kept_back, f"--val-fraction {config.val_fraction} holds out no prompt of {config.data}")
+        train = kept_back
+    require(train, f"--val-fraction {config.val_fraction} leaves no prompt")
+    context = min(config.max_length or context, context)
+    require(config.max_new_tokens < context,
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context}")
+    prompts = [Prompt(row, encode_prompt(tokenizer, row.prompt)) for row in train]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    return drop_long(prompts, lengths, context - config.max_new_tokens, say)
+
+
+def draw_prompts(run, prompts, order, count):
+    """Numbers of this rank's prompts, of the next `count` of all ranks. order: see `data.endless_order`.
+
+    Every rank draws the same prompts, and takes every n-th of them in the order of their length: all have equal work.
+    """
+    drawn = [next(order) for _ in range(count)]
+    drawn.sort(key=lambda i: len(prompts[i].ids))
+    return drawn[run.rank::run.world_size]
+
+
+class Pass(NamedTuple):
+    """Some replies of a rollout, as one forward pass takes them."""
+    rows: torch.Tensor  # (n,) where they are in the rollout
+    numbers: list  # the same, on the CPU
+    width: int  # W
+    counts: bool  # False: a pass that only keeps the ranks in step, and must add nothing
+    ids: torch.Tensor  # (n, W)
+    where: torch.Tensor  # (n, W) bool, on the CPU: the responses' tokens, which the models are asked for
+    mask: torch.Tensor  # (n, W) bool: those that count, none if `counts` is False
+    lengths: torch.Tensor  # (n,) on the CPU: tokens of prompt and response
+
+    def of(self, x):
+        """This pass's part (n, W) of x (B, T), wherever that is."""
+        rows = self.rows if x.device == self.rows.device else self.numbers
+        return x[rows, :self.width]
+
+
+@dataclass
+class Rollout:
+    """Replies of this rank. What the CPU needs to know of them lies there too, so that nothing waits for the device."""
+    prompts: list  # of Prompt, one for each reply
+    texts: list  # of str, the replies
+    ids: torch.Tensor  # (B, T) prompt, response, padding
+    mask: torch.Tensor  # (B, T) bool, True on the response, its end token included
+    ended: torch.Tensor  # (B,) bool, the response ends in the end token
+    host_mask: torch.Tensor  # mask on the CPU
+    host_lengths: torch.Tensor  # (B,) tokens of prompt and response, on the CPU
+    sizes: list  # of int: tokens of each reply that a forward pass must take
+
+    def plan(self, run, selections, budget):
+        """Lists of this rank's replies, each cut into passes of at most budget padded tokens: as many on every rank.
+
+        Returns [[(numbers of replies, weight)]]; a weight of 0.0 marks a pass that only keeps the ranks in step.
+        """
+        pieces = [by_length(numbers, self.sizes, budget) for numbers in selections]
+        counts = run.all_max(torch.tensor([len(own) for own in pieces], device=run.device)).tolist()
+        return [fill_up(own, count, numbers[:1]) for own, count, numbers in zip(pieces, counts, selections)]
+
+    def passes(self, run, plan, *modules):
+        """Yield a `Pass` for each entry of a plan; DDP exchanges the gradients of modules on the last one."""
+        for numbers, weight in run.passes(plan, *modules):
+            rows = torch.tensor(numbers).to(run.device, non_blocking=True)
+            width = max(self.sizes[i] for i in numbers)
+            mask = self.mask[rows, :width]
+            if weight == 0:
+                mask = torch.zeros_like(mask)
+            yield Pass(rows, numbers, width, weight > 0, self.ids[rows, :width], self.host_mask[numbers, :width], mask,
+                       self.host_lengths[numbers])
+
+
+def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generator, rows=0, per_prompt=1, room=0):
+    """Sample per_prompt replies to each of this rank's prompts [Prompt]; those to one prompt are neighbours.
+
+    generator draws the same on all ranks, and the random numbers belong to the prompts, so that replies don't depend
+    on the number of ranks. rows: decoded at once, see `generate`; room: free columns behind the longest reply.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
+    uniform = uniforms(len(repeated) * run.world_size, max_new_tokens, generator, run.device)
+    by_prompt = uniform.view(len(prompts) * run.world_size, per_prompt, *uniform.shape[1:])
+    uniform = by_prompt[run.rank::run.world_size].flatten(0, 1)  # (B, tokens, 2)
+    run.doing = f"step {run.step + 1}, sampling {rows or len(repeated)} replies at once"
+    with run.gathered(model), run.autocast():
+        got = generate(model, [prompt.ids for prompt in repeated], max_new_tokens, tokenizer, temperature,
+                       rows=rows, uniform=uniform, interrupted=run.asked_to_stop)
+    run.safe_point()
+    ids, mask = got.ids, got.mask
+    if room:
+        ids, mask = F.pad(ids, (0, room), value=tokenizer.pad), F.pad(mask, (0, room))
+    lengths = got.lengths.cpu()
+    return Rollout(repeated, got.texts(tokenizer), ids, mask, got.ended, mask.cpu(), lengths, lengths.tolist())
 
 
 def show_samples(run, model, tokenizer, rows, max_new_tokens, generator, number=3):
     """Print replies to the prompts of a few rows, evenly spread."""
     rows = rows[::max(1, len(rows) // number)][:number]
-    prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
-    fitting = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) + max_new_tokens <= model.config.block_size]
-    if fitting:
-        with run.gathered(model), run.autocast():
-            texts = generate(model, [ids for _, ids in fitting], max_new_tokens, tokenizer, generator=generator, interrupted=run.asked_to_stop).texts(tokenizer)
-        run.safe_point()
-        for (row, _), text in zip(fitting, texts):
-            run.say(f"  sample: {row.prompt[-1]['content'][-200:]!r} -> {text!r}")
+    prompts = [Prompt(row, encode_prompt(tokenizer, row.prompt)) for row in rows]
+    prompts = [prompt for prompt in prompts if len(prompt.ids) + max_new_tokens <= model.config.block_size]
+    if not prompts:
+        return
+    with run.gathered(model), run.autocast():
+        texts = generate(model, [prompt.ids for prompt in prompts], max_new_tokens, tokenizer, generator=generator,
+                         interrupted=run.asked_to_stop).texts(tokenizer)
+    run.safe_point()
+    for prompt, text in zip(prompts, texts):
+        run.say(f"  sample: {prompt.row.prompt[-1]['content'][-200:]!r} -> {text!r}")

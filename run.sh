@@ -105,17 +105,21 @@ trap 'echo $((before + SECONDS)) >"$demo/seconds"' EXIT
 
 stage() { printf '\n== %s\n' "$1"; }
 common="--seed $seed --resume"
-stage "1/6 supervised fine-tuning on mixed demonstrations"
-"$python" sft.py --out $demo/sft $common
-stage "2/6 asking the SFT model for replies, and an annotator for rankings"
+stage "1/7 the embedded task's files"
+[ -e $demo/toy/tokenizer.json ] || "$python" toy.py --out $demo/toy --seed "$seed"
+demonstrations="--data $demo/toy/demonstrations.jsonl --val-data $demo/toy/demonstrations_heldout.jsonl"
+stage "2/7 supervised fine-tuning on mixed demonstrations"
+"$python" sft.py $demonstrations --out $demo/sft $common
+stage "3/7 asking the SFT model for replies, and an annotator for rankings"
 [ -e $demo/preferences/train.jsonl ] || "$python" toy.py --model $demo/sft --out $demo/preferences --seed "$seed"
 preferences="--data $demo/preferences/train.jsonl --val-data $demo/preferences/heldout.jsonl"
-stage "3/6 reward model"
-"$python" reward.py --model $demo/sft $preferences --demonstrations toy --out $demo/reward $common
-stage "4/6 PPO"
-"$python" ppo.py --model $demo/sft --reward $demo/reward --out $demo/ppo $common
-stage "5/6 DPO"
+stage "4/7 reward model"
+"$python" reward.py --model $demo/sft $preferences --demonstrations $demo/toy/demonstrations.jsonl --out $demo/reward $common
+stage "5/7 PPO"
+"$python" ppo.py --model $demo/sft --reward $demo/reward --data $demo/toy/prompts.jsonl --judge toy:gold --out $demo/ppo $common
+stage "6/7 DPO"
 "$python" dpo.py --model $demo/sft $preferences --out $demo/dpo $common
-stage "6/6 evaluation on held-out prompts"
-"$python" evaluate.py --models $demo/sft $demo/ppo $demo/dpo --out $demo/evaluation.json --seed "$seed"
+stage "7/7 evaluation on held-out prompts"
+"$python" evaluate.py --models $demo/sft $demo/ppo $demo/dpo --data $demo/toy/prompts_heldout.jsonl --judge toy:gold \
+    --out $demo/evaluation.json --seed "$seed"
 "$python" report.py --demo $demo --seconds $((before + SECONDS))

@@ -4,10 +4,17 @@ Some 250 questions in six phrasings each: facts, sums, opposites, short instruct
 answer (the honest reply says so) and requests that ought to be declined. Two phrasings of every question are held
 out, so a model must carry what it learned of a question over to a wording in which it never saw it.
 
+    python toy.py
+
+writes the task to runs/toy: demonstrations, prompts and the generator's own preferences, each with a file of held-out
+prompts beside it, and the tokenizer.
+
     python toy.py --model runs/sft --out runs/preferences
 
 asks a policy for replies, mixes them with others (right, wrong, rude, spliced, ...), has a fallible annotator rank
 them in groups of four, and writes train.jsonl and heldout.jsonl for reward.py and dpo.py. About 30 s on 2 cores.
+
+`--judge toy:gold` measures replies with the judge that knows the truth. To all else this is a task like any other.
 """
 import functools
 import json
@@ -17,14 +24,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from plumbing.flags import Count, Natural, Seed, UserError, require
-from formats.rows import Row
-from plumbing.hardware import pick_device
-from plumbing.run import run_script
-from plumbing.disk import folder_of, write_atomically
-from formats.tokenizer import Tokenizer, train_bpe
 from data import encode_prompt
+from formats.model_folder import load_model
+from formats.rows import Row
+from formats.tokenizer import Tokenizer, train_bpe
+from model import GPT
+from plumbing.disk import folder_of, write_atomically
+from plumbing.flags import Count, Natural, Seed, require
+from plumbing.hardware import pick_device
+from plumbing.run import Alone, run_script
+from rollout import Prompt, sample
 
 # ---------------------------------------------------------------------------------------------------------
 # The world
@@ -155,9 +167,21 @@ def judge(item, reply, ended=True):
     return helpful, honest, -1.0 if unsafe else -0.5 if rude else 1.0
 
 
-def gold(item, reply, ended=True):
+def worst_mark(item, reply, ended=True):
     """The judge's one number in [-1, 1]: a reply is no better than its worst mark."""
     return min(judge(item, reply, ended))
+
+
+ITEM_OF = {phrasing.format(x=item.x): item for item in ITEMS for phrasing in PHRASINGS[item.family]}
+
+
+def gold(prompts, replies, ended):
+    """The gold score of each reply: for --judge toy:gold."""
+    scores = []
+    for prompt, reply, finished in zip(prompts, replies, ended):
+        require(prompt in ITEM_OF, f"the judge knows the questions of the embedded task alone, not {prompt[:60]!r}")
+        scores.append(worst_mark(ITEM_OF[prompt], reply, finished))
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -186,21 +210,16 @@ def make_reply(item, kind, rng):
 
 
 class World:
-    """The questions under one seed's split. texts[split] lists prompts; item_of maps a prompt to its Item."""
+    """The questions under one seed's split. texts[split] lists prompts."""
 
     def __init__(self, seed):
-        self.seed, self.item_of, self.texts = seed, {}, {"train": [], "heldout": []}
+        self.seed, self.texts = seed, {"train": [], "heldout": []}
         rng = np.random.default_rng([seed, 1])
         for item in ITEMS:
             away = set(rng.permutation(6)[:2])
             for i, phrasing in enumerate(PHRASINGS[item.family]):
-                text = phrasing.format(x=item.x)
-                self.item_of[text] = item
-                self.texts["heldout" if i in away else "train"].append(text)
-
-    def gold(self, prompt_text, reply, ended=True):
-        """Gold score of a reply to a prompt of this world."""
-        return gold(self.item_of[prompt_text], reply, ended)
+                split = "heldout" if i in away else "train"
+                self.texts[split].append(phrasing.format(x=item.x))
 
     def prompts(self, split):
         """Rows without replies."""
@@ -209,7 +228,7 @@ class World:
     def demonstrations(self, split, per_prompt=8):
         """Rows with one reply of mixed quality each."""
         rng = np.random.default_rng([self.seed, 2, split == "train"])
-        return [Row([{"role": "user", "content": text}], [make_reply(self.item_of[text], KINDS[kind], rng)], [0])
+        return [Row([{"role": "user", "content": text}], [make_reply(ITEM_OF[text], KINDS[kind], rng)], [0])
                 for text in self.texts[split] for kind in rng.choice(len(KINDS), per_prompt, p=DEMONSTRATIONS)]
 
     def preferences(self, split, groups, samples=None, noise=0.1, k=4):
@@ -226,7 +245,7 @@ class World:
         texts, rows = self.texts[split], []
         for g in range(groups):
             text = texts[g % len(texts)]
-            item, replies = self.item_of[text], []
+            item, replies = ITEM_OF[text], []
             while len(replies) < k:
                 reply = make_reply(item, KINDS[rng.choice(len(KINDS), p=CANDIDATES)], rng)
                 if samples:
@@ -241,7 +260,7 @@ class World:
                         reply = " ".join(a[:rng.integers(1, len(a) + 1)] + b[rng.integers(len(b)):])
                 if reply and (reply not in replies or rng.random() < 0.1):
                     replies.append(reply)
-            truth = [gold(item, reply) for reply in replies]
+            truth = [worst_mark(item, reply) for reply in replies]
             seen = list(rng.permutation(k).astype(float)) if rng.random() < 2 * noise else truth
             if len(set(seen)) > 1:
                 rows.append(Row([{"role": "user", "content": text}], replies, [-s for s in seen], gold=truth))
@@ -258,59 +277,99 @@ def tokenizer():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Collecting preferences
+# Writing files
 
 @dataclass
 class Config:
-    model: str = "runs/sft"  # checkpoint folder of the policy that is asked for replies
-    out: str = "runs/preferences"  # folder for train.jsonl and heldout.jsonl
-    groups: Count = 50000  # ranked groups of 4 for training; those that tie throughout are left out
+    model: str = ""  # checkpoint folder of a policy that is asked for replies; without it the task's own files are written
+    out: str = ""  # folder for the files (default: runs/toy, with --model runs/preferences)
+    # ranked groups of 4 for training, those that tie throughout are left out; 0: 24000, with --model 50000
+    groups: Natural = 0
     heldout_groups: Count = 2000  # the same over the held-out prompts
-    samples: Count = 16  # replies sampled per prompt, at temperature 1
+    samples: Count = 16  # replies sampled per prompt, at temperature 1 (with --model)
     noise: Annotated[float, ">= 0", "<= 0.5"] = 0.1  # share of pairs that are labelled the wrong way round
-    max_new_tokens: Count = 40  # longest reply, tokens
+    max_new_tokens: Count = 40  # longest reply, tokens (with --model)
     seed: Seed = 0  # seed of the split, the candidates and the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
     debug: bool = False  # show the traceback of an error
 
 
-def main(config):
-    """Sample from the policy, rank, write."""
-    import torch
-    from tqdm import tqdm
+def lines(rows):
+    """Rows as JSON Lines."""
+    written = []
+    for row in rows:
+        fields = {"prompt": row.text}
+        if len(row.replies) == 1:
+            fields["completion"] = row.replies[0]
+        elif row.replies:
+            fields |= {"completions": row.replies, "ranks": row.ranks, "gold": row.gold}
+        written.append(json.dumps(fields) + "\n")
+    return "".join(written)
 
-    from formats.model_folder import load_model
-    from model import GPT
-    from generate import generate
-    if config.threads:
-        torch.set_num_threads(config.threads)
+
+def write_files(folder, files):
+    """Write {name: text}, the last one last: where it is, all are."""
+    for name, text in files.items():
+        write_atomically(folder / name, text.encode())
+
+
+def check_folder(folder, last, what):
+    """UserError unless the folder can be written to and holds no files of this kind yet."""
+    require(not (folder / last).exists(), f"--out {folder} already holds {what}; name another folder or delete it")
+    require(not folder.is_file(), f"--out {folder} is a file; name a folder")
+    folder_of(folder / last)
+
+
+def write_task(config):
+    """The task's own files: demonstrations, prompts, preferences among the generator's replies, the tokenizer."""
+    folder, world = Path(config.out or "runs/toy"), World(config.seed)
+    check_folder(folder, "tokenizer.json", "the task's files")
+    groups = {"train": config.groups or 24000, "heldout": config.heldout_groups}
+    files = {}
+    for split, end, per_prompt in (("train", "", 8), ("heldout", "_heldout", 2)):
+        rows = {"demonstrations": world.demonstrations(split, per_prompt), "prompts": world.prompts(split),
+                "preferences": world.preferences(split, groups[split], noise=config.noise)}
+        files |= {f"{name}{end}.jsonl": lines(found) for name, found in rows.items()}
+        counts = ", ".join(f"{len(found)} {name}" for name, found in rows.items())
+        print(f"{split}: {counts}")
+    write_files(folder, files)
+    tokenizer().save(folder)
+
+
+def ask(config):
+    """Ask a policy for replies, have them ranked, write the rankings."""
+    folder, world = Path(config.out or "runs/preferences"), World(config.seed)
     device = pick_device(config.device)
     model, tok = load_model(config.model, GPT)
     model.to(device)
-    world, out = World(config.seed), Path(config.out)
-    counts = []
-    require(tok.name == "toy", f"--model {config.model} was not trained on the toy task")
-    if (out / "train.jsonl").exists():
-        raise UserError(f"--out {out} already holds preferences; name another folder or delete it")
-    require(not out.is_file(), f"--out {out} is a file; name a folder")
-    folder_of(out / "train.jsonl")
-    files = {}
-    for split, groups in (("train", config.groups), ("heldout", config.heldout_groups)):
+    alone = Alone(device, torch.float32)
+    require(tok.name == "toy", f"--model {config.model} was not trained on the embedded task")
+    check_folder(folder, "train.jsonl", "preferences")
+    groups = {"train": config.groups or 50000, "heldout": config.heldout_groups}
+    rankings = {}
+    for split in ("train", "heldout"):
         texts, samples = world.texts[split], {}
+        prompts = [Prompt(row, encode_prompt(tok, row.prompt)) for row in world.prompts(split)]
         generator = torch.Generator(device).manual_seed(config.seed * 2 + (split == "train"))
         for start in tqdm(range(0, len(texts), 32), desc=f"asking for replies, {split}", disable=None):
-            part = texts[start:start + 32]
-            prompts = [encode_prompt(tok, [{"role": "user", "content": t}]) for t in part for _ in range(config.samples)]
-            replies = generate(model, prompts, config.max_new_tokens, tok, generator=generator).texts(tok)
-            samples |= {t: replies[i * config.samples:(i + 1) * config.samples] for i, t in enumerate(part)}
-        rows = world.preferences(split, groups, samples, config.noise)
-        files[split] = "".join(json.dumps({"prompt": row.text, "completions": row.replies, "ranks": row.ranks, "gold": row.gold}) + "\n"
-                               for row in rows)
-        counts.append(f"{split}: {len(rows)} groups over {len(texts)} prompts")
-    for split in ("heldout", "train"):  # train.jsonl comes last: where it is, all is
-        write_atomically(out / f"{split}.jsonl", files[split].encode())
-    print("\n".join(counts))
+            part = prompts[start:start + 32]
+            batch = sample(alone, model, tok, part, config.max_new_tokens, 1.0, generator, per_prompt=config.samples)
+            for prompt, reply in zip(batch.prompts, batch.texts):
+                samples.setdefault(prompt.row.text, []).append(reply)
+        rankings[split] = world.preferences(split, groups[split], samples, config.noise)
+    write_files(folder, {f"{split}.jsonl": lines(rankings[split]) for split in ("heldout", "train")})
+    for split, rows in rankings.items():
+        print(f"{split}: {len(rows)} groups over {len(world.texts[split])} prompts")
+
+
+def main(config):
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.model:
+        ask(config)
+    else:
+        write_task(config)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def new_tokens(what, config):
 
 def make_models(folder, config):
     """Write folder/policy and folder/reward, random weights that never draw an end token or padding; returns the tokenizer."""
-    tokenizer = Tokenizer.named("gpt2") if config.rows else Tokenizer("bytes", r"[\s\S]", {bytes([b]): b for b in range(256)})
+    tokenizer = Tokenizer.gpt2() if config.rows else Tokenizer("bytes", r"[\s\S]", {bytes([b]): b for b in range(256)})
     config.vocabulary = max(config.vocabulary, tokenizer.n_vocab)
     heads = max(1, config.width // 64)
     for seed, (kind, name) in enumerate(((GPT, "policy"), (ScalarModel, "reward"))):

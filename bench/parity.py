@@ -46,7 +46,7 @@ from data import collate, encode_group, pad_rows, ranked_pairs
 from formats.rows import Row
 from dpo import preference_loss
 from model import GPT, GPTConfig, ScalarModel, last_scores, values_before
-from ppo import gae, judge_missing_eos, kl_estimate, policy_loss, shaped_rewards, steps_mask, value_loss, whiten
+from ppo import gae, missing_eos_scores, kl_estimate, policy_loss, shaped_rewards, steps_mask, value_loss, whiten
 from reward import ranking_loss
 from plumbing.flags import UserError, require
 from formats.tokenizer import Tokenizer, train_bpe
@@ -298,7 +298,7 @@ def ppo_rows(folder):
         with torch.no_grad():
             old_logprobs, ref_logprobs = (rollout.logprobs(model, args.temperature) for model in (policy, reference))  # (B, R)
             old_values, scores = rollout.values(critic), last_scores(reward, rollout.ids, rollout.ends)  # (B, R), (B,)
-        judged = judge_missing_eos(scores, rollout.ended, "subtract", args.missing_eos_penalty, scores.min())
+        judged = missing_eos_scores(scores, rollout.ended, "subtract", args.missing_eos_penalty, scores.min())
         rewards = shaped_rewards(judged, kl_estimate(old_logprobs, ref_logprobs, kl), steps, args.kl_coef)
         advantages, returns = gae(rewards, old_values, steps, args.gamma, args.lam)
         whitened = whiten(advantages, mask, variance="sample")

@@ -112,7 +112,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.model == "gpt2":
-            ours = Tokenizer.named("gpt2")
+            ours = Tokenizer.gpt2()
             ours.save(folder)
         else:
             ours, folder = open_tokenizer(args.model), args.model

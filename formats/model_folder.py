@@ -21,8 +21,8 @@ from formats.foreign_tokenizer import open_tokenizer
 from formats.sources import read_rows, split_by_prompt
 from formats.tokenizer import ALL_LETTERS, Tokenizer, train_bpe
 from model import GPT, GPTConfig, LoRALinear, ScalarModel, merged_weights
-from plumbing.disk import write_json, write_tensors
-from plumbing.flags import SCRATCH_FLAGS, UserError, require
+from plumbing.disk import how_to_make, write_json, write_tensors
+from plumbing.flags import SCRATCH_FLAGS, UserError, parse_sources, require
 from plumbing.hardware import keep_heap
 from plumbing.ranks import whole_weights
 
@@ -34,17 +34,16 @@ def scratch_tokenizer(config):
     """The tokenizer of a model from scratch, as --tokenizer names it. config: a training script's."""
     name = config.tokenizer
     if name == "auto":
-        name = "toy" if config.data == "toy" else "gpt2"
-    if name in ("gpt2", "toy"):
-        return Tokenizer.named(name)
+        beside = Path(parse_sources(config.data)[0][0]).parent
+        name = str(beside) if (beside / "tokenizer.json").is_file() else "gpt2"
+    if name == "gpt2":
+        return Tokenizer.gpt2()
     if name and Path(name).is_dir():
         return open_tokenizer(name)
     form = re.fullmatch(r"bpe:([0-9]{3,6})", name)
     require(form and 300 <= int(form[1]) <= 200_000,
-            f"--tokenizer {name}: write auto, gpt2, toy, a checkpoint's or tokenizer's folder (there is none "
+            f"--tokenizer {name}: write auto, gpt2, a checkpoint's or tokenizer's folder (there is none "
             "of this name), or bpe:N to learn N tokens from --data, N from 300 to 200000")
-    require(config.data != "toy",
-            f"--tokenizer {name} learns from files, and the toy task has a tokenizer of its own (auto)")
     if config.resume and (Path(config.out) / "tokenizer.json").is_file():
         return open_tokenizer(config.out)  # what was learned then: with --override the data may be another
     return Tokenizer("bpe", *train_bpe(texts_to_learn(config), int(form[1]), ALL_LETTERS))
@@ -147,14 +146,6 @@ def is_pickle(path):
     with open(path, "rb") as f:
         start = f.read(9)
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and start[8:] != b"{")  # the latter is safetensors'
-
-
-def how_to_make(folder):
-    """The command that makes a folder that the flags' defaults or the README name; "" for any other."""
-    found = re.fullmatch(r"runs/(demo/)?(sft|reward|ppo|dpo)", folder.as_posix())
-    if not found:
-        return ""
-    return "; bash run.sh makes it" if found[1] else f"; python {found[2]}.py --out {folder} makes one"
 
 
 def fetch(name, allow_pickle=False):

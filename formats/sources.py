@@ -18,6 +18,7 @@ import numpy as np
 from formats.rows import (
     FORMATS, NEEDED, PROMPTS, RATINGS, REPLIES, TURNS, WORKED, BadRow, advice, as_number, expand, merge,
     parse, recognise, translate)
+from plumbing.disk import how_to_make
 from plumbing.flags import UserError, parse_sources, require
 
 
@@ -252,7 +253,7 @@ def read_objects(path):
         yield from read_hub(path)
         return
     require(not os.path.isdir(path), f"{path} is a folder; {files_to_name(path)}")
-    require(os.path.isfile(path), f"{path}: no such file")
+    require(os.path.isfile(path), f"{path}: no such file{how_to_make(path)}")
     reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
     require(reader, f"{path}: only {', '.join(READERS)} are read")
     try:

@@ -43,11 +43,8 @@ class Tokenizer:
         self.n_vocab = len(ranks) + len(CONTROLS)
 
     @classmethod
-    def named(cls, name):
-        """The `toy` task's tokenizer, or `gpt2`: its 50,256 byte pairs, then <|endoftext|> at its usual id, then our controls."""
-        if name == "toy":
-            import toy  # which builds on this file
-            return toy.tokenizer()
+    def gpt2(cls):
+        """GPT-2's: its 50,256 byte pairs, then <|endoftext|> at its usual id, then our controls."""
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken fetches the file on first use: any network error may come up

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -60,6 +61,19 @@ def folder_of(path):
     except OSError as error:
         raise UserError(f"--out {path} can't be written: {error.strerror}") from None
     return Path(path).parent
+
+
+def how_to_make(path):
+    """The command that makes what the flags' defaults or the README name, behind a semicolon; "" for anything else."""
+    path = Path(path).as_posix()
+    if path.startswith("runs/demo/"):
+        return "; bash run.sh makes it"
+    if path.startswith("runs/toy/"):
+        return "; python toy.py writes it"
+    if path.startswith("runs/preferences/"):
+        return "; python toy.py --model runs/sft writes it"
+    found = re.fullmatch("runs/(sft|reward|ppo|dpo)", path)
+    return f"; python {found[1]}.py --out {path} makes one" if found else ""
 
 
 def sha256(path):

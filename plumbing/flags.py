@@ -36,7 +36,7 @@ BOUNDS = {">=": lambda x, y: x >= y, "<=": lambda x, y: x <= y, ">": lambda x, y
 @dataclass
 class RunConfig:
     """Flags of every training script that have nothing to do with its algorithm."""
-    tokenizer: str = "auto"  # of a model from scratch: gpt2, toy, a FOLDER's, or bpe:N (N learned from --data); auto: gpt2, toy for the toy task
+    tokenizer: str = "auto"  # of a model from scratch: gpt2, a FOLDER's, or bpe:N (N learned from --data); auto: the one that lies beside --data, else gpt2
     layers: Count = 2  # of a model from scratch
     heads: Count = 4  # attention heads of a model from scratch
     width: Count = 128  # of a model from scratch: size of its hidden states

@@ -140,6 +140,32 @@ def changed_settings(config, inputs, state):
     return changed
 
 
+class Alone:
+    """What sampling and scoring ask of a run, for a script that trains nothing: one process, no folder, no signals."""
+    rank, world_size, step = 0, 1, 0
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype, self.doing = device, dtype, ""
+
+    def autocast(self):
+        return autocast(self.device, self.dtype)
+
+    def gathered(self, module):
+        return contextlib.nullcontext()
+
+    def all_max(self, tensor):
+        return tensor
+
+    def passes(self, pieces):
+        return pieces
+
+    def asked_to_stop(self):
+        return False
+
+    def safe_point(self):
+        pass
+
+
 class Run(Optimizing):
     """Where and how a training script runs: device, ranks, output folder, metrics, signals, checkpoints.
 
@@ -147,9 +173,11 @@ class Run(Optimizing):
     """
     current = None  # the one of this process
 
-    def __init__(self, config):
+    def __init__(self, config, reads=None):
+        """reads: {flag: what it names}, where that is not what the configuration says."""
         super().__init__()
         Run.current = self
+        self.reads = reads or {}
         self.config, self.out, self.checkpoints = config, Path(config.out), Checkpoints(config.out)
         self.step, self.saved, self.doing = 0, None, "loading"  # saved: the step of the checkpoint that is there
         self.evaluated = True  # unless this step's evaluation is still to come
@@ -186,13 +214,17 @@ class Run(Optimizing):
         require(not (model or run) or config.resume or config.overwrite,
                 f"--out {out} already holds a run; add --resume to go on with it, --overwrite to replace it, or name another folder")
         for flag in ("model", "reward"):
-            for folder in as_list(getattr(config, flag, "")):
+            for folder in self._named(flag):
                 ours = (out.resolve(), (out / "ema").resolve(), *(out / "checkpoints").resolve().glob("*"))
                 require(not config.overwrite or Path(folder).resolve() not in ours, f"--overwrite would delete the --{flag} {folder}")
         require(config.lora_save == "merged" or (config.lora_rank > 0 and config.model != "scratch"), "--lora-save adapter needs a --lora-rank above 0 and a --model to adapt")
         require(not config.resume or not model or run, f"--resume: {out} holds a model, but no run to go on with; name another --out")
         if run and self.main:
             self._lock()
+
+    def _named(self, flag):
+        """The files or folders that a flag names."""
+        return self.reads.get(flag) or as_list(getattr(self.config, flag, ""))
 
     def _lock(self):
         """Keep other processes from writing to the output folder, as long as this one lives."""
@@ -230,17 +262,19 @@ class Run(Optimizing):
                 tqdm.write(text)
                 sys.stdout.flush()
 
-    def begin(self, modules, optimizers, models, best=""):
+    def begin(self, modules, optimizers, models, best="", steps=None):
         """Restore the run if --resume finds one, then open the output folder; called once every input has been checked.
 
         modules, optimizers: {name: what training changes}. models: {"": f}, where f(folder) writes the trained model to a folder,
         on all ranks together; more of them under the names of subfolders. best: name of the metric whose best checkpoint is kept,
         after a minus if low is good. Returns (steps done, state): state is a dict of JSON values that is saved and restored, for the script to fill.
+        steps: of the whole run, where --steps does not say it.
         """
         self.modules, self.optimizers, self.models, self.best = modules, optimizers, models, best
+        self.total = steps or self.config.steps
         self.parameter_names = {p: f"{owner}.{name}" for owner, module in modules.items() for name, p in module.named_parameters()}
         self.dtype = pick_dtype(self.config.dtype, self.device, max(module.config.n_embd for module in modules.values()))
-        named = {flag: as_list(getattr(self.config, flag, "")) for flag in (*DATA_FLAGS, *MODEL_FLAGS)}
+        named = {flag: self._named(flag) for flag in (*DATA_FLAGS, *MODEL_FLAGS)}
         self.inputs = {flag: [model_digest(folder) for folder in named[flag]] for flag in MODEL_FLAGS}
         self.inputs["tokenizer"] = [tokenizer_digest(self.config.tokenizer)]
         for flag in DATA_FLAGS:
@@ -304,16 +338,17 @@ class Run(Optimizing):
 
     # -- forward passes of a step
 
-    def passes(self, pieces, *modules):
+    def passes(self, pieces, *modules, more=False):
         """Yield the pieces of one optimiser step, or of an evaluation; DDP exchanges gradients of these modules on the last one only.
 
+        pieces: [(examples, weight)]; more: others follow in this step, so that there is nothing to exchange yet.
         (FSDP does on each: keeping those of whole blocks would take the memory that shards save.)
         """
         for i, piece in enumerate(pieces):
             self.safe_point()
-            self.doing = f"step {self.step + 1}, pass {i + 1} of {len(pieces)} (of {len(piece[-2])} examples)"
+            self.doing = f"step {self.step + 1}, pass {i + 1} of {len(pieces)} (of {len(piece[0])} examples)"
             for module in modules:
-                module.require_backward_grad_sync = i == len(pieces) - 1
+                module.require_backward_grad_sync = not more and i == len(pieces) - 1
             yield piece
 
     # -- the loop
@@ -443,7 +478,7 @@ class Run(Optimizing):
         folder, state = self._from_main(functools.partial(self.checkpoints.newest, self.say))
         if folder is None:
             state = self._from_main(functools.partial(read_state, self.out / "run.json"))
-            done, steps = state.get("finished_after"), self.config.steps
+            done, steps = state.get("finished_after"), self.total
             names = ("config.json", "adapter_config.json")
             model = self._from_main(lambda: any((self.out / name).exists() for name in names))
             require(done or not model,
@@ -464,8 +499,8 @@ class Run(Optimizing):
         if folder is None:
             self.say(f"{self.out}: this run is complete ({steps} steps)")
             raise SystemExit(0)
-        require(state["step"] <= self.config.steps,
-                f"--resume: the run in {self.out} is at step {state['step']}, beyond {self.config.steps}")
+        require(state["step"] <= self.total,
+                f"--resume: the run in {self.out} is at step {state['step']}, beyond {self.total}")
         if changed or state["world_size"] != self.world_size:
             self.say("going on with other settings: " + "; ".join([*changed.values(), *[f"{state['world_size']} processes, now {self.world_size}"] * (state["world_size"] != self.world_size)]))
         try:

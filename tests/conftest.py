@@ -7,6 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+import tools  # noqa: E402,F401: makes the files that all processes of the tests use
+
 torch.set_num_threads(1)  # tiny models: one thread is fastest, and repeats bit for bit
 
 CASES = {  # what tests marked `case` show, `bash run.sh faults` prints as a table

@@ -701,14 +701,14 @@ MUTANTS = [
            '{"floor": lowest - penalty,',
            '{"floor": lowest,'),
     Mutant("missing end token: after normalisation", "ppo.py", "test_ppo.py::test_the_missing_end_token_is_judged_before_scores_are_normalised",
-           "        judged = judge_missing_eos(scores, ended, config.missing_eos, config.missing_eos_penalty, run.all_min(scores.min()))\n"
+           "        judged = missing_eos_scores(scores, ended, config.missing_eos, config.missing_eos_penalty, run.all_min(scores.min()))\n"
            '        if config.reward_norm != "none":\n'
            "            moments = update_moments(moments, judged, run.all_sum)\n"
            "        judged = normalise_scores(judged, moments, config.reward_norm, config.reward_clip)\n",
            '        if config.reward_norm != "none":\n'
            "            moments = update_moments(moments, scores, run.all_sum)\n"
            "        judged = normalise_scores(scores, moments, config.reward_norm, config.reward_clip)\n"
-           "        judged = judge_missing_eos(judged, ended, config.missing_eos, config.missing_eos_penalty, run.all_min(judged.min()))\n"),
+           "        judged = missing_eos_scores(judged, ended, config.missing_eos, config.missing_eos_penalty, run.all_min(judged.min()))\n"),
     Mutant("missing end token: each rank has a lowest score of its own", "ppo.py", TOGETHER,
            "run.all_min(scores.min())",
            "scores.min()"),

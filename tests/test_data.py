@@ -22,6 +22,7 @@ from formats import rows as rows_file
 from formats import sources as sources_file
 from plumbing import ranks
 import tools
+from tools import TOY
 import toy
 from plumbing.flags import UserError
 from formats.rows import Row
@@ -838,9 +839,6 @@ def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     assert {row.text for row in rows} == {row.text for row in sources_file.read_rows(path, "preferences", SILENT, "1/2:2") if len(row.text) < 99}
     config.val_data, config.part = str(path), ""
     assert [len(groups) for groups in data.preference_groups(config, tokenizer, 60, said.append)] == [300, 300]
-    config.part, config.data = "1/2:2", "toy"
-    with pytest.raises(UserError, match="--part is for files"):
-        data.preference_groups(config, tokenizer, 60, SILENT)
     few = write(tmp_path / "few.jsonl", [PAIR, PAIR | {"prompt": "Cube 5."}])
     config.data, config.val_data, config.val_fraction, config.part = str(few), "", 1e-6, ""
     data.preference_groups(config, tokenizer, 60, said.append)
@@ -1081,7 +1079,7 @@ def few(folder, number):
     path = write(folder / f"{number}.jsonl", [{"prompt": f"Cube {i}{' please' * i}.", "chosen": replies[i % 2], "rejected": replies[1 - i % 2]} for i in range(number)])
     rows = f"--data {path} --steps 3"
     trained = f"{rows} --val-fraction 0 --batch-tokens 100000"
-    return {"sft": f"{trained} --tokenizer toy", "reward": trained, "dpo": trained, "ppo": f"{rows} --ptx-coef 1 --ptx-data {path}"}
+    return {"sft": f"{trained} --tokenizer {TOY}", "reward": trained, "dpo": trained, "ppo": f"{rows} --ptx-coef 1 --ptx-data {path}"}
 
 
 @pytest.mark.case(21)
@@ -1117,7 +1115,7 @@ def test_rows_around_the_context_train_whole_or_are_counted_and_left_out(models,
     lengths = [len(data.encode_demonstration(toy.tokenizer(), row)[0]) for row in sources_file.read_rows(rows, "demonstrations", SILENT)]
     fitting = sum(length <= 64 for length in lengths)
     assert {63, 64, 65} <= set(lengths)
-    assert tools.here("sft", models, f"--data {rows} --tokenizer toy --val-fraction 0 --steps 2 --out {tmp_path}/run") == 0
+    assert tools.here("sft", models, f"--data {rows} --tokenizer {TOY} --val-fraction 0 --steps 2 --out {tmp_path}/run") == 0
     said = capsys.readouterr().out
     assert f"dropped {16 - fitting} of 16 rows: longer than the 64 tokens" in said and f"{fitting} training and 0 held-out examples" in said
     assert all(0 < row["loss"] < 20 for row in tools.metrics(tmp_path / "run"))
@@ -1162,7 +1160,7 @@ FRANCE, NARNIA, BANK = toy.Item("capital", "France", "Paris"), toy.Item("land", 
 ])
 def test_judge_on_replies_of_every_sort(item, reply, ended, marks):
     assert toy.judge(item, reply, ended) == marks
-    assert toy.gold(item, reply, ended) == min(marks)
+    assert toy.worst_mark(item, reply, ended) == min(marks)
 
 
 @pytest.mark.parametrize("kind, expected", [("right", 1), ("wrong", -1), ("rude", -0.5), ("rambling", 0), ("unfinished", -1),
@@ -1171,8 +1169,8 @@ def test_every_kind_of_reply_has_its_gold_for_every_question(kind, expected):
     rng = np.random.default_rng(0)
     for item in toy.ITEMS:
         replies = [toy.make_reply(item, kind, rng) for _ in range(8)]
-        assert all(reply and toy.gold(item, reply) == expected for reply in replies), (item, replies)
-        assert all(toy.gold(item, reply, ended=False) == -1 for reply in replies)
+        assert all(reply and toy.worst_mark(item, reply) == expected for reply in replies), (item, replies)
+        assert all(toy.worst_mark(item, reply, ended=False) == -1 for reply in replies)
 
 
 def test_world_splits_by_wording_and_repeats_by_seed():
@@ -1181,9 +1179,9 @@ def test_world_splits_by_wording_and_repeats_by_seed():
     assert len(set(train + heldout)) == len(train) + len(heldout) == 6 * len(toy.ITEMS)  # no wording fits two questions
     assert len(heldout) >= 500
     for split, number in (("train", 4), ("heldout", 2)):
-        assert collections.Counter(world.item_of[text] for text in world.texts[split]) == dict.fromkeys(toy.ITEMS, number)
+        assert collections.Counter(toy.ITEM_OF[text] for text in world.texts[split]) == dict.fromkeys(toy.ITEMS, number)
     for text in train + heldout:
-        assert world.item_of[text].x in text and world.gold(text, world.item_of[text].accepted[0]) == 1
+        assert toy.ITEM_OF[text].x in text and toy.gold([text], [toy.ITEM_OF[text].accepted[0]], [True]) == [1]
     assert again.texts == world.texts and other.texts != world.texts
     for make, options in ((toy.World.demonstrations, {}), (toy.World.preferences, {"groups": 50}), (toy.World.prompts, {})):
         assert make(again, "heldout", **options) == make(world, "heldout", **options) != make(other, "heldout", **options)
@@ -1192,7 +1190,7 @@ def test_world_splits_by_wording_and_repeats_by_seed():
 def test_demonstrations_are_of_mixed_quality_in_the_stated_shares():
     world = toy.World(0)
     rows = world.demonstrations("train")
-    golds = collections.Counter(world.gold(row.text, row.replies[0]) for row in rows)
+    golds = collections.Counter(toy.gold([row.text], row.replies, [True])[0] for row in rows)
     share = dict(zip(toy.KINDS, toy.DEMONSTRATIONS))
     expected = {1: share["right"], 0: share["rambling"], -0.5: share["rude"] + share["evasive"],
                 -1: share["wrong"] + share["unfinished"]}
@@ -1202,11 +1200,11 @@ def test_demonstrations_are_of_mixed_quality_in_the_stated_shares():
 @pytest.mark.parametrize("with_samples", [False, True])
 def test_preferences_rank_by_gold_but_for_the_noise(with_samples):
     world = toy.World(0)
-    samples = {text: ["A sample.", world.item_of[text].accepted[0]] for text in world.texts["heldout"]}
+    samples = {text: ["A sample.", toy.ITEM_OF[text].accepted[0]] for text in world.texts["heldout"]}
     exact, noisy = (world.preferences("heldout", 1500, samples if with_samples else None, noise) for noise in (0, 0.1))
     for row in exact + noisy:
         assert row.text in world.texts["heldout"] and len(row.replies) == len(row.ranks) == 4
-        assert row.gold == [world.gold(row.text, reply) for reply in row.replies] and len(set(row.ranks)) > 1
+        assert row.gold == toy.gold([row.text] * len(row.replies), row.replies, [True] * len(row.replies)) and len(set(row.ranks)) > 1
     assert all(row.ranks == [-g for g in row.gold] for row in exact)
     decided = [a_rank < b_rank for row in noisy for (a_rank, a_gold), (b_rank, b_gold)
                in itertools.permutations(zip(row.ranks, row.gold), 2) if a_gold > b_gold]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from formats import model_folder
 import ppo
 import tools
+import toy
 from formats.model_folder import load_model, save_model
 from model import LORA_TARGETS, LoRALinear, merged_weights, prepare
 from plumbing.flags import UserError
@@ -304,7 +305,7 @@ def root(tmp_path_factory):
     for name, rows in {"prompts": [{"prompt": p} for p in prompts], "demonstrations": [{"instruction": p, "output": "It is good."} for p in prompts],
                        "pairs": [{"prompt": p, "chosen": "It is good.", "rejected": "No."} for p in prompts]}.items():
         (root / f"{name}.json").write_text(json.dumps(rows))
-    tokenizer = Tokenizer.named("toy")
+    tokenizer = toy.tokenizer()
     ids = {"vocab_size": tokenizer.n_vocab, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad, "bos_token_id": tokenizer.eos}
     for kind, suffix in ((GPT, "sft"), (ScalarModel, "reward")):
         save_model(root / suffix, tiny(kind, **ids), tokenizer)
@@ -393,7 +394,7 @@ def test_a_run_that_starts_from_a_llama_ends_in_one_that_transformers_opens(name
     assert all(not torch.equal(p, after[key]) for key, p in before.items() if key in after) and len(rows) == 6
     if name != "ppo":
         assert rows[-1]["loss"] < rows[0]["loss"]
-    assert peers.AutoTokenizer.from_pretrained(tmp_path / "run")("Say river.")["input_ids"] == Tokenizer.named("toy").encode("Say river.")
+    assert peers.AutoTokenizer.from_pretrained(tmp_path / "run")("Say river.")["input_ids"] == toy.tokenizer().encode("Say river.")
 
 
 @pytest.mark.case(14, 30)
@@ -409,7 +410,7 @@ def test_adapters_that_could_not_be_saved_are_refused_at_the_start(root, tmp_pat
 
 def test_adapters_cannot_be_saved_alone_where_tokens_were_added(root, tmp_path, monkeypatch):
     def added(folder):
-        tokenizer = copy.copy(Tokenizer.named("toy"))  # it is one object for all
+        tokenizer = copy.copy(toy.tokenizer())  # it is one object for all
         tokenizer.added = 3
         return tokenizer
 

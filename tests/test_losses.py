@@ -11,9 +11,9 @@ from data import ranked_pairs, ranking_accuracy
 from formats.rows import Row
 from dpo import preference_loss
 from plumbing.steps import scheduled_lr
-from ppo import adapt_kl_coef, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss, shaped_rewards
+from ppo import adapt_kl_coef, gae, missing_eos_scores, kl_estimate, kl_loss, normalise_scores, policy_loss, shaped_rewards
 from ppo import steps_mask, value_loss, whiten
-from reward import evaluate, ranking_loss
+from reward import ranking_loss, ranking_metrics
 
 torch.set_default_dtype(torch.float32)
 
@@ -68,14 +68,14 @@ def test_ranking_loss_keeps_its_gradient_for_pairs_that_are_very_wrong():
 
 def test_held_out_accuracy_bayes_accuracy_and_calibration_are_counted_right():
     rows = [Row([], ["aa", "b"], [0, 1], gold=[1, -1]), Row([], ["cc", "d"], [0, 1], gold=[-1, 1]), Row([], ["e", "f"], [0, 1], gold=[1, 1])]
-    result = evaluate(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), rows)
+    result = ranking_metrics(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), rows)
     assert result["accuracy"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert result["bayes_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
     assert sum(b["pairs"] for b in result["calibration"]) == 3
     top = result["calibration"][-1]
     assert top["predicted"] == pytest.approx(1 / (1 + math.exp(-3))) and top["observed"] == 1
     swapped = [Row([], r.replies, [1, 0]) for r in rows]
-    assert evaluate(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), swapped)["accuracy"] == pytest.approx(0.5 / 3)
+    assert ranking_metrics(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), swapped)["accuracy"] == pytest.approx(0.5 / 3)
 
 
 def test_the_interval_of_an_accuracy_is_over_prompts_and_does_not_collapse():
@@ -123,7 +123,7 @@ def test_the_interval_of_an_accuracy_holds_the_truth_in_19_of_20_cases(prompts, 
 def test_length_alone_takes_the_longer_or_the_shorter_reply_whichever_is_more_often_right():
     for replies in (["aa", "b"], ["a", "bb"]):
         rows = [Row([], replies, [0, 1]), Row([], replies, [0, 1]), Row([], replies, [1, 0])]
-        assert evaluate(torch.arange(6.0).numpy(), rows)["length_accuracy"] == pytest.approx(2 / 3)
+        assert ranking_metrics(torch.arange(6.0).numpy(), rows)["length_accuracy"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("kind, at_start", [("dpo", math.log(2)), ("ipo", 25.0), ("hinge", 1.0)])
@@ -141,7 +141,7 @@ def test_dpo_losses_start_at_their_known_values(kind, at_start):
     lambda: kl_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), "new", 2),
     lambda: whiten(torch.randn(2, 3), torch.ones(2, 3).bool(), variance="new"),
     lambda: normalise_scores(torch.zeros(2), [2, 0.0, 1.0], "new", 0.0),
-    lambda: judge_missing_eos(torch.zeros(2), torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
+    lambda: missing_eos_scores(torch.zeros(2), torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
     lambda: steps_mask(torch.ones(1, 2).bool(), "new"),
     lambda: scheduled_lr(5, 10, 1, 1.0, "new")])
 def test_a_choice_that_has_no_branch_is_an_error_and_nothing_else_instead(call):

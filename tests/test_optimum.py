@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import data
 import dpo
 import ppo
+import rollout
 from bench.optimum import curve, distance, log_probabilities, optimum, replies_of, texts_of, write_reference
 
 NEAR = 0.02  # total variation
@@ -52,14 +54,14 @@ def kl_sign(monkeypatch):
 
 
 def eos_out_of_the_mask(monkeypatch):
-    right = ppo.generate
+    right = rollout.generate
 
     def generate(*args, **kwargs):
         got = right(*args, **kwargs)
         eos = (torch.arange(got.ids.shape[1]) == got.lengths[:, None] - 1) & got.ended[:, None]
         return got._replace(mask=got.mask & ~eos)
 
-    monkeypatch.setattr(ppo, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
 
 
 def score_at_the_first_token(monkeypatch):
@@ -73,12 +75,11 @@ def score_at_the_first_token(monkeypatch):
 
 
 def score_lost_when_cut_off(monkeypatch):
-    monkeypatch.setattr(ppo, "judge_missing_eos", lambda scores, ended, *rest: torch.where(ended, scores, 0.0))
+    monkeypatch.setattr(ppo, "missing_eos_scores", lambda scores, ended, *rest: torch.where(ended, scores, 0.0))
 
 
 def reference_that_is_the_policy(monkeypatch):
-    right = ppo.twin
-    monkeypatch.setattr(ppo, "twin", lambda model, share: model if isinstance(model, ppo.GPT) else right(model, share))
+    monkeypatch.setattr(ppo, "frozen_reference", lambda policy, config: policy)
     monkeypatch.setattr(ppo.GPT, "requires_grad_", lambda self, flag: self)
 
 
@@ -118,11 +119,12 @@ def reference_left_out(monkeypatch):
 
 
 def end_token_not_counted(monkeypatch):
-    right = dpo.collate
+    right = data.collate
 
     def collate(examples, pad, device):
         return right([(ids, mask[:-1] + [False]) for ids, mask in examples], pad, device)
 
+    monkeypatch.setattr(data, "collate", collate)
     monkeypatch.setattr(dpo, "collate", collate)
 
 

@@ -25,12 +25,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import evaluate
+import judges
 from plumbing import steps as steps_file
 import ppo
 import reward
+import rollout as rollout_file
 from plumbing import run as runtime
 import sft
 import tools
+from tools import TOY
 from formats.model_folder import load_model, save_model
 from data import collate, encode_group, endless_batches, pad_rows
 from plumbing.flags import UserError, parse_flags
@@ -39,7 +42,7 @@ from model import GPT, GPTConfig, ScalarModel
 from generate import Generation, sample_token
 from plumbing.steps import scheduled_lr
 from judges import short_names
-from ppo import adapt_kl_coef, adapt_penalty, diagnose, explained_variance, gae, judge_missing_eos, kl_estimate, kl_loss, normalise_scores, policy_loss
+from ppo import adapt_kl_coef, adapt_penalty, diagnose, explained_variance, gae, missing_eos_scores, kl_estimate, kl_loss, normalise_scores, policy_loss
 from ppo import shaped_rewards, steps_mask, update_moments, value_loss, variance, whiten
 from formats.tokenizer import Tokenizer
 from data import encode_prompt
@@ -79,10 +82,10 @@ def on_ranks(number, function):
 @pytest.mark.parametrize("rule, cut_off", [("floor", [-2.5, -2.5]), ("replace", [-0.5, -0.5]), ("subtract", [0.5, -2.5])])
 def test_a_missing_end_token_is_judged_by_its_rule_and_replies_that_ended_keep_their_score(rule, cut_off):
     scores, ended = torch.tensor([3.0, 1.0, -1.0, -2.0]), torch.tensor([True, False, True, False])
-    got = judge_missing_eos(scores, ended, rule, penalty=0.5, lowest=torch.tensor(-2.0))
+    got = missing_eos_scores(scores, ended, rule, penalty=0.5, lowest=torch.tensor(-2.0))
     assert got.tolist() == [3.0, cut_off[0], -1.0, cut_off[1]]
-    assert torch.equal(judge_missing_eos(scores, torch.ones(4, dtype=torch.bool), rule, 0.5, scores.min()), scores)
-    lower = judge_missing_eos(scores, ended, "floor", 0.0, torch.tensor(-7.0))  # another rank's reply was worse
+    assert torch.equal(missing_eos_scores(scores, torch.ones(4, dtype=torch.bool), rule, 0.5, scores.min()), scores)
+    lower = missing_eos_scores(scores, ended, "floor", 0.0, torch.tensor(-7.0))  # another rank's reply was worse
     assert lower.tolist() == [3.0, -7.0, -1.0, -7.0]
 
 
@@ -315,8 +318,8 @@ def history(rollouts=20, **changed):
 
 def test_a_healthy_run_shows_no_symptom_however_long():
     for rollouts in (1, 5, 10, 15, 20, 40):
-        assert diagnose(history(rollouts), kl_limit=20) == {}
-    assert diagnose(history(gold=lambda i: 0.8 - 0.05 * i, score=lambda i: -0.1 * i), 20) == {}  # both fall: no over-optimisation
+        assert diagnose(history(rollouts), 20, ["gold"]) == {}
+    assert diagnose(history(gold=lambda i: 0.8 - 0.05 * i, score=lambda i: -0.1 * i), 20, ["gold"]) == {}  # both fall: no over-optimisation
     assert diagnose(history(explained_variance=lambda i: -1.0 if i < 18 else 0.1), 20) == {}  # the critic has got there
     too_early = history(9, explained_variance=lambda i: -1.0, eos_rate=lambda i: 1 - 0.1 * i, entropy=lambda i: 0.1**i)
     assert diagnose(too_early, 20) == {}
@@ -333,7 +336,7 @@ def test_a_healthy_run_shows_no_symptom_however_long():
     ("gold", {"gold": lambda i: 0.08 * i if i < 10 else 0.8 - 0.06 * (i - 10)}),
 ])
 def test_each_symptom_is_found_alone_and_its_advice_names_a_switch(symptom, changed):
-    found = diagnose(history(**changed), kl_limit=20)
+    found = diagnose(history(**changed), 20, ["gold"])
     assert found.keys() == {symptom} and "--" in found[symptom] and "\n" not in found[symptom]
 
 
@@ -343,7 +346,7 @@ WORDS = ("river", "stone", "apple", "window", "garden", "pencil", "candle", "bri
 RUN = ("--model {root}/sft --data {root}/prompts.json --threads 1 --rollout-batch 16 --minibatches 2 --max-new-tokens 10 --steps 2 "
        "--warmup 1 --lr 0.005 --critic-lr 0.005")
 PTX = "--ptx-data {root}/demonstrations.json --ptx-tokens 100"
-RECORDED = ("generate", "judge_missing_eos", "update_moments", "normalise_scores", "steps_mask", "shaped_rewards", "gae", "whiten", "policy_loss",
+RECORDED = ("generate", "missing_eos_scores", "update_moments", "normalise_scores", "steps_mask", "shaped_rewards", "gae", "whiten", "policy_loss",
             "kl_loss", "value_loss", "adapt_kl_coef", "adapt_penalty", "diagnose")
 
 
@@ -383,7 +386,7 @@ def root(tmp_path_factory):
         main(script, shlex.split(flags.format(root=root) + " --threads 1 --val-fraction 0 --batch-tokens 512"))
 
     with quietly():
-        stage(sft, "--layers 1 --heads 2 --width 32 --block-size 64 --tokenizer toy --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
+        stage(sft, "--layers 1 --heads 2 --width 32 --block-size 64 " f"--tokenizer {TOY}" " --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
               "--out {root}/sft")
         for name, seed in (("reward", 0), ("other", 1)):
             stage(reward, f"--data {{root}}/pairs.json --model {{root}}/sft --steps 2 --seed {seed} --out {{root}}/{name}")
@@ -444,7 +447,8 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         patch.setattr(runtime.Run, "optimizer_step", optimizer_step)
         patch.setattr(ppo, "adamw", adamw)
         for name in RECORDED:
-            patch.setattr(ppo, name, record(getattr(ppo, name)))
+            owner = rollout_file if name == "generate" else ppo
+            patch.setattr(owner, name, record(getattr(owner, name)))
         main(ppo, words)
     run.said, run.rows = said.getvalue(), tools.metrics(out) if (out / "metrics.jsonl").exists() else []
     return run
@@ -509,7 +513,7 @@ def test_the_score_is_the_weighted_sum_of_reward_models_and_functions(root, tmp_
         texts = rollout.texts(load_model(root / "sft", GPT)[1])
         parts = [scores_by_hand(root / "reward", rollout), scores_by_hand(root / "other", rollout), torch.tensor([float(len(text)) for text in texts])]
         expected = 0.5 * parts[0] - 2 * parts[1] + 3 * parts[2]
-        torch.testing.assert_close(run.calls["judge_missing_eos"][number].scores, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run.calls["missing_eos_scores"][number].scores, expected, rtol=1e-4, atol=1e-4)
         logged = [row["score_reward"], row["score_other"], row["score_mine:length"]]
         assert logged == pytest.approx([part.mean().item() for part in parts], rel=1e-4)
         assert row["score"] == pytest.approx(expected.mean().item(), rel=1e-4)
@@ -519,7 +523,7 @@ def test_the_score_is_the_weighted_sum_of_reward_models_and_functions(root, tmp_
 def test_rewards_weigh_1_each_unless_told(root, tmp_path, default):
     both = train(root, tmp_path / "both", "--steps 1", reward="--reward {root}/reward {root}/other")
     expected = sum(scores_by_hand(root / name, rollout_of(both)) for name in ("reward", "other"))
-    torch.testing.assert_close(both.calls["judge_missing_eos"][0].scores, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both.calls["missing_eos_scores"][0].scores, expected, rtol=1e-4, atol=1e-4)
     assert not any(name.startswith("score_") and not name.endswith(("_share", "_per_second")) for name in default.rows[0])
 
 
@@ -545,7 +549,7 @@ def test_a_reward_function_gets_prompts_and_replies_as_text_in_order(root, tmp_p
         assert type(prompts) is type(replies) is list and len(prompts) == 16 and len(set(prompts)) > 4
         for i, (ids, mask) in enumerate(zip(rollout.ids, rollout.mask)):
             assert prompts[i] == tokenizer.decode(ids[:mask.nonzero()[0]].tolist()) and replies[i] == tokenizer.decode(ids[mask].tolist())
-        assert run.calls["judge_missing_eos"][number].scores.tolist() == pytest.approx([i / 7 for i in range(16)])
+        assert run.calls["missing_eos_scores"][number].scores.tolist() == pytest.approx([i / 7 for i in range(16)])
 
 
 def test_a_reward_function_of_three_parameters_gets_the_answers_of_its_rows(root, tmp_path, monkeypatch):
@@ -592,12 +596,12 @@ def perhaps(replies, answers=None):
 """
 
 
-@pytest.mark.parametrize("name, given", [("least", 3), ("by_name", ["7"]), ("everything", ["answers", "prompts"]), ("perhaps", ["7"])])
+@pytest.mark.parametrize("name, given", [("least", 3), ("by_name", ["7"]), ("everything", ["answers", "ended", "prompts"]), ("perhaps", ["7"])])
 def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(name, given, tmp_path, monkeypatch):
     (tmp_path / "graders.py").write_text(GRADERS)
     monkeypatch.syspath_prepend(tmp_path)
-    function = ppo.reward_function(f"graders:{name}", torch.device("cpu"))
-    function(["What?"], ["The 7."], ["7"])
+    function = judges.Function("--reward-fn", f"graders:{name}")
+    function(["What?"], ["The 7."], ["7"], [True])
     assert sys.modules.pop("graders").calls == [given] and function.wants_answers == (name == "by_name")
 
 
@@ -671,7 +675,7 @@ def test_the_score_counts_one_position_later_for_all_but_the_longest_replies(wri
         return Generation(ids, mask, lengths, torch.ones(len(prompts), dtype=torch.bool))
 
     if written:
-        monkeypatch.setattr(ppo, "generate", generate)
+        monkeypatch.setattr(rollout_file, "generate", generate)
     run = train(root, tmp_path / "run", "--reward-at next --steps 1 --minibatches 1 --micro-batch-tokens 60")
     rollout, advantages, critic = rollout_of(run), run.calls["gae"][0], network(ScalarModel, root / "reward")
     size, width = rollout.mask.sum(1), advantages.steps.shape[1]
@@ -972,7 +976,7 @@ def test_a_kl_beyond_its_limit_is_warned_of(root, tmp_path, default):
 
 
 def test_a_symptom_is_said_at_most_once_in_20_rollouts(root, tmp_path, monkeypatch):
-    def diagnose(history, kl_limit):
+    def diagnose(history, kl_limit, judges):
         return {"kl": "mind the KL"} | ({"gold": "mind the gold"} if len(history) in (4, 23) else {})
 
     monkeypatch.setattr(ppo, "diagnose", diagnose)
@@ -1021,7 +1025,7 @@ STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-lo
 
 
 INTERRUPTED = {  # where a run is told to stop: a function, the rollout (from 0); each time two rollouts are kept
-    "sampling": (ppo, "uniforms", 2), "scoring": (ppo, "fill_up", 2), "updating": (runtime.Run, "optimizer_step", 1)}
+    "sampling": (rollout_file, "uniforms", 2), "scoring": (ppo, "forward", 2), "updating": (runtime.Run, "optimizer_step", 1)}
 
 
 def interrupted(where, *arguments, **options):
@@ -1110,9 +1114,9 @@ def adapt_penalty(penalty_coef, kl, target):
     agreed(torch.tensor(kl))
     return plain["adapt_penalty"](penalty_coef, kl, target)
 
-def judge_missing_eos(scores, ended, rule, penalty, lowest):
+def missing_eos_scores(scores, ended, rule, penalty, lowest):
     agreed(lowest)
-    return plain["judge_missing_eos"](scores, ended, rule, penalty, lowest)
+    return plain["missing_eos_scores"](scores, ended, rule, penalty, lowest)
 
 def backward(self, loss, optimizer):
     if not losses:  # that of the first batch of demonstrations: a single row, which one rank alone may count
@@ -1122,7 +1126,7 @@ def backward(self, loss, optimizer):
     plain["backward"](self, loss, optimizer)
 
 losses, plain = [], {}
-for owner, function in ((runtime.Run, _save), (runtime.Run, backward), (ppo, whiten), (ppo, adapt_penalty), (ppo, judge_missing_eos)):
+for owner, function in ((runtime.Run, _save), (runtime.Run, backward), (ppo, whiten), (ppo, adapt_penalty), (ppo, missing_eos_scores)):
     plain[function.__name__] = getattr(owner, function.__name__)
     setattr(owner, function.__name__, function)
 runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
@@ -1202,7 +1206,7 @@ def test_a_run_that_decodes_without_a_cache_takes_the_very_steps_of_one_that_has
         mask = pad_rows([[False] * len(prompt) + [True] * (len(reply) - len(prompt)) for prompt, reply in zip(prompts, replies)], False)[0]
         return Generation(ids, mask, lengths, torch.tensor([reply[-1] in tokenizer.stops for reply in replies]))
 
-    monkeypatch.setattr(ppo, "generate", generate)
+    monkeypatch.setattr(rollout_file, "generate", generate)
     plain = train(root, tmp_path / "plain", flags)
     assert len(cached.calls["generate"]) == 3 and 0 < sum(rollout_of(cached, i).ended.sum() for i in range(3)) < 3 * 16
     for number in range(3):
@@ -1233,7 +1237,7 @@ def table(prompts, replies): return [[1.0]] * len(replies)
     ("--penalty-target 0.01", "--penalty-target is for --policy-loss penalty"),
     ("--penalty-target 0.01 --policy-loss penalty --penalty-coef 0", "with a --penalty-coef above 0"),
     ("--ptx-coef 1", "--ptx-coef and --ptx-data go together"),
-    ("--ptx-data toy", "--ptx-coef and --ptx-data go together"),
+    (f"--ptx-data {TOY}/demonstrations.jsonl", "--ptx-coef and --ptx-data go together"),
     ("--ptx-coef 1 --ptx-data nowhere.json", "nowhere.json: no such file"),
     ("--ptx-coef 1 --ptx-data {root}/prompts.json", "doesn't hold a prompt and a reply"),
     ("--critic-warmup 2", "--critic-warmup 2 leaves none of 2 rollouts"),

@@ -28,6 +28,7 @@ import generate
 import model
 import ppo
 import report
+import rollout as rollout_file
 import reward
 from plumbing import hardware
 from plumbing import steps as steps_file
@@ -35,6 +36,7 @@ from plumbing import ranks
 from plumbing import run as runtime
 import sft
 import tools
+from tools import TOY
 import toy
 from formats.families import knows_single_turns
 from formats.model_folder import load_model, read_config
@@ -44,6 +46,7 @@ from formats.sources import read_rows, split_by_prompt
 from data import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMONSTRATIONS = f"--data {TOY}/demonstrations.jsonl"
 SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
 TRAINERS = ("sft", "reward", "ppo", "dpo")
 TINY = "--layers 1 --heads 2 --width 32 --block-size 64 --threads 1"
@@ -72,13 +75,16 @@ def chain(tmp_path_factory):
         assert done.returncode == 0, f"{stage}: {done.stderr}"
         said[stage] = done.stdout
 
-    run("sft", TINY, PLAN["sft"], f"--out {root}/sft --steps 3")
+    held_out = f"--val-data {TOY}/demonstrations_heldout.jsonl"
+    run("sft", TINY, PLAN["sft"], DEMONSTRATIONS, held_out, f"--out {root}/sft --steps 3")
     run("toy", f"--model {root}/sft --out {root}/preferences --groups 200 --heldout-groups 40 --samples 2 --max-new-tokens 12 --threads 1")
     files = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl --model {root}/sft --threads 1 --steps 3"
-    run("reward", files, PLAN["reward"], f"--demonstrations toy --out {root}/reward")
-    run("ppo", f"--model {root}/sft --reward {root}/reward --threads 1 --steps 3 --out {root}/ppo", PLAN["ppo"])
+    run("reward", files, PLAN["reward"], f"--demonstrations {TOY}/demonstrations.jsonl --out {root}/reward")
+    run("ppo", f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl --judge toy:gold", PLAN["ppo"],
+        f"--threads 1 --steps 3 --out {root}/ppo")
     run("dpo", files, PLAN["dpo"], f"--out {root}/dpo")
-    run("evaluate", f"--models {root}/sft {root}/ppo {root}/dpo --out {root}/evaluation.json --prompts 20 --max-new-tokens 12 --threads 1")
+    run("evaluate", f"--models {root}/sft {root}/ppo {root}/dpo --out {root}/evaluation.json --prompts 20 --max-new-tokens 12 --threads 1",
+        f"--data {TOY}/prompts_heldout.jsonl --judge toy:gold")
     run("report", f"--demo {root} --seconds 12")
     return root, said
 
@@ -88,7 +94,8 @@ def flags(chain):
     """Flags of each trainer for runs in this process, on the chain's files."""
     root = chain[0]
     files = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl --model {root}/sft"
-    inputs = {"sft": TINY, "reward": files, "dpo": files, "ppo": f"--model {root}/sft --reward {root}/reward"}
+    inputs = {"sft": f"{TINY} {DEMONSTRATIONS}", "reward": files, "dpo": files,
+              "ppo": f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"}
     return {name: f"{inputs[name]} {PLAN[name]} --threads 1 --steps 4" for name in TRAINERS}
 
 
@@ -196,7 +203,7 @@ def test_the_pipeline_learns_what_is_preferred(tmp_path):
     for name, rows in (("sft", demonstrations), ("pairs", pairs)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     common = "--threads 1 --log-every 50"
-    run_here("sft", common, f"--layers 2 --heads 2 --width 64 --block-size 64 --tokenizer toy --data {tmp_path}/sft.json --out {tmp_path}/sft --steps 150 --batch-tokens 256 --lr 0.01 --val-fraction 0 --warmup 5")
+    run_here("sft", common, f"--layers 2 --heads 2 --width 64 --block-size 64 --tokenizer {TOY} --data {tmp_path}/sft.json --out {tmp_path}/sft --steps 150 --batch-tokens 256 --lr 0.01 --val-fraction 0 --warmup 5")
     run_here("reward", common, f"--data {tmp_path}/pairs.json --val-fraction 0 --model {tmp_path}/sft --out {tmp_path}/reward --steps 30 --batch-tokens 256")
     run_here("dpo", common, f"--data {tmp_path}/pairs.json --val-fraction 0 --model {tmp_path}/sft --out {tmp_path}/dpo --steps 60 --batch-tokens 256 --lr 0.0005 --beta 0.3")
     run_here("ppo", common, f"--data {tmp_path}/pairs.json --model {tmp_path}/sft --reward {tmp_path}/reward --out {tmp_path}/ppo --steps 15 "
@@ -233,7 +240,7 @@ def small(tmp_path_factory):
     for name, rows in files.items():
         (root / f"{name}.json").write_text(json.dumps(rows))
     with signal_handlers_kept():
-        run_here("sft", f"{TINY} {ALL_AT_ONCE} --tokenizer toy --data {root}/demonstrations.json --steps 40 --lr 0.02 --out {root}/sft")
+        run_here("sft", f"{TINY} {ALL_AT_ONCE} --tokenizer {TOY} --data {root}/demonstrations.json --steps 40 --lr 0.02 --out {root}/sft")
         run_here("sft", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/demonstrations.json --steps 3 --out {root}/other")
         run_here("reward", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/rankings.json --steps 2 --out {root}/reward")
     return root
@@ -297,7 +304,7 @@ def test_the_held_out_loss_is_a_mean_over_reply_tokens(small):
     with torch.no_grad():
         expected = -sum(reply_logprob(network.eval(), torch.tensor(ids), torch.tensor(mask)) for ids, mask in examples) / sum(sum(mask) for _, mask in examples)
     for budget in (80, 100_000):
-        loss = sft.validation_loss(run, network, examples, [len(ids) for ids, _ in examples], SimpleNamespace(micro_batch_tokens=budget), tokenizer.pad)
+        loss = sft.validation_loss(run, network, examples, SimpleNamespace(micro_batch_tokens=budget), tokenizer.pad)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -380,7 +387,7 @@ def recorded(monkeypatch, script, *names):
 
 
 def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first_model(small, tmp_path, monkeypatch):
-    rollouts = recorded(monkeypatch, evaluate, "generate")["generate"]
+    rollouts = recorded(monkeypatch, rollout_file, "generate")["generate"]
     folders = [str(small / "sft"), str(small / "other"), shutil.copytree(small / "sft", tmp_path / "sft")]
     folders = [str(folder) for folder in folders]
     (tmp_path / "prompts.json").write_text(json.dumps(json.loads((small / "prompts.json").read_text()) * 4))
@@ -427,7 +434,7 @@ def test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_of
 
 
 def test_ppo_samples_at_its_temperature(small, tmp_path, monkeypatch):
-    rollouts = recorded(monkeypatch, ppo, "generate")["generate"]
+    rollouts = recorded(monkeypatch, rollout_file, "generate")["generate"]
     run_here("ppo", f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward {PLAN['ppo']} --threads 1 --steps 1 --temperature 0.001 --out {tmp_path}/run")
     policy, tokenizer = load_model(small / "sft", model.GPT)
     rollout = rollouts[0][1]
@@ -532,8 +539,8 @@ def test_ctrl_c_saves_and_resume_goes_on_with_the_same_settings_alone(tmp_path):
     ("sft", "--dtype float16", "--dtype float16 needs --device cuda"),
     ("sft", "--data nowhere.json", "nowhere.json: no such file"),
     ("sft", "--data {tmp}/rows.xlsx", "only .json, .json.gz, .jsonl"),
-    pytest.param("sft", "--data {tmp}/broken.jsonl --tokenizer toy", "broken.jsonl:2 is not valid JSON", marks=pytest.mark.case(18)),
-    pytest.param("sft", "--data {tmp}/keys.jsonl --tokenizer toy", "its fields are question, reply", marks=pytest.mark.case(19)),
+    pytest.param("sft", "--data {tmp}/broken.jsonl " f"--tokenizer {TOY}", "broken.jsonl:2 is not valid JSON", marks=pytest.mark.case(18)),
+    pytest.param("sft", "--data {tmp}/keys.jsonl " f"--tokenizer {TOY}", "its fields are question, reply", marks=pytest.mark.case(19)),
     ("sft", "--model {tmp}", "is not a checkpoint folder: config.json is missing"),
     pytest.param("sft", "--model {root}/reward", "holds a reward model, but a language model is needed", marks=pytest.mark.case(12)),
     ("sft", "--width 30 --heads 4", "width 30 is not divisible by 4 heads"),
@@ -601,7 +608,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, 
 
 @pytest.mark.case(30)
 def test_a_mistake_in_a_subprocess_shows_no_traceback():
-    wrong = command("sft", "--data nowhere.json --tokenizer toy")
+    wrong = command("sft", f"--data nowhere.json --tokenizer {TOY}")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
 
 
@@ -631,7 +638,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_refused_if_ther
 def test_resume_refuses_inputs_that_have_changed_since(flags, tmp_path):
     rows = [{"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}] * 4
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = f"{TINY} --tokenizer toy --data {tmp_path}/rows.json --val-fraction 0 --steps 2 --out {tmp_path}/run"
+    words = f"{TINY} --tokenizer {TOY} --data {tmp_path}/rows.json --val-fraction 0 --steps 2 --out {tmp_path}/run"
     run_here("sft", words)
     (tmp_path / "rows.json").write_text(json.dumps(rows[:3]))
     with pytest.raises(UserError, match="since the run in .* began, what --data names has changed; .* --override"):
@@ -659,7 +666,7 @@ def test_replies_cut_off_before_their_end_never_earn_more_than_any_that_ended(ch
     original = ppo.shaped_rewards
     monkeypatch.setattr(ppo, "shaped_rewards", lambda scores, *rest: seen.append(scores.clone()) or original(scores, *rest))
     root = chain[0]
-    run_here("ppo", f"--model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 32 --max-new-tokens 8 --out {tmp_path}/run")
+    run_here("ppo", f"--data {TOY}/prompts.jsonl --model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 32 --max-new-tokens 8 --out {tmp_path}/run")
     share_ended = metrics(tmp_path / "run")[0]["eos_rate"]
     assert share_ended < 1  # a three-step policy rarely ends
     ordered = seen[0].sort().values
@@ -675,18 +682,19 @@ def test_ppo_feeds_its_losses_what_one_row_at_a_time_gives(chain, tmp_path, monk
     seen = {}
 
     def record(name):
-        original = getattr(ppo, name)
+        owner = rollout_file if name == "generate" else ppo
+        original = getattr(owner, name)
 
         def recorded(*args, **options):
             out = original(*args, **options)
             seen.setdefault(name, (args, out))
             return out
-        monkeypatch.setattr(ppo, name, recorded)
+        monkeypatch.setattr(owner, name, recorded)
 
     for name in ("generate", "shaped_rewards", "gae", "policy_loss"):
         record(name)
     root = chain[0]
-    run_here("ppo", f"--model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 10 "
+    run_here("ppo", f"--data {TOY}/prompts.jsonl --model {root}/sft --reward {root}/reward --threads 1 --steps 1 --rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 10 "
              f"--temperature 0.7 --kl-coef 0.5 --whiten none --missing-eos-penalty 0 --micro-batch-tokens 10000 --out {tmp_path}/run")
     policy, _ = load_model(root / "sft", model.GPT)
     scorer, _ = load_model(root / "reward", model.ScalarModel)
@@ -824,7 +832,7 @@ def test_cpu_features_are_the_words_of_proc_cpuinfo(monkeypatch):
 def test_a_run_settles_on_the_precision_that_its_widest_model_wants(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "cpu_features", lambda: {"amx_bf16"})
     for width, dtype in ((32, "float32"), (256, "bfloat16")):
-        run_here("sft", f"--layers 1 --heads 2 --width {width} --block-size 64 --threads 1 --batch-tokens 256 --steps 1 --data {small}/demonstrations.json --tokenizer toy "
+        run_here("sft", f"--layers 1 --heads 2 --width {width} --block-size 64 --threads 1 --batch-tokens 256 --steps 1 --data {small}/demonstrations.json --tokenizer {TOY} "
                  f"--model scratch --val-fraction 0 --out {tmp_path}/{width}")
         assert f"products in {dtype}" in capsys.readouterr().out
 
@@ -835,7 +843,7 @@ def test_a_run_settles_on_the_precision_that_its_widest_model_wants(small, tmp_p
 def test_training_takes_its_part_of_a_file_and_holds_prompts_out(name, tmp_path, capsys):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": f"Cube {i}.", "chosen": "Yes.", "rejected": "No."} for i in range(60)]))
-    run_here(name, f"{TINY} --tokenizer toy --model scratch --data {path} --part 1/2:2 --val-fraction 0.3 --steps 1 --batch-tokens 100 --out {tmp_path}/run")
+    run_here(name, f"{TINY} --tokenizer {TOY} --model scratch --data {path} --part 1/2:2 --val-fraction 0.3 --steps 1 --batch-tokens 100 --out {tmp_path}/run")
     rows = split_by_prompt(read_rows(path, "preferences", str, "1/2:2"), 0.3)
     kept, held_out = map(len, rows)
     assert 5 < held_out < kept < 45
@@ -855,7 +863,7 @@ def test_resume_notices_a_file_that_has_changed_however_it_is_named(spec, tmp_pa
     for name, rows in (("a", ROWS[:3]), ("b", ROWS[3:])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     spec = spec.format(a=tmp_path / "a.json", b=tmp_path / "b.json")
-    flags = [f"{TINY} --tokenizer toy --val-fraction 0 --steps 1 --out {tmp_path}/run",
+    flags = [f"{TINY} --tokenizer {TOY} --val-fraction 0 --steps 1 --out {tmp_path}/run",
              f"--data {shlex.quote(spec)}"]
     run_here("sft", *flags)
     run_here("sft", *flags, "--resume")
@@ -939,10 +947,10 @@ def test_no_letter_that_a_console_lacks_ends_a_script(encoding, small, tmp_path,
     rows = [{"instruction": f"Sag {word}. \U0001f600", "output": reply} for word in WORDS]
     data = tmp_path / "r\u00f6ws.json"
     data.write_text(json.dumps(rows))
-    train = f"{TINY} --tokenizer toy --val-fraction 0.3 --steps 1 --out {tmp_path}/run"
+    train = f"{TINY} --tokenizer {TOY} --val-fraction 0.3 --steps 1 --out {tmp_path}/run"
     commands = [("sft", 0, f"{train} --data {data}"), ("chat", 0, f"--model {small}/sft --max-new-tokens 4"),
                 ("evaluate", 0, f"--models {small}/sft --data {data} --reward {small}/reward"),
-                ("sft", 2, "--data n\u00f6where.json --tokenizer toy")]
+                ("sft", 2, f"--data n\u00f6where.json --tokenizer {TOY}")]
     for script, code, flags in commands:
         done = command(script, flags, input="Wo ist die Stra\u00dfe?\n", errors="replace")
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
@@ -989,7 +997,7 @@ def test_a_script_that_is_cut_short_by_its_reader_ends_as_sigpipe_ends_others(at
     talk = f"--model {chain[0]}/sft --max-new-tokens 4"
     done = unheard("chat", talk, at_once=at_once, input="Hello.\n" * 3)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
-    wrong = unheard("sft", "--data nowhere.json --tokenizer toy", at_once=at_once, error=subprocess.STDOUT)
+    wrong = unheard("sft", f"--data nowhere.json --tokenizer {TOY}", at_once=at_once, error=subprocess.STDOUT)
     assert wrong.returncode == 2
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from plumbing import run as runtime
 import second_device
 import tools
+from tools import TOY
 import toy
 from formats.model_folder import save_model
 from model import GPT, ScalarModel
@@ -107,7 +108,7 @@ def test_the_device_refuses_what_lies_on_two_devices(probed):
 
 FILE = "--data {root}/preferences.jsonl --threads 1"
 TINY = "--layers 1 --heads 2 --width 32 --block-size 64"
-SCRATCH = f"sft {FILE} --tokenizer toy {TINY} --batch-tokens 256 --max-new-tokens 8"
+SCRATCH = f"sft {FILE} --tokenizer {TOY} {TINY} --batch-tokens 256 --max-new-tokens 8"
 SFT = f"sft --model {{root}}/sft {FILE} --batch-tokens 256 --max-new-tokens 8"
 REWARD = f"reward --model {{root}}/sft {FILE} --batch-tokens 256"
 DPO = f"dpo --model {{root}}/sft {FILE} --batch-tokens 256 --max-new-tokens 8"

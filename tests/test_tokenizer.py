@@ -70,7 +70,7 @@ def test_gpt2_without_cache_or_network_says_what_to_do(monkeypatch):
         raise OSError("no network")
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
-        Tokenizer.named("gpt2")
+        Tokenizer.gpt2()
 
 
 def slow_merge(parts, pair):
@@ -157,9 +157,9 @@ def write_rows(path, rows):
 def test_a_model_from_scratch_takes_the_tokenizer_that_is_named(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "folder")
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "把这句话翻译成英文", "completion": "这句话翻译成英文"}] * 3)
-    for name, expected in [("toy", toy.tokenizer()), (str(tmp_path / "folder"), tokenizer)]:
+    for name, expected in [(tools.TOY, toy.tokenizer()), (str(tmp_path / "folder"), tokenizer)]:
         assert scratch_tokenizer(a_run(tmp_path, tokenizer=name)).same_as(expected)
-    assert scratch_tokenizer(a_run(tmp_path, tokenizer="auto", data="toy")).same_as(toy.tokenizer())
+    assert scratch_tokenizer(a_run(tmp_path, tokenizer="auto", data=f"{tools.TOY}/prompts.jsonl")).same_as(toy.tokenizer())
     learned = scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:300"))
     assert learned.same_as(Tokenizer("bpe", *train_bpe(["把这句话翻译成英文", "这句话翻译成英文"] * 3, 300, ALL_LETTERS)))
     assert len(learned.encode("这句话翻译成英文")) == 1
@@ -169,12 +169,10 @@ def test_a_model_from_scratch_takes_the_tokenizer_that_is_named(tmp_path, tokeni
 @pytest.mark.parametrize("name", ["gtp2", "bpe:299", "bpe:200001", "bpe:1e3", "bpe:", "bpe:-300",
                                   "bpe:99999999999", "nowhere/folder", ""])
 def test_any_other_tokenizer_is_refused_with_those_that_there_are(tmp_path, name):
-    message = (rf"^--tokenizer {re.escape(name)}: write auto, gpt2, toy, a checkpoint's or tokenizer's folder .*, "
+    message = (rf"^--tokenizer {re.escape(name)}: write auto, gpt2, a checkpoint's or tokenizer's folder .*, "
                r"or bpe:N to learn N tokens from --data, N from 300 to 200000$")
     with pytest.raises(UserError, match=message):
         scratch_tokenizer(a_run(tmp_path, tokenizer=name))
-    with pytest.raises(UserError, match="--tokenizer bpe:400 learns from files, and the toy task has"):
-        scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:400", data="toy"))
     with pytest.raises(UserError, match="rows.jsonl: no such file"):
         scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:400"))
 

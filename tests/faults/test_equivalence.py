@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from plumbing import flags
 from plumbing import run as runtime
 import tools
+from tools import TOY
 import toy
 
 TRAINERS = ("sft", "reward", "dpo", "ppo")
@@ -68,7 +69,7 @@ def uneven(tmp_path_factory):
     for name, content in rows.items():
         (root / f"{name}.json").write_text(json.dumps(content))
     plan = "--threads 1 --val-fraction 0 --batch-tokens 100000 --warmup 1"
-    for script, words in (("sft", f"{tools.TINY} --tokenizer toy --data {root}/demonstrations.json --steps 40 --lr 0.02"),
+    for script, words in (("sft", f"{tools.TINY} --tokenizer {TOY} --data {root}/demonstrations.json --steps 40 --lr 0.02"),
                           ("reward", f"--model {root}/sft --data {root}/rankings.json --steps 3")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tools, "PLAN", {script: plan})

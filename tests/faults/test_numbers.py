@@ -16,16 +16,19 @@ from safetensors.torch import load_file
 from plumbing import flags
 import generate
 import model
+import judges
 import ppo
+import rollout
 from plumbing import run as runtime
 from plumbing import checkpoints
 import tools
+from tools import TOY
 import toy
 
 TRAINERS = ("sft", "reward", "dpo", "ppo")
 FEW = ["sft", "ppo", *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "dpo"))]  # which differ least
 OPTIMIZER = {name: "policy_optimizer" if name == "ppo" else "optimizer" for name in TRAINERS}
-ROWS = {"sft": "--data {root}/preferences.jsonl --tokenizer toy"}
+ROWS = {"sft": "--data {root}/preferences.jsonl " f"--tokenizer {TOY}"}
 
 
 def here(script, root, *words):
@@ -170,7 +173,7 @@ def test_one_reward_that_is_nan_costs_its_rollout_alone_and_is_named(source, roo
             scores[lengths.argmin()] = math.nan
         return scores
 
-    monkeypatch.setattr(ppo, "last_scores", last_scores)
+    monkeypatch.setattr(judges, "last_scores", last_scores)
     wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run: (states.setdefault(run.step, state_of(run)), original(run)) and None)
     assert here("ppo", root, f"--out {tmp_path}/run --steps 5 --reward-fn flawed:score --critic-init reward") == 0
     assert equal(states[2], states[3]) and not equal(states[1], states[2]) and not equal(states[3], states[4])
@@ -194,7 +197,7 @@ def test_rewards_that_are_always_nan_end_the_run_with_what_was_good_saved(root, 
 @pytest.mark.case(15)
 def test_a_rollout_that_is_skipped_leaves_nothing_behind_that_resuming_would_lack(root, tmp_path, monkeypatch):
     """PPO-ptx draws its batches by the number of the step, as everything else does."""
-    words = "--reward-fn flawed:score --steps 4 --ptx-coef 0.5 --ptx-data toy --ptx-tokens 128"
+    words = f"--reward-fn flawed:score --steps 4 --ptx-coef 0.5 --ptx-data {TOY}/demonstrations.jsonl --ptx-tokens 128"
     flawed({2}, monkeypatch)  # rollout 2
     assert here("ppo", root, words, f"--out {tmp_path}/whole") == 0
     flawed({2}, monkeypatch)
@@ -309,7 +312,7 @@ def test_no_memory_is_one_line_that_says_where_and_which_flags_help_and_the_run_
         return original(*args, **options)
 
     with monkeypatch.context() as patch:
-        wrap(patch, *((ppo, "generate") if owner is None else (owner, "forward")), forward)
+        wrap(patch, *((rollout, "generate") if owner is None else (owner, "forward")), forward)
         assert here(script, root, words) == 1
     where = "sampling 16 replies at once" if owner is None else r"pass 2 of \d+ \(of \d+ examples\)"
     advice = r"lower --micro-batch-tokens \(now 100\), " + r"bound --rollout-rows \(now 0\), " * (script == "ppo") + "add --checkpoint-activations, "
@@ -371,7 +374,7 @@ def test_nothing_asks_the_network_by_default(script, root, tmp_path, monkeypatch
 @pytest.mark.parametrize("words, said", [
     ("--tokenizer gpt2", "the gpt2 tokenizer is not in tiktoken's cache and could not be fetched"),
     ("--data {tmp}/rows.json", "the gpt2 tokenizer is not in tiktoken's cache and could not be fetched"),
-    ("--model gpt2-org/gpt2-tiny", "gpt2-org/gpt2-tiny"), ("--data hf:somebody/something:train --tokenizer toy", "hf:somebody/something")])
+    ("--model gpt2-org/gpt2-tiny", "gpt2-org/gpt2-tiny"), (f"--data hf:somebody/something:train --tokenizer {TOY}", "hf:somebody/something")])
 def test_without_network_and_cache_what_needs_them_ends_in_one_line(words, said, root, tmp_path, monkeypatch, capsys, alone):
     (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "Say hello.", "response": "Hello!"}] * 20))
     monkeypatch.setattr(tools, "PLAN", {"sft": ""})

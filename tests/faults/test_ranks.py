@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from plumbing import checkpoints
 import tools
+from tools import TOY
 from plumbing.hardware import autocast
 from model import GPT, ScalarModel, last_scores
 from generate import generate
@@ -186,7 +187,7 @@ def test_resuming_with_other_settings_or_data_lists_them_all_and_takes_them_if_t
     rows = (root / "preferences.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:100]))
     batch = "--rollout-batch 16" if script == "ppo" else "--batch-tokens 512"
-    words = f"--out {tmp_path}/run --data {tmp_path}/rows.jsonl --save-every 2" + " --tokenizer toy" * (script == "sft")
+    words = f"--out {tmp_path}/run --data {tmp_path}/rows.jsonl --save-every 2" + f" --tokenizer {TOY}" * (script == "sft")
     assert tools.here(script, root, words, batch, "--steps 2") == 0
 
     def files():
@@ -219,7 +220,7 @@ def test_resuming_with_other_settings_or_data_lists_them_all_and_takes_them_if_t
 
 @pytest.mark.case(26)
 def test_what_only_says_how_and_where_to_compute_may_change_without_a_word(root, tmp_path, capsys):
-    words = f"--out {tmp_path}/run --data {root}/preferences.jsonl --tokenizer toy"
+    words = f"--out {tmp_path}/run --data {root}/preferences.jsonl --tokenizer {TOY}"
     assert tools.here("sft", root, words, "--steps 4 --save-every 2") == 0
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     (tmp_path / "other" / "checkpoints" / "latest.json").write_text('{"latest": "step_000002"}')

@@ -11,10 +11,10 @@ import torch.distributed.checkpoint as dcp
 
 from plumbing import checkpoints
 import tools
+import toy
 from formats.model_folder import load_model, save_model
 from plumbing.flags import UserError
 from model import GPT, GPTConfig
-from formats.tokenizer import Tokenizer
 
 FORBIDDEN = re.compile(r"import pickle|pickle\.|torch\.(save|jit)\b|torch\.load\((?!.*weights_only=True)|weights_only=False|(?<![\w.])(eval|exec)\(|"
                        r"trust_remote_code|shell\s*=\s*True|np\.load|allow_pickle=True|yaml\.load|marshal|os\.system")
@@ -49,7 +49,7 @@ def zipped(data):
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_a_pickle_is_refused_under_any_name(wrap, protocol, tmp_path):
     trace, folder = tmp_path / "trace", tmp_path / "model"
-    save_model(folder, GPT(GPTConfig(Tokenizer.named("toy").n_vocab, 16, 1, 1, 1, 8)), Tokenizer.named("toy"))
+    save_model(folder, GPT(GPTConfig(toy.tokenizer().n_vocab, 16, 1, 1, 1, 8)), toy.tokenizer())
     evil = wrap(pickle.dumps(Touch(trace), protocol))
     (folder / "model.safetensors").write_bytes(evil)
     with pytest.raises(UserError, match="model.safetensors is refused: it is a pickle"):

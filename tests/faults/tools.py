@@ -1,5 +1,8 @@
 """Tiny runs in subprocesses and in this process, to be killed and broken."""
+import atexit
+import contextlib
 import importlib
+import io
 import json
 import os
 import shlex
@@ -7,22 +10,39 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+import toy
+
 from plumbing import run as runtime
 from plumbing import checkpoints, disk
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def toy_files():
+    """The folder that `python toy.py` writes, with few preferences. One for this process and those that it starts."""
+    if "TOY_FILES" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="toy-")
+        with contextlib.redirect_stdout(io.StringIO()):
+            toy.write_task(toy.Config(out=folder, groups=300, heldout_groups=40))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["TOY_FILES"] = folder
+    return os.environ["TOY_FILES"]
+
+
+TOY = toy_files()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = "--layers 1 --heads 2 --width 32 --block-size 64"
 PLAN = {  # flags of a run of each script that takes a second or two; {root} has sft/ and reward/ from `models`
-    "sft": f"{TINY} --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
+    "sft": f"{TINY} --data {TOY}/demonstrations.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
     "reward": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4",
     "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
-    "ppo": "--model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12"}
+    "ppo": f"--data {TOY}/prompts.jsonl" " --model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12"}
 SHORT = "--steps 6 --save-every 1 --micro-batch-tokens 128"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
 
