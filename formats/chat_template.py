@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
+from formats.errors import one_line
 from plumbing.flags import UserError, require
 from plumbing.run import today
 
@@ -14,10 +15,6 @@ TEMPLATE_LIMIT, OUTPUT_LIMIT = 100_000, 1 << 24  # characters
 SECONDS = 3  # for one rendering
 MEMORY = 1 << 29  # bytes that one rendering may take
 PROBE = "Zq7"
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def optional(name):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from formats.errors import one_line
 from formats.rows import (
     FORMATS, NEEDED, PROMPTS, RATINGS, REPLIES, TURNS, WORKED, BadRow, advice, as_number, expand, merge,
     parse, recognise, translate)
@@ -194,11 +195,6 @@ def check_header(names, where):
             f"and this one has {shown}")
     for name, n in Counter(filter(None, names)).items():
         require(n == 1, f"{where} names the column {name[:40]!r} {n} times")
-
-
-def one_line(error):
-    """A library's message, which may be a page long."""
-    return " ".join(str(error).split())[:200]
 
 
 def read_parquet(file, path):
