@@ -259,7 +259,7 @@ def to_stored(weights, config):
 
 
 def as_gpt2(weights):
-    """Weights {name: tensor} as GPT-2 has them: matrices (in, out), and biases of zero where ours has none."""
+    """Weights {name: tensor} as GPT-2 has them: matrices (in, out), biases of zero where ours has none."""
     stored = {}
     for name, weight in weights.items():
         stored[name] = weight.T if name.endswith(TRANSPOSED) else weight
