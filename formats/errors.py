@@ -11,7 +11,7 @@ def one_line(error):
 
 
 def json_object(data, path, encoding="utf-8"):
-    """The JSON object, a dict, that a file's bytes hold; UserError, with the file's path, if they hold none."""
+    """The JSON object, a dict, that a file's bytes hold; UserError, with its path, if they hold none."""
     try:
         value = json.loads(data.decode(encoding))
     except (ValueError, RecursionError) as error:

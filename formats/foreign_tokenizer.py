@@ -102,8 +102,9 @@ def valid_ids(values, size):
     """The token ids from 0 to size - 1 in values, each as configurations have it: none, one or a list."""
     ids = []
     for value in values:
-        listed = value if isinstance(value, list) else [value]
-        for i in listed:
+        if not isinstance(value, list):
+            value = [value]
+        for i in value:
             if type(i) is int and 0 <= i < size:
                 ids.append(i)
     return ids
@@ -129,8 +130,9 @@ class FolderTokenizer:
         eos = self._named_id("eos_token", given)
         bos = self._named_id("bos_token", given)
         endings = self._ending_ids(eos, files, given)
-        known = endings if bos is None else [*endings, bos]
-        self._make_special([self.engine.id_to_token(i) for i in known])
+        self._make_special(map(self.engine.id_to_token, endings))
+        if bos is not None:
+            self._make_special([self.engine.id_to_token(bos)])
 
         source = find_template(folder, files, given.config)
         ours = source is None
@@ -144,7 +146,8 @@ class FolderTokenizer:
                 f"{folder} names no token that ends a reply (eos_token in tokenizer_config.json)")
         self.eos = eos
         self.stops = tuple(dict.fromkeys([eos, *endings]))
-        self.document = self.specials.get("<|endoftext|>", eos if bos is None else bos)
+        around_documents = eos if bos is None else bos
+        self.document = self.specials.get("<|endoftext|>", around_documents)
 
         pad = self._choose_pad(bos, given.words.get("unk_token"))
         self._make_special([pad])
@@ -261,8 +264,10 @@ class FolderTokenizer:
         ids = []
         for i, part in enumerate(self.leaky.split(text)):
             # `split` gives ordinary text and special tokens by turns.
+            pieces = [part]
             is_special = i % 2 == 1
-            pieces = list(part) if is_special else [part]
+            if is_special:
+                pieces = list(part)
             for piece in pieces:
                 if piece:
                     ids += self._spaced(piece, after)
@@ -332,7 +337,10 @@ class FolderTokenizer:
         if "special_tokens_map.json" in self.files and names != given.names:
             self.files["special_tokens_map.json"] = json_bytes(names)
 
-        endings = list(self.stops) if len(self.stops) > 1 else self.eos
+        # One end token alone is written as a number.
+        endings = self.eos
+        if len(self.stops) > 1:
+            endings = list(self.stops)
         generation = given.generation | {"pad_token_id": self.pad, "eos_token_id": endings}
         if "generation_config.json" in self.files and generation != given.generation:
             self.files["generation_config.json"] = json_bytes(generation)
@@ -448,8 +456,9 @@ def check_merges(model):
     if not prefix:
         return
     for pair in model["merges"]:
-        parts = pair.split(" ") if isinstance(pair, str) else pair
-        if not parts[1].startswith(prefix):
+        if isinstance(pair, str):
+            pair = pair.split(" ")
+        if not pair[1].startswith(prefix):
             raise ValueError("a merge lacks the prefix that it says it has")
 
 

@@ -270,13 +270,7 @@ def train_bpe(texts, n_vocab, pattern=ENGLISH):
     before = array("i", range(-1, len(ids) - 1))
     after = array("i", range(1, len(ids) + 1))
 
-    # Of each pair of ids: how often it comes, and the places of its first token.
-    counts = Counter()
-    places = defaultdict(lambda: array("i"))
-    for place, pair in enumerate(pairwise(ids)):
-        if -1 not in pair:
-            counts[pair] += times[place]
-            places[pair].append(place)
+    counts, places = find_pairs(ids, times)
 
     def entry_of(pair):
         left, right = pair
@@ -326,6 +320,17 @@ def train_bpe(texts, n_vocab, pattern=ENGLISH):
             if counts[pair] > 0:
                 heapq.heappush(heap, entry_of(pair))
     return pattern, ranks
+
+
+def find_pairs(ids, times):
+    """Of each pair of neighbouring ids: how often it comes, and the places of its first id."""
+    counts = Counter()
+    places = defaultdict(lambda: array("i"))
+    for place, pair in enumerate(pairwise(ids)):
+        if -1 not in pair:
+            counts[pair] += times[place]
+            places[pair].append(place)
+    return counts, places
 
 
 def lay_out_words(texts, pattern):
