@@ -1,9 +1,8 @@
 """One row type for every stage, and the formats that people have their rows in.
 
-A row is a prompt (a conversation that awaits an answer) and its replies: none for prompts, one for a demonstration, K with
-ranks for preferences (a chosen/rejected pair is K = 2).
+A row is a prompt (a conversation that awaits an answer) and its replies: none for prompts, one for a
+demonstration, K with ranks for preferences (a chosen/rejected pair is K = 2).
 """
-import itertools
 import json
 import math
 import re
@@ -14,42 +13,74 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Row:
-    """A prompt and its replies. ranks: one number per reply, lower is better, equal is a tie; margin: see reward.py."""
-    prompt: list  # [{"role": "system" | "user" | "assistant", "content": str}], the last one by the user; [] for plain text
-    replies: list = field(default_factory=list)  # of str
+    """A prompt and its replies."""
+    # Turns [{"role": "system" | "user" | "assistant", "content": str}], the last one by the user.
+    # [] for plain text.
+    prompt: list
+    # Of str.
+    replies: list = field(default_factory=list)
+    # One number per reply: lower is better, equal is a tie.
     ranks: list = field(default_factory=list)
+    # By how much the first should win; see reward.py.
     margin: float = 0.0
-    gold: list = field(default_factory=list)  # true scores of the replies where somebody knows them (synthetic data)
-    answer: str = ""  # the result that a reply ought to reach, where it can be checked ("72")
-    document: bool = False  # a whole file of running text, which is split by position, not by hash
+    # True scores of the replies, one number each, where somebody knows them (synthetic data).
+    gold: list = field(default_factory=list)
+    # The result that a reply ought to reach, where it can be checked ("72").
+    answer: str = ""
+    # A whole file of running text, which is split by position, not by hash.
+    document: bool = False
 
     @property
     def text(self):
-        """The prompt as one string: what it is known by, whatever its replies. Plain text is known by itself."""
-        return "\n\n".join(message["content"] for message in self.prompt) or "".join(self.replies[:1])
+        """The prompt as one string: what it is known by, whatever its replies.
+
+        Plain text is known by itself.
+        """
+        prompt = "\n\n".join(message["content"] for message in self.prompt)
+        return prompt or "".join(self.replies[:1])
 
 
 class BadRow(Exception):
     """A row that is dropped; its text is the reason."""
 
 
-ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user",
-         "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+# What files call the roles, in small letters, and what we call them.
+ROLES = {
+    "system": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "chatgpt": "assistant",
+}
 # Fields that hold a conversation, a prompt, a reply, and a number that is higher for a better reply.
 TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem")
 REPLIES = ("output", "response", "completion")
 RATINGS = ("rating", "score")
-JUDGED = ("fine-grained_score", "overall_score", *RATINGS)  # such a number, of one of a row's replies
+# Fields that hold such a number in one of a row's several replies.
+JUDGED = ("fine-grained_score", "overall_score", *RATINGS)
 # Prompts that pose a task, and the answer to it, which is a reply as well. One with its working comes first.
 TASKS = ("question", "query", "problem")
 WORKED = ("solution", "answer", "target")
-ANSWERS = ("ground_truth", "answer", "solution", "target")  # what a reply is checked by, the surest first
+# What a reply is checked by, the surest first.
+ANSWERS = ("ground_truth", "answer", "solution", "target")
 
 
 def first(row, names, default=None):
     """The first of these fields that a row has and that is not null."""
-    return next((row[name] for name in names if row.get(name) is not None), default)
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    return default
+
+
+def has_prompt(row):
+    """Whether a row has a field that holds a prompt or a conversation."""
+    return bool(row.keys() & {*PROMPTS, *TURNS})
+
+
+def is_list_of(kind, value):
+    """Whether value is a list whose items are all of one type."""
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def is_number(x):
@@ -65,29 +96,38 @@ def as_number(value):
 
 def number_text(x):
     """A number as people write it: a whole one has no decimal point, whatever type its column has."""
-    return str(int(x) if isinstance(x, float) and x.is_integer() else x)
+    if isinstance(x, float) and x.is_integer():
+        x = int(x)
+    return str(x)
 
 
 def find_result(text):
     """The result of a worked answer: behind the last #### (GSM8K), in the last \\boxed{} (MATH), or all."""
     _, mark, result = text.rpartition("####")
-    heading = "\n" in result.strip() or ("\\boxed{" in text and not re.search(r"\d", result))
-    if mark and not heading:
+    # Where #### only begins a heading, what follows is no result.
+    several_lines = "\n" in result.strip()
+    boxed_instead = "\\boxed{" in text and not re.search(r"\d", result)
+    if mark and not several_lines and not boxed_instead:
         return result.strip().rstrip(".").replace(",", "")
     _, mark, result = text.rpartition("\\boxed{")
-    depth = 1
-    for i, letter in enumerate(result if mark else ""):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if depth == 0:
-            return result[:i].strip()
+    if mark:
+        # The box ends at the bracket that closes it, and there may be others in it.
+        depth = 1
+        for i, letter in enumerate(result):
+            depth += {"{": 1, "}": -1}.get(letter, 0)
+            if depth == 0:
+                return result[:i].strip()
     return text.strip()
 
 
 def find_answer(row):
     """The answer of a row that can be checked, as text; "" if it has none."""
-    judged = row.get("reward_model")  # as DAPO and verl have it
-    values = [judged.get("ground_truth")] if isinstance(judged, dict) else []
-    for value in values + [row.get(name) for name in ANSWERS]:
+    values = [row.get(name) for name in ANSWERS]
+    # DAPO and verl have it one level down.
+    judged = row.get("reward_model")
+    if isinstance(judged, dict):
+        values.insert(0, judged.get("ground_truth"))
+    for value in values:
         if is_number(value) and math.isfinite(value):
             return number_text(value)
         if isinstance(value, str) and value.strip():
@@ -98,9 +138,7 @@ def find_answer(row):
 def parse_content(content):
     """The stripped text of a turn: a string, or a list of {"type": "text", "text": str} parts."""
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
-            raise BadRow("a turn with parts that are no text")
-        content = "".join(part["text"] for part in content)
+        content = "".join(map(text_of_part, content))
     if content is None:
         raise BadRow("a turn without text")
     if not isinstance(content, str):
@@ -108,21 +146,30 @@ def parse_content(content):
     return content.strip()
 
 
+def text_of_part(part):
+    """The text of a part of a turn; BadRow if it is an image or the like."""
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise BadRow("a turn with parts that are no text")
+    return part["text"]
+
+
 def split_exchanges(messages):
     """Messages, those of the kind {human: text, assistant: text} as the two that they are."""
     for message in messages:
         if message.keys() >= {"human", "assistant"}:
-            yield from ({"role": role, "content": message[role]} for role in ("human", "assistant"))
+            yield {"role": "human", "content": message["human"]}
+            yield {"role": "assistant", "content": message["assistant"]}
         else:
             yield message
 
 
 def parse_messages(messages):
-    """A list of {role or from, content or value} -> turns as `Row` has them, in order: [system], user, assistant, user, ...
+    """A list of {role or from, content or value} -> turns as `Row` has them.
 
-    A single turn by the assistant passes too: it is how some files hold a reply.
+    They must come in this order: [system], user, assistant, user, ... A single turn by the assistant passes
+    too: it is how some files hold a reply.
     """
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if not is_list_of(dict, messages):
         raise TypeError("a conversation is not a list of objects with role and content (or from and value)")
     turns = []
     for message in split_exchanges(messages):
@@ -131,13 +178,15 @@ def parse_messages(messages):
             raise TypeError("a message has no role")
         if role.lower() not in ROLES:
             raise BadRow(f"a turn by {role[:20]!r}, who is not system, user or assistant")
-        turns.append({"role": ROLES[role.lower()], "content": parse_content(first(message, ("content", "value")))})
+        content = parse_content(first(message, ("content", "value")))
+        turns.append({"role": ROLES[role.lower()], "content": content})
     if turns and turns[0] == {"role": "system", "content": ""}:
         turns = turns[1:]
     roles = [turn["role"] for turn in turns]
     if roles[:1] == ["system"]:
         roles = roles[1:]
-    if roles not in ((["user", "assistant"] * len(roles))[:len(roles)], ["assistant"]):
+    by_turns = ["user", "assistant"] * len(roles)
+    if roles != by_turns[:len(roles)] and roles != ["assistant"]:
         raise BadRow("roles don't alternate")
     return turns
 
@@ -147,8 +196,11 @@ def parse_transcript(text):
     pieces = re.split(r"\n\n(Human|Assistant):", text)
     if pieces[0].strip() or len(pieces) == 1:
         raise BadRow("no transcript with Human: and Assistant: turns")
-    return parse_messages([{"role": {"Human": "user"}.get(role, "assistant"), "content": content}
-                           for role, content in zip(pieces[1::2], pieces[2::2])])
+    messages = []
+    for speaker, content in zip(pieces[1::2], pieces[2::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        messages.append({"role": role, "content": content})
+    return parse_messages(messages)
 
 
 def split_reply(turns):
@@ -161,31 +213,43 @@ def split_reply(turns):
 def parse_prompt(row):
     """Turns up to the user's last, from one of PROMPTS; else from one of TURNS."""
     prompt = first(row, PROMPTS)
-    if prompt is None or isinstance(prompt, list):
-        return parse_messages(first(row, TURNS) if prompt is None else prompt)
-    extra, history = first(row, ("input", "context"), ""), row.get("history", [])
-    if not (isinstance(prompt, str) and isinstance(extra, str)):
+    if prompt is None:
+        return parse_messages(first(row, TURNS))
+    if isinstance(prompt, list):
+        return parse_messages(prompt)
+    extra = first(row, ("input", "context"), "")
+    history = row.get("history", [])
+    if not isinstance(prompt, str) or not isinstance(extra, str):
         raise TypeError("the prompt is not a string")
-    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+    if not is_list_of(list, history) or any(len(turn) != 2 for turn in history):
         raise TypeError("history is not a list of [question, answer]")
     if prompt.startswith("\n\nHuman:") and prompt.rstrip().endswith("\n\nAssistant:"):
+        # The transcript's last turn is the assistant's, and empty.
         return parse_transcript(prompt)[:-1]
-    prompt = "\n\n".join(text.strip() for text in (prompt, extra) if text.strip())
-    contents = [text for turn in history for text in turn] + [prompt]
-    return parse_messages([{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), contents)])
+    messages = []
+    for question, answer in history:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    paragraphs = [text.strip() for text in (prompt, extra) if text.strip()]
+    messages.append({"role": "user", "content": "\n\n".join(paragraphs)})
+    return parse_messages(messages)
 
 
 def parse_reply(value, prompt):
-    """(prompt, reply) from what a row calls a reply: its text, a message, or a list of messages, the prompt's among them perhaps.
+    """(prompt, reply) from what a row calls a reply.
 
-    Where the row has no prompt (None) it is a whole conversation, as text an HH-RLHF transcript.
+    value: the reply's text, a message, or a list of messages, the prompt's among them perhaps. Where the row
+    has no prompt (None) it is a whole conversation, as text an HH-RLHF transcript.
     """
     if isinstance(value, str):
-        return (prompt, value) if prompt is not None else split_reply(parse_transcript(value))
-    if not isinstance(value, (dict, list)):
+        if prompt is None:
+            return split_reply(parse_transcript(value))
+        return prompt, value
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
         raise TypeError("a reply is missing or not a string")
-    turns = parse_messages([value] if isinstance(value, dict) else value)
-    whole, reply = split_reply(turns)
+    whole, reply = split_reply(parse_messages(value))
     if prompt and whole and prompt[-1] not in whole:
         raise BadRow("prompts differ")
     return whole or prompt, reply
@@ -204,7 +268,8 @@ def parse_question(row, want):
         return Row(parse_prompt(row))
     reply = first(row, WORKED)
     if is_number(reply) and row.keys() & {"choices", "options"}:
-        raise TypeError("the answer is the number of a choice; write the choices into the prompt, and the answer out")
+        raise TypeError("the answer is the number of a choice; write the choices into the prompt, "
+                        "and the answer out")
     if is_number(reply):
         reply = number_text(reply)
     if not isinstance(reply, str):
@@ -215,39 +280,66 @@ def parse_question(row, want):
 
 
 def parse_single(row, want):
-    """A prompt, or a conversation, with one reply, labelled (true, false) or rated (higher is better) perhaps."""
-    label, rating, talk = row.get("label"), first(row, RATINGS), first(row, TURNS)
+    """A prompt, or a conversation, with one reply.
+
+    The reply may be labelled (true, false) or rated (higher is better).
+    """
+    label = row.get("label")
     if want == "demonstrations" and label is False:
         raise BadRow("label false")
-    turns = parse_prompt(row) if talk is None else parse_messages(talk)
+    talk = first(row, TURNS)
+    if talk is None:
+        prompt = parse_prompt(row)
+        if want == "prompts":
+            return Row(prompt)
+        prompt, reply = parse_reply(first(row, REPLIES), prompt)
+    else:
+        turns = parse_messages(talk)
+        awaits_answer = not turns or turns[-1]["role"] != "assistant"
+        if want == "prompts" and awaits_answer:
+            return Row(turns)
+        prompt, reply = split_reply(turns)
     if want == "prompts":
-        answered = talk is not None and turns and turns[-1]["role"] == "assistant"
-        return Row(turns[:-1] if answered else turns)
-    prompt, reply = parse_reply(first(row, REPLIES), turns) if talk is None else split_reply(turns)
-    return Row(prompt, [reply], [1 - label if isinstance(label, bool) else -rating if is_number(rating) else 0])
+        return Row(prompt)
+    return Row(prompt, [reply], [rank_of(label, first(row, RATINGS))])
+
+
+def rank_of(label, rating):
+    """The rank of a reply, lower is better, from its label or else its rating; 0 if it has neither."""
+    if isinstance(label, bool):
+        return 0 if label else 1
+    if is_number(rating):
+        return -rating
+    return 0
 
 
 def parse_pair(row, want):
     """A prompt with chosen and rejected replies, or both as whole conversations that share the prompt."""
-    given = parse_prompt(row) if row.keys() & {*PROMPTS, *TURNS} else None
-    (prompt, chosen), (other, rejected) = (parse_reply(row[name], given) for name in ("chosen", "rejected"))
+    given = parse_prompt(row) if has_prompt(row) else None
+    prompt, chosen = parse_reply(row["chosen"], given)
+    other, rejected = parse_reply(row["rejected"], given)
     if prompt != other:
         raise BadRow("prompts differ")
-    reply = first(row, REPLIES)  # some files name a demonstration beside the pair
-    return Row(prompt, [reply], [0]) if want == "demonstrations" and isinstance(reply, str) else Row(prompt, [chosen, rejected], [0, 1])
+    # Some files name a demonstration beside the pair.
+    reply = first(row, REPLIES)
+    if want == "demonstrations" and isinstance(reply, str):
+        return Row(prompt, [reply], [0])
+    return Row(prompt, [chosen, rejected], [0, 1])
 
 
 def parse_ranking(row, want):
     """A prompt with K replies and their ranks, lower is better."""
-    replies, ranks = row["completions"], row["ranks"]
-    if not (isinstance(replies, list) and isinstance(ranks, list)):
+    replies = row["completions"]
+    ranks = row["ranks"]
+    if not isinstance(replies, list) or not isinstance(ranks, list):
         raise TypeError("completions and ranks are not lists")
     if len(replies) != len(ranks) or len(replies) < 2:
         raise BadRow("completions and ranks don't match, or fewer than two")
     return Row(parse_prompt(row), replies, ranks)
 
 
-FORMATS = {  # name: what parses it, and what it is good for
+# Of each format: what parses it, and what it is good for.
+FORMATS = {
     "instructions": (parse_single, ("demonstrations", "prompts")),
     "prompts": (parse_single, ("prompts",)),
     "questions": (parse_question, ("demonstrations", "prompts")),
@@ -260,9 +352,14 @@ FORMATS = {  # name: what parses it, and what it is good for
     "plain text": (parse_plain, ("demonstrations",)),
 }
 NEEDED = {
-    "demonstrations": "a prompt and a reply (instruction and output, prompt and completion, question and answer, messages) or text",
-    "preferences": "a prompt, chosen and rejected (or completions and ranks, or a reply with a label, true or false, or a rating)",
-    "prompts": "a prompt (prompt, instruction, question, query, problem or messages)",
+    "demonstrations":
+        "a prompt and a reply (instruction and output, prompt and completion, question and answer, messages) "
+        "or text",
+    "preferences":
+        "a prompt, chosen and rejected (or completions and ranks, or a reply with a label, true or false, "
+        "or a rating)",
+    "prompts":
+        "a prompt (prompt, instruction, question, query, problem or messages)",
 }
 # By what was wanted: fields of known data sets that have it under other names, and what to do about them.
 REFUSED = {
@@ -287,39 +384,62 @@ REFUSED = {
 
 def advice(row, want):
     """What to do about a row of a known data set that can't be used as it is; "" for any other."""
-    known = [text for fields, text in REFUSED[want].items() if row.keys() >= {*fields}]
-    return f" ({known[0]})" if known else ""
+    for fields, text in REFUSED[want].items():
+        if row.keys() >= {*fields}:
+            return f" ({text})"
+    return ""
 
 
 def translate(row):
     """A row of SHP or UltraFeedback, or of input and a reply, in the terms above; any other as it is."""
     has = row.keys()
     if has >= {"history", "human_ref_A", "human_ref_B", "labels"}:
-        if row["labels"] not in (0, 1):
-            raise TypeError("labels is neither 1, for A, nor 0, for B")
-        better, worse = ("human_ref_A", "human_ref_B") if row["labels"] else ("human_ref_B", "human_ref_A")
-        return {"prompt": row["history"], "chosen": row[better], "rejected": row[worse]}
-    replies = row.get("completions")
-    if "ranks" not in has and isinstance(replies, list) and all(isinstance(reply, dict) for reply in replies):
-        scored = [(first(reply, REPLIES), as_number(first(reply, JUDGED))) for reply in replies]
-        scored = [(reply, score) for reply, score in scored if is_number(score)]
-        if scored:
-            texts, ranks = [reply for reply, _ in scored], [-score for _, score in scored]
-            row = row | {"completions": texts, "ranks": ranks}
-    asks = has & {*PROMPTS, *TURNS}
-    if "input" in has and not asks and has & {*REPLIES, *ANSWERS, "chosen", "completions"}:
-        row = {name: value for name, value in row.items() if name != "input"} | {"question": row["input"]}
+        return translate_shp(row)
+    if "ranks" not in has and is_list_of(dict, row.get("completions")):
+        row = row | rank_completions(row["completions"])
+    # A field input beside a prompt adds to it; alone, with a reply, it is the prompt.
+    has_reply = has & {*REPLIES, *ANSWERS, "chosen", "completions"}
+    if "input" in has and has_reply and not has_prompt(row):
+        row = row | {"question": row["input"]}
+        del row["input"]
     return row
+
+
+def translate_shp(row):
+    """A row of SHP as a pair."""
+    a, b = row["human_ref_A"], row["human_ref_B"]
+    if row["labels"] not in (0, 1):
+        raise TypeError("labels is neither 1, for A, nor 0, for B")
+    if row["labels"]:
+        chosen, rejected = a, b
+    else:
+        chosen, rejected = b, a
+    return {"prompt": row["history"], "chosen": chosen, "rejected": rejected}
+
+
+def rank_completions(completions):
+    """Fields completions and ranks from UltraFeedback's list of objects, each a reply and its scores.
+
+    No fields if none has a score.
+    """
+    texts, ranks = [], []
+    for completion in completions:
+        score = as_number(first(completion, JUDGED))
+        if is_number(score):
+            texts.append(first(completion, REPLIES))
+            ranks.append(-score)
+    return {"completions": texts, "ranks": ranks} if texts else {}
 
 
 def recognise(row):
     """Name of a row's format, from its fields (none of them null), or None."""
     has = row.keys()
-    asks = has & {*PROMPTS, *TURNS}
+    asks = has_prompt(row)
     if asks and {"completions", "ranks"} <= has:
         return "rankings"
     if {"chosen", "rejected"} <= has:
-        return "preferences" if asks or isinstance(row["chosen"], (list, dict)) else "transcripts"
+        has_messages = isinstance(row["chosen"], (list, dict))
+        return "preferences" if asks or has_messages else "transcripts"
     if not asks:
         return "plain text" if "text" in has else None
     if has & {*REPLIES, *TURNS}:
@@ -332,56 +452,91 @@ def recognise(row):
 
 
 def parse(row, form, want):
-    """A checked Row of kind want ('demonstrations', 'preferences', 'prompts') from an object of a known format, nulls left out.
+    """A checked Row of a kind from an object of a known format.
 
-    Raises BadRow with the reason if it has to be dropped, TypeError if it is not of this format.
+    row: the object without its nulls; form: its format, of `FORMATS`; want: "demonstrations", "preferences"
+    or "prompts". Raises BadRow with the reason if it has to be dropped, TypeError if it is not of this
+    format.
     """
-    parsed = FORMATS[form][0](row, want)
-    prompt, replies, ranks = parsed.prompt, parsed.replies, parsed.ranks
-    system = first(row, ("system", "system_prompt"), "")
-    if not isinstance(system, str):
-        raise TypeError("the system field is not a string")
-    if system.strip() and prompt and prompt[0]["role"] != "system":  # a system turn of the conversation itself wins
-        prompt = [{"role": "system", "content": system.strip()}] + prompt
+    parser, _ = FORMATS[form]
+    parsed = parser(row, want)
+    prompt = add_system(parsed.prompt, row)
+    replies, ranks = parsed.replies, parsed.ranks
     if want == "prompts":
         replies, ranks = [], []
     answer = find_answer(row)
-    margin, truth = row.get("margin", 0.0), row.get("gold", [])
-    if not isinstance(truth, list) or not all(is_number(x) and math.isfinite(x) for x in [*ranks, *truth, margin]):
-        raise TypeError("a rank, a gold score or the margin is not a finite number")
+    margin = row.get("margin", 0.0)
+    gold = row.get("gold", [])
+    check_numbers(ranks, gold, margin)
     if want == "demonstrations" and len(replies) > 1:
-        replies, ranks = [replies[min(range(len(ranks)), key=ranks.__getitem__)]], [0]
-    if not all(isinstance(reply, str) for reply in replies):
+        best = ranks.index(min(ranks))
+        replies, ranks = [replies[best]], [0]
+    if not is_list_of(str, replies):
         raise TypeError("a reply is missing or not a string")
     if not all(reply.strip() for reply in replies):
         raise BadRow("empty reply")
+    # Of running text even the blanks at its ends count.
     if form != "plain text":
         replies = [reply.strip() for reply in replies]
-        if not prompt or not prompt[-1]["content"]:
-            raise BadRow("empty prompt")
-        if prompt[-1]["role"] != "user":
-            raise BadRow("the prompt doesn't end with the user")
-        if not all(turn["content"] for turn in prompt):
-            raise BadRow("empty turn")
-    texts = [*replies, answer, *(turn["content"] for turn in prompt)]
-    if any(re.search(r"[\0\ud800-\udfff]", text) for text in texts):
-        raise BadRow("a NUL character or half a surrogate pair, which is no text")
+        check_prompt(prompt)
+    check_texts([*replies, answer])
+    check_texts(turn["content"] for turn in prompt)
     if len(replies) > 1 and len(set(replies)) == 1:
         raise BadRow("chosen equals rejected")
     if len(replies) > 1 and len(set(ranks)) == 1:
         raise BadRow("all replies tied")
-    truth = truth if want == "preferences" and len(truth) == len(replies) else []
-    return Row(prompt, replies, ranks, float(margin), truth, answer)
+    if want != "preferences" or len(gold) != len(replies):
+        gold = []
+    return Row(prompt, replies, ranks, float(margin), gold, answer)
+
+
+def add_system(prompt, row):
+    """A prompt's turns, before them one with the row's system field, unless the conversation has its own."""
+    system = first(row, ("system", "system_prompt"), "")
+    if not isinstance(system, str):
+        raise TypeError("the system field is not a string")
+    if system.strip() and prompt and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system.strip()}] + prompt
+    return prompt
+
+
+def check_numbers(ranks, gold, margin):
+    """TypeError unless the ranks, the gold scores and the margin of a row are finite numbers."""
+    if isinstance(gold, list):
+        numbers = [*ranks, *gold, margin]
+        if all(is_number(x) and math.isfinite(x) for x in numbers):
+            return
+    raise TypeError("a rank, a gold score or the margin is not a finite number")
+
+
+def check_prompt(prompt):
+    """BadRow unless a prompt's turns all say something, and the user speaks last."""
+    if not prompt or not prompt[-1]["content"]:
+        raise BadRow("empty prompt")
+    if prompt[-1]["role"] != "user":
+        raise BadRow("the prompt doesn't end with the user")
+    if not all(turn["content"] for turn in prompt):
+        raise BadRow("empty turn")
+
+
+def check_texts(texts):
+    """BadRow if one of these strings is not what every tokenizer and file takes for text."""
+    for text in texts:
+        if re.search(r"[\0\ud800-\udfff]", text):
+            raise BadRow("a NUL character or half a surrogate pair, which is no text")
 
 
 def expand(row):
-    """A self-instruct row (instances: a list of input and output) as one instruction row each; any other as it is."""
+    """The instruction rows of a self-instruct row; of any other a list of it alone.
+
+    instances: a list of objects with input and output, all for one instruction.
+    """
     instances = row.get("instances")
-    if instances is None or "instruction" not in row:
+    if instances is None or instances == [] or "instruction" not in row:
         return [row]
-    if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
+    if not is_list_of(dict, instances):
         raise TypeError("instances is not a list of objects with input and output")
-    return [{"instruction": row["instruction"]} | instance for instance in instances] or [row]
+    return [{"instruction": row["instruction"]} | instance for instance in instances]
 
 
 def merge(rows, want, dropped):
@@ -389,9 +544,10 @@ def merge(rows, want, dropped):
 
     Of equal replies to a prompt the first counts. Adds to dropped, by reason, the rows that go.
     """
-    groups, merged = {}, []
+    groups = {}  # {prompt: its rows}
     for row in rows:
         groups.setdefault(json.dumps(row.prompt), []).append(row)
+    merged = []
     for group in groups.values():
         if want == "demonstrations":
             best = min(group, key=lambda row: row.ranks[0])
@@ -399,7 +555,7 @@ def merge(rows, want, dropped):
             merged.append(best)
             dropped["rated no higher than another reply to the same prompt"] += len(group) - 1
             continue
-        ranks = {}
+        ranks = {}  # {reply: its rank}
         for row in group:
             ranks.setdefault(row.replies[0], row.ranks[0])
         dropped["the same reply to the same prompt again"] += len(group) - len(ranks)

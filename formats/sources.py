@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from formats.errors import one_line
 from formats.rows import (
     FORMATS, NEEDED, PROMPTS, RATINGS, REPLIES, TURNS, WORKED, BadRow, advice, as_number, expand, merge,
     parse, recognise, translate)
@@ -25,14 +26,19 @@ from plumbing.flags import UserError, parse_sources, require
 # ---------------------------------------------------------------------------------------------------------
 # Files, mixtures of files, parts
 
-LONGEST = 2**24  # bytes or characters of one row; a longer one is a file of another kind
+# The most bytes or characters of one row; a longer one is a file of another kind.
+LONGEST = 2**24
 
 
 def unique_fields(pairs):
-    """A JSON object as a dict; ValueError if a field comes twice, as only the last would count."""
+    """A JSON object, [(name, value)], as a dict.
+
+    ValueError if a field comes twice, as only the last would count.
+    """
     row = dict(pairs)
     if len(row) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        counts = Counter(name for name, _ in pairs)
+        name, _ = counts.most_common(1)[0]
         raise ValueError(f"the field {name[:40]!r} comes twice in one object")
     return row
 
@@ -49,15 +55,18 @@ def guess_encoding(raw):
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "UTF-16"
     try:
-        foreign = [letter.encode("gb18030") for letter in raw.decode("gb18030") if not letter.isascii()]
+        text = raw.decode("gb18030")
     except UnicodeDecodeError:
         return ""
+    foreign = [letter.encode("gb18030") for letter in text if not letter.isascii()]
     # Chinese text is made of the 3,755 characters in daily use, which begin with bytes from B0 to D7, and of
     # punctuation from A1 to A3. What other encodings have there seldom decodes, or to rare characters.
     # Korean alone decodes to common ones, all of them up to C8.
     daily = {*range(0xA1, 0xA4), *range(0xB0, 0xD8)}
     common = [code for code in foreign if code[0] in daily and code[1] >= 0xA1]
-    return "GBK" if len(common) > 0.9 * len(foreign) and max(common) > b"\xc9" else ""
+    if len(common) > 0.9 * len(foreign) and max(common) > b"\xc9":
+        return "GBK"
+    return ""
 
 
 def decode_text(raw, path, line=1):
@@ -73,11 +82,15 @@ def decode_text(raw, path, line=1):
 
 
 def decode_json(text, at, path, line, where):
-    """(value, end) of the JSON value that starts at a place of a text, whose own first line has this number in the file."""
+    """(value, end) of the JSON value that starts at a place of a text: what it is, and where it ends.
+
+    line: the number, in the file, of the text's first line; where: what to call the row.
+    """
     try:
         value, end = DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{line + error.lineno - 1} is not valid JSON: {error.msg} (column {error.colno})") from None
+        line += error.lineno - 1
+        raise UserError(f"{path}:{line} is not valid JSON: {error.msg} (column {error.colno})") from None
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     except RecursionError:
@@ -87,16 +100,19 @@ def decode_json(text, at, path, line, where):
 
 
 def read_lines(file, path):
-    """Rows of JSON Lines, one line in memory at a time; of a line that holds none, the UserError."""
+    """Yield (where, row) of JSON Lines, one line in memory at a time.
+
+    In place of a row that a line doesn't hold comes a UserError.
+    """
     for number in itertools.count(1):
         raw = file.readline(LONGEST + 1)
         if not raw:
             return
         where = f"{path}:{number}"
         try:
-            while len(raw) > LONGEST and (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
-                pass  # to the end of the line
-            require(len(raw) <= LONGEST, f"{where} is longer than {LONGEST >> 20} MB: is there one object per line?")
+            if len(raw) > LONGEST:
+                skip_line(file)
+                raise UserError(f"{where} is longer than {LONGEST >> 20} MB: is there one object per line?")
             text = decode_text(raw, path, number).strip()
             if not text:
                 continue
@@ -107,13 +123,24 @@ def read_lines(file, path):
         yield where, row
 
 
+def skip_line(file):
+    """Read on to the end of a line, LONGEST bytes in memory at a time."""
+    rest = file.readline(LONGEST)
+    while rest and not rest.endswith(b"\n"):
+        rest = file.readline(LONGEST)
+
+
 def read_array(file, path):
-    """Rows of a JSON array, decoded one by one."""
+    """Yield (where, row) of a JSON array, decoded one by one."""
     text = decode_text(file.read(), path)
     step = re.compile(r"\s*([\[,\]])\s*")
     mark = step.match(text)
-    require(mark and mark[1] == "[", f"{path} holds no array of rows at its top; if every line is an object, name it .jsonl")
-    number, at, mark = 0, mark.end(), step.match(text, mark.end())
+    require(mark and mark[1] == "[",
+            f"{path} holds no array of rows at its top; if every line is an object, name it .jsonl")
+    number = 0
+    at = mark.end()
+    # The array may be empty.
+    mark = step.match(text, at)
     while not (mark and mark[1] == "]"):
         number += 1
         where = f"{path}, row {number}"
@@ -126,8 +153,9 @@ def read_array(file, path):
 
 
 def read_document(file, path):
-    """A .txt file as one row of plain text."""
-    yield str(path), {"text": decode_text(file.read(), path).replace("\r\n", "\n")}
+    """Yield (where, row) of a .txt file, which is one row of plain text."""
+    text = decode_text(file.read(), path)
+    yield str(path), {"text": text.replace("\r\n", "\n")}
 
 
 # Columns of a csv that hold numbers (or true and false), and those that hold lists or objects, as JSON.
@@ -146,23 +174,28 @@ def parse_cell(name, text):
         return known.get(text.strip().lower(), as_number(text))
     if name in LISTS and not text.strip():
         return None
-    if (name in LISTS and text.strip()[0] in "[{") or (name in TALKS and re.match(r"\s*(\[\s*)?\{", text)):
+    is_list = name in LISTS and text.strip()[0] in "[{"
+    is_talk = name in TALKS and re.match(r"\s*(\[\s*)?\{", text)
+    if is_list or is_talk:
         try:
             return DECODER.decode(text)
         except (ValueError, RecursionError):
-            return text  # which is refused where the list is used
+            # The text is refused where the list is used.
+            return text
     return text
 
 
 def read_table(file, path):
-    """Rows of a .csv or .tsv file, whose first line names the columns."""
+    """Yield (where, row) of a .csv or .tsv file, whose first line names the columns."""
     text = decode_text(file.read(), path).replace("\r\n", "\n")
-    line = text.count("\n", 0, max(text.find("\0"), 0)) + 1
-    require("\0" not in text, f"{path}:{line} holds a NUL character, which is no text")
+    if "\0" in text:
+        line = text.count("\n", 0, text.find("\0")) + 1
+        raise UserError(f"{path}:{line} holds a NUL character, which is no text")
     delimiter = "\t" if path.endswith(".tsv") else ","
     cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header = None
-    limit = csv.field_size_limit(LONGEST)  # of the whole process, so it is put back
+    # The limit is the whole process's, so it is put back.
+    limit = csv.field_size_limit(LONGEST)
     try:
         while True:
             where = f"{path}:{cells.line_num + 1}"
@@ -182,28 +215,28 @@ def read_table(file, path):
             elif len(row) != len(header):
                 yield where, UserError(f"{where} has {len(row)} columns, the header has {len(header)}")
             else:
-                yield where, {name: parse_cell(name, text) for name, text in zip(header, row) if name}
+                cells_by_name = zip(header, row)
+                yield where, {name: parse_cell(name, cell) for name, cell in cells_by_name if name}
     finally:
         csv.field_size_limit(limit)
 
 
 def check_header(names, where):
     """UserError unless the first line of a csv names columns that are known here, each once."""
-    shown = ", ".join(repr(name[:40])[1:-1] for name in names[:8])
     require(COLUMNS & set(names),
             f"{where} is no header: the first line must name the columns (prompt, completion, chosen, ...), "
-            f"and this one has {shown}")
+            f"and this one has {list_names(names)}")
     for name, n in Counter(filter(None, names)).items():
         require(n == 1, f"{where} names the column {name[:40]!r} {n} times")
 
 
-def one_line(error):
-    """A library's message, which may be a page long."""
-    return " ".join(str(error).split())[:200]
+def list_names(names):
+    """The first eight of some names, which may be long and odd, in one line."""
+    return ", ".join(repr(name[:40])[1:-1] for name in names[:8])
 
 
 def read_parquet(file, path):
-    """Rows of a .parquet file, a batch in memory at a time."""
+    """Yield (where, row) of a .parquet file, a batch in memory at a time."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -218,23 +251,38 @@ def read_parquet(file, path):
 
 
 def read_hub(spec):
-    """Rows of a data set on the Hugging Face hub, or in the cache of its library: hf:org/name/config:split."""
+    """Yield (where, row) of a data set on the Hugging Face hub, or in the cache of its library.
+
+    spec: hf:org/name/config:split.
+    """
     parts = re.fullmatch(r"hf:([^/:]+/[^/:]+)(?:/([^/:]+))?(?::(.+))?", spec)
     require(parts, f"{spec}: write hf:org/name, hf:org/name:split or hf:org/name/config:split")
     try:
         import datasets
     except ImportError:
         raise UserError(f"{spec} needs datasets: pip install -r requirements-hf.txt") from None
+    name, config, split = parts.groups()
     try:
-        rows = datasets.load_dataset(parts[1], parts[2], split=parts[3] or "train")
-    except Exception as error:  # network, names, splits, formats: anything may come up
+        rows = datasets.load_dataset(name, config, split=split or "train")
+    # Network, names, splits, formats: anything may come up.
+    except Exception as error:
         raise UserError(f"{spec} can't be loaded ({type(error).__name__}: {one_line(error)})") from None
     for number, row in enumerate(rows, 1):
         yield f"{spec}, row {number}", row
 
 
-READERS = {".json": read_array, ".json.gz": read_array, ".jsonl": read_lines, ".jsonl.gz": read_lines, ".txt": read_document,
-           ".csv": read_table, ".csv.gz": read_table, ".tsv": read_table, ".parquet": read_parquet}
+# How a file's name ends, and what reads it.
+READERS = {
+    ".json": read_array,
+    ".json.gz": read_array,
+    ".jsonl": read_lines,
+    ".jsonl.gz": read_lines,
+    ".txt": read_document,
+    ".csv": read_table,
+    ".csv.gz": read_table,
+    ".tsv": read_table,
+    ".parquet": read_parquet,
+}
 
 
 def files_to_name(folder):
@@ -248,20 +296,34 @@ def files_to_name(folder):
 
 
 def read_objects(path):
-    """Yield (where, dict) for every row of a file or of an hf: data set, or a UserError, which names file and line, in place of a dict."""
+    """Yield (where, dict) for every row of a file or of an hf: data set.
+
+    In place of a dict that can't be read comes a UserError, which names file and line.
+    """
     if path.startswith("hf:") and not os.path.isfile(path):
         yield from read_hub(path)
         return
     require(not os.path.isdir(path), f"{path} is a folder; {files_to_name(path)}")
     require(os.path.isfile(path), f"{path}: no such file{how_to_make(path)}")
-    reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
+    reader = reader_of(path)
     require(reader, f"{path}: only {', '.join(READERS)} are read")
+    open_file = gzip.open if path.endswith(".gz") else open
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        with open_file(path, "rb") as file:
             for where, row in reader(file, path):
-                yield where, row if isinstance(row, (dict, UserError)) else UserError(f"{where} is not a JSON object with named fields")
+                if not isinstance(row, (dict, UserError)):
+                    row = UserError(f"{where} is not a JSON object with named fields")
+                yield where, row
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} can't be read: {error}") from None
+
+
+def reader_of(path):
+    """The function that reads a file, by its name; None if there is none."""
+    for ending, reader in READERS.items():
+        if path.endswith(ending):
+            return reader
+    return None
 
 
 def describe_singles(rated):
@@ -276,36 +338,54 @@ def describe_singles(rated):
 
 
 def read_source(path, want, say, skip_bad=False):
-    """Rows of kind want from one file or hf: data set; says what it found and dropped. skip_bad: up to one row in a hundred may be unreadable."""
-    rows, rated, formats, dropped, bad = [], [], Counter(), Counter(), []
+    """Rows of kind want from one file or hf: data set; says what it found and dropped.
+
+    skip_bad: up to one row in a hundred may be unreadable.
+    """
+    rows = []
+    rated = []  # rows of one rated reply each, which are merged by prompt
+    formats = Counter()
+    dropped = Counter()  # {reason: how many}
+    bad = []  # UserErrors
     for number, (where, found) in enumerate(read_objects(path), 1):
         form, fields = "no known format", "none"
         try:
             if isinstance(found, UserError):
                 raise found
-            fields = ", ".join(repr(name[:40])[1:-1] for name in list(found)[:8]) or "none"
-            for row in expand({name: value for name, value in found.items() if value is not None}):
+            fields = list_names(list(found)) or "none"
+            filled = {name: value for name, value in found.items() if value is not None}
+            for row in expand(filled):
                 row = translate(row)
                 form = recognise(row)
                 require(form and want in FORMATS[form][1],
                         f"{where} doesn't hold {NEEDED[want]}; its fields are {fields}{advice(row, want)}")
                 formats[form] += 1
                 try:
-                    to_merge = form == "rated replies" and want != "prompts" or form == "labelled replies" and want == "preferences"
-                    (rated if to_merge else rows).append(parse(row, form, want))
+                    parsed = parse(row, form, want)
                 except BadRow as reason:
                     dropped[str(reason)] += 1
+                    continue
+                if is_compared(form, want):
+                    rated.append(parsed)
+                else:
+                    rows.append(parsed)
         except (TypeError, OverflowError, UserError) as error:
-            bad.append(error if isinstance(error, UserError) else UserError(f"{where}: {error} (read as {form}; its fields are {fields})"))
+            if not isinstance(error, UserError):
+                error = UserError(f"{where}: {error} (read as {form}; its fields are {fields})")
+            bad.append(error)
             if not skip_bad:
-                raise bad[0] from None
+                raise error from None
     if bad:
-        require(100 * len(bad) <= number, f"{path}: {len(bad)} of {number} rows can't be read, and --skip-bad leaves out one in a hundred at most; the first is {bad[0]}")
+        require(100 * len(bad) <= number,
+                f"{path}: {len(bad)} of {number} rows can't be read, and --skip-bad leaves out one in a "
+                f"hundred at most; the first is {bad[0]}")
         say(f"warning: {path}: left out {len(bad)} of {number} rows; the first is {bad[0]}")
     rows += merge(rated, want, dropped)
-    reasons = [f"; dropped {n}: {reason}" for reason, n in dropped.most_common() if n]
-    say(f"{path}: {sum(formats.values())} rows ({', '.join(formats) or 'no format'}), {len(rows)} kept as {want}"
-        + (", one for all replies to a prompt" if rated else "") + "".join(reasons[:8]) + ("; ..." if len(reasons) > 8 else ""))
+    names = ", ".join(formats) or "no format"
+    report = f"{path}: {sum(formats.values())} rows ({names}), {len(rows)} kept as {want}"
+    if rated:
+        report += ", one for all replies to a prompt"
+    say(report + describe_dropped(dropped))
     require(rows or not rated, f"{path} holds {describe_singles(rated)}")
     require(rows, f"{path} holds no usable row")
     for row in rows:
@@ -313,9 +393,27 @@ def read_source(path, want, say, skip_bad=False):
     return rows
 
 
+def is_compared(form, want):
+    """Whether rows of a format have one reply each that is compared with the others to the same prompt."""
+    if form == "rated replies":
+        return want != "prompts"
+    return form == "labelled replies" and want == "preferences"
+
+
+def describe_dropped(dropped):
+    """Why rows were dropped, as the end of a sentence: the eight most frequent reasons.
+
+    dropped: {reason: how many}.
+    """
+    reasons = [f"; dropped {n}: {reason}" for reason, n in dropped.most_common() if n]
+    more = "; ..." if len(reasons) > 8 else ""
+    return "".join(reasons[:8]) + more
+
+
 def unit_hash(text, salt=""):
     """A number in [0, 1) that depends on a text alone, and looks drawn at random."""
-    return int.from_bytes(hashlib.sha256((salt + text).encode()).digest()[:4], "big") / 2**32
+    digest = hashlib.sha256((salt + text).encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
 
 
 def cut_place(text, share):
@@ -327,8 +425,12 @@ def cut_place(text, share):
     end = len(text.rstrip())
     wanted = max(1, min(round(share * end), end - 1))
     for mark in ("\n\n", "\n", " "):
-        marks = (text.rfind(mark, 0, wanted + len(mark)), text.find(mark, wanted, end))
-        places = [at + len(mark) for at in marks if at >= 0 and at + len(mark) < end]
+        last_before = text.rfind(mark, 0, wanted + len(mark))
+        first_behind = text.find(mark, wanted, end)
+        places = []
+        for found in (last_before, first_behind):
+            if found >= 0 and found + len(mark) < end:
+                places.append(found + len(mark))
         place = min(places, key=lambda at: abs(at - wanted), default=0)
         if abs(place - wanted) <= min(wanted, end - wanted) / 2:
             return place
@@ -338,10 +440,17 @@ def cut_place(text, share):
 def piece_of(document, start, end):
     """The part of a document between two shares of its length, as a list of one row; [] if it is blank."""
     text = document.text
-    start = cut_place(text, start) if 0 < start < 1 else round(start) * len(text)
-    end = cut_place(text, end) if 0 < end < 1 else round(end) * len(text)
-    piece = text[start:end]
-    return [replace(document, replies=[piece])] if piece.strip() else []
+    piece = text[place_of(text, start):place_of(text, end)]
+    if not piece.strip():
+        return []
+    return [replace(document, replies=[piece])]
+
+
+def place_of(text, share):
+    """The place in a text before which this share of it stands; 0 is the start, 1 the end."""
+    if 0 < share < 1:
+        return cut_place(text, share)
+    return round(share) * len(text)
 
 
 def split_by_prompt(rows, fraction, say=None):
@@ -354,8 +463,10 @@ def split_by_prompt(rows, fraction, say=None):
         if row.document:
             train += piece_of(row, 0, 1 - fraction)
             held_out += piece_of(row, 1 - fraction, 1)
+        elif unit_hash(row.text) < fraction:
+            held_out.append(row)
         else:
-            (held_out if unit_hash(row.text) < fraction else train).append(row)
+            train.append(row)
     if say and fraction and train and not held_out:
         say(f"warning: --val-fraction {fraction} holds out none of these {len(rows)} rows (a hash of its "
             "prompt decides on each), so nothing is measured on held-out rows; a larger --val-fraction holds "
@@ -373,22 +484,29 @@ def take_part(rows, part):
     shares = [float(share) for share in form[1].split("/")] if form else []
     require(form and min(shares) > 0 and 1 <= int(form[2]) <= len(shares),
             f"--part {part}: write the shares of the stages and the number of this one, as in 2/4/4:1")
-    number, ends = int(form[2]), [0.0, *itertools.accumulate(shares)]
+    number = int(form[2])
+    # Part i goes from ends[i - 1] to ends[i].
+    ends = [0.0, *itertools.accumulate(shares)]
+    total = ends[-1]
     kept = []
     for row in rows:
         if row.document:
-            kept += piece_of(row, ends[number - 1] / ends[-1], ends[number] / ends[-1])
-        elif bisect.bisect(ends[1:], unit_hash(row.text, "part ") * ends[-1]) + 1 == number:
+            kept += piece_of(row, ends[number - 1] / total, ends[number] / total)
+            continue
+        place = unit_hash(row.text, "part ") * total
+        if bisect.bisect(ends[1:], place) + 1 == number:
             kept.append(row)
     return kept
 
 
 def read_rows(spec, want, say=print, part="", skip_bad=False):
-    """Rows of kind want ('demonstrations', 'preferences', 'prompts') from what --data names: see `parse_sources`.
+    """Rows of a kind from what --data names: see `parse_sources`.
 
-    part: see `take_part`; skip_bad: see `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
+    want: the kind, "demonstrations", "preferences" or "prompts"; part: see `take_part`; skip_bad: see
+    `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
     """
-    sources, found = parse_sources(str(spec)), []
+    sources = parse_sources(str(spec))
+    found = []  # a list of rows for each source
     for path, _ in sources:
         rows = read_source(path, want, say, skip_bad)
         if part:
@@ -397,13 +515,28 @@ def read_rows(spec, want, say=print, part="", skip_bad=False):
             require(kept, f"{path} has no row in part {part}")
             rows = kept
         found.append(rows)
-    if sources[0][1] is not None:
-        total = sum(weight for _, weight in sources)
-        shares = [weight / total for _, weight in sources]
-        size = min(len(rows) / share for rows, share in zip(found, shares))
-        for i, (rows, share) in enumerate(zip(found, shares)):
-            count = int(size * share + 1e-6)  # which rounding must not lower
-            require(count, f"{spec}: the share of {sources[i][0]} is less than a row")
-            found[i] = [rows[j] for j in sorted(np.random.default_rng(i).permutation(len(rows))[:count])]  # the same ones every time
-        say(f"mixture of {sum(map(len, found))} rows: " + ", ".join(f"{len(rows)} of {path}" for rows, (path, _) in zip(found, sources)))
-    return [row for rows in found for row in rows]
+    has_weights = sources[0][1] is not None
+    if has_weights:
+        found = mix(found, sources, spec, say)
+    return list(itertools.chain.from_iterable(found))
+
+
+def mix(found, sources, spec, say):
+    """A mixture: of each source's rows as many as the weights allow, the same ones every time.
+
+    found: a list of rows for each source; sources: [(path, weight)]. Returns lists of rows like found.
+    """
+    total = sum(weight for _, weight in sources)
+    shares = [weight / total for _, weight in sources]
+    size = min(len(rows) / share for rows, share in zip(found, shares))
+    mixed, counts = [], []
+    for i, (path, _) in enumerate(sources):
+        rows = found[i]
+        # A whole number must not be lowered by rounding.
+        count = int(size * shares[i] + 1e-6)
+        require(count, f"{spec}: the share of {path} is less than a row")
+        drawn = np.random.default_rng(i).permutation(len(rows))[:count]
+        mixed.append([rows[j] for j in sorted(drawn)])
+        counts.append(f"{count} of {path}")
+    say(f"mixture of {sum(map(len, mixed))} rows: {', '.join(counts)}")
+    return mixed
