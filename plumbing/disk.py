@@ -1,4 +1,4 @@
-"""Files that are whole or absent, what they hash to, and which ones a model, a tokenizer and a run consist of."""
+"""Files that are whole or absent, what they hash to, and which ones a model, a tokenizer and a run have."""
 import hashlib
 import json
 import os
@@ -9,13 +9,16 @@ from safetensors.torch import save_file
 
 from plumbing.flags import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt",
-                   "added_tokens.json", "tokenizer.model", "generation_config.json")
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+    "merges.txt", "added_tokens.json", "tokenizer.model", "generation_config.json")
+CHECKPOINT_FILES = (
+    "config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
+EMA_FILES = tuple(f"ema/{name}" for name in CHECKPOINT_FILES)
 # What a run writes. --overwrite deletes run.json first, which says that the model is that of a finished run.
-RUN_FILES = ("run.json", *CHECKPOINT_FILES, *(f"ema/{name}" for name in CHECKPOINT_FILES),
-             "metrics.jsonl", "skipped.jsonl", "evaluation.json")
-WEIGHTS = (".safetensors", ".bin", ".index.json")  # ends of the names of files with weights, or lists of such
+RUN_FILES = ("run.json", *CHECKPOINT_FILES, *EMA_FILES, "metrics.jsonl", "skipped.jsonl", "evaluation.json")
+# How the names of files with weights end, or of lists of such files.
+WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
 def flush(path):
@@ -37,19 +40,27 @@ def write_atomically(path, data):
 
 def write_json(path, value):
     """Write value as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode("utf-8", "replace"))
 
 
 def write_tensors(path, tensors, metadata):
-    """Write {name: tensor} as safetensors, atomically, straight from the tensors' memory; those not on the CPU are copied there first."""
+    """Write {name: tensor} as safetensors, atomically.
+
+    The bytes come straight from the tensors' memory; tensors that are not on the CPU are copied there first.
+    """
     seen, host = set(), {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        host[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # the format has no shared tensors
+        # The format has no tensors that share memory, so the second of two gets memory of its own.
+        if tensor.data_ptr() in seen:
+            tensor = tensor.clone()
         seen.add(tensor.data_ptr())
+        host[name] = tensor
     temporary = Path(f"{path}.tmp")
     save_file(host, temporary, metadata)
-    temporary.chmod(temporary.parent.stat().st_mode & 0o666)  # who may open the folder may read the file; safetensors lets the owner alone
+    # Who may open the folder may read the file; safetensors lets its owner alone read it.
+    temporary.chmod(temporary.parent.stat().st_mode & 0o666)
     flush(temporary)
     os.replace(temporary, path)
 
@@ -90,15 +101,26 @@ def digest(paths):
     return {str(path): sha256(path) for path in paths if Path(path).is_file()}
 
 
+def digest_by_name(files):
+    """`digest` of the files of one folder, by their names alone: the folder may be moved."""
+    return {Path(path).name: value for path, value in digest(files).items()}
+
+
 def tokenizer_digest(name):
     """{name: SHA-256} of the files that a folder's tokenizer is opened from; {} for what is no folder."""
-    files = [Path(name) / file for file in TOKENIZER_FILES] if Path(name).is_dir() else []
-    return {Path(path).name: value for path, value in digest(files).items()}
+    folder = Path(name)
+    if not folder.is_dir():
+        return {}
+    return digest_by_name([folder / file for file in TOKENIZER_FILES])
 
 
 def model_digest(name):
     """{name: SHA-256} of the files that a model folder is opened from; {} for what is no folder."""
     folder = Path(name)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [file for file in files if file.name in CHECKPOINT_FILES or file.name.endswith(WEIGHTS)]
-    return {Path(path).name: value for path, value in digest(files).items()}
+    if not folder.is_dir():
+        return {}
+    files = []
+    for file in sorted(folder.iterdir()):
+        if file.name in CHECKPOINT_FILES or file.name.endswith(WEIGHTS):
+            files.append(file)
+    return digest_by_name(files)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a row of numbers per logged step. TensorBoard and Weights & Biases get the same rows, if asked for."""
+"""metrics.jsonl: a row of numbers per logged step. TensorBoard and Weights & Biases get them if asked for."""
 import dataclasses
 import importlib
 import json
@@ -25,27 +25,56 @@ def open_boards(config):
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(config.out)
-        boards.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
+
+        def to_tensorboard(step, row):
+            for name, value in row.items():
+                writer.add_scalar(name, value, step)
+
+        boards.append(to_tensorboard)
     if config.wandb:
         import wandb
         run = wandb.init(project=config.wandb, config=dataclasses.asdict(config), dir=config.out)
-        boards.append(lambda step, row: run.log(row, step=step))
+
+        def to_wandb(step, row):
+            run.log(row, step=step)
+
+        boards.append(to_wandb)
     return boards
 
 
+def is_evaluation(row):
+    """Whether a row of metrics was measured on held-out data."""
+    return any(name.startswith("val_") for name in row)
+
+
 class Metrics:
-    """The metrics of a run, opened to append. finished: the run is complete, so that nothing will be computed again."""
+    """The metrics of a run, opened to append.
+
+    step: how many steps are done. finished: the run is complete, so that nothing will be computed again.
+    """
 
     def __init__(self, config, step, finished):
-        self.path, self.unwritten, self.warned, self.boards = Path(config.out) / "metrics.jsonl", b"", False, open_boards(config)
-        lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")] if self.path.exists() else []
+        self.path = Path(config.out) / "metrics.jsonl"
+        self.unwritten = b""
+        self.warned = False
+        self.boards = open_boards(config)
 
-        def keep(line):  # a killed run may have logged rows after its last checkpoint; and what followed that first was an evaluation
+        # A killed run may have logged rows after its last checkpoint. They will be computed again, and so
+        # will the evaluation that followed the checkpoint at once.
+        kept = []
+        for line in self._whole_lines():
             row = json.loads(line)
-            return row["step"] < step or (row["step"] == step and (finished or not any(name.startswith("val_") for name in row)))
-
-        write_atomically(self.path, "".join(line + "\n" for line in lines if keep(line)).encode())
+            at_checkpoint = row["step"] == step and (finished or not is_evaluation(row))
+            if row["step"] < step or at_checkpoint:
+                kept.append(line + "\n")
+        write_atomically(self.path, "".join(kept).encode())
         self.file = open(self.path, "ab", buffering=0)
+
+    def _whole_lines(self):
+        """The lines of the file, but for one that was cut off in the middle."""
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text().splitlines() if line.endswith("}")]
 
     def write(self, row, say):
         """Append a row."""
@@ -58,9 +87,11 @@ class Metrics:
         """Write the rows that wait in memory, as they do while the disk is full."""
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+                written = self.file.write(self.unwritten)
+                self.unwritten = self.unwritten[written:]
             self.warned = False
         except OSError as error:
             if not self.warned:
-                say(f"warning: {self.path} can't be written ({error.strerror}); its rows wait in memory until it can")
+                say(f"warning: {self.path} can't be written ({error.strerror}); "
+                    "its rows wait in memory until it can")
             self.warned = True

@@ -1,7 +1,7 @@
 """Several processes that train as one: agreeing, sharing examples out, DDP and FSDP.
 
-Every decision that steers the program comes from a value that all ranks agreed on, and every rank makes as many forward passes: else one
-would wait for ever for what another doesn't send.
+Every decision that steers the program comes from a value that all ranks agreed on, and every rank makes as
+many forward passes: else one would wait for ever for what another doesn't send.
 """
 import contextlib
 import os
@@ -20,14 +20,26 @@ def local(tensor):
 
 
 class Ranks:
-    """The processes of a run. Attributes: rank, world_size, main (bool: rank 0, which alone writes); a subclass sets device, dtype and step."""
+    """The processes of a run.
+
+    Attributes: rank, world_size, main (bool: rank 0, which alone writes), mesh (None unless weights are
+    sharded). A subclass sets device, dtype and step.
+    """
 
     def __init__(self):
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.mesh, self.arrivals, self.timeout = self.rank == 0, None, 0, 0.0
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.mesh = None
+        # How often this rank has come to a place where it may wait for others.
+        self.arrivals = 0
+        self.timeout = 0.0
 
     def join(self, sharded, timeout):
-        """Meet the other ranks, if there are any; wait for one at most timeout seconds. sharded: `parallel` means FSDP."""
+        """Meet the other ranks, if there are any; wait for one at most timeout seconds.
+
+        sharded: `parallel` means FSDP.
+        """
         if sharded and self.device.type == "cpu":
             from torch.distributed.fsdp import FSDPModule
             require(hasattr(FSDPModule, "set_force_sum_reduction_for_comms"),
@@ -35,10 +47,18 @@ class Ranks:
                     "use --parallel ddp")
         if self.world_size == 1 and not sharded:
             return
-        store = next(dist.rendezvous("env://", self.rank, self.world_size))[0] if self.world_size > 1 else dist.HashStore()
-        self.store, self.timeout, wait = dist.PrefixStore("run", store), timeout, timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world_size, timeout=wait)
-        self.control = dist.new_group(backend="gloo", timeout=wait)  # to agree over without waiting for a GPU
+        if self.world_size > 1:
+            store = next(dist.rendezvous("env://", self.rank, self.world_size))[0]
+        else:
+            store = dist.HashStore()
+        self.store = dist.PrefixStore("run", store)
+        self.timeout = timeout
+        wait = timedelta(seconds=timeout)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.world_size, timeout=wait)
+        # A second group on the CPU: the ranks can agree over it without waiting for a GPU.
+        self.control = dist.new_group(backend="gloo", timeout=wait)
         self._arrive()
         if sharded:
             self.mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
@@ -82,38 +102,54 @@ class Ranks:
         """What to say when the ranks have lost each other: which of them are behind."""
         try:
             arrivals = [int(self.store.get(f"arrivals{rank}")) for rank in range(self.world_size)]
-        except Exception:  # the process that holds the store is gone, too
+        except Exception:
+            # The process that holds the store is gone, too.
             arrivals = [0] * self.world_size
-        behind = ", ".join(str(rank) for rank, count in enumerate(arrivals) if count < max(arrivals)) or "unknown"
-        return (f"rank {self.rank} has lost the others in step {self.step + 1} (--rank-timeout {self.timeout:g} s); "
-                f"the rank that died or stalled: {behind}. --resume goes on from the last checkpoint")
+        behind = [str(rank) for rank, count in enumerate(arrivals) if count < max(arrivals)]
+        return (f"rank {self.rank} has lost the others in step {self.step + 1} "
+                f"(--rank-timeout {self.timeout:g} s); "
+                f"the rank that died or stalled: {', '.join(behind) or 'unknown'}. "
+                "--resume goes on from the last checkpoint")
 
     # -- sharing out
 
     def split(self, examples, lengths, budget, rows=None):
-        """This rank's part of examples, the same list on all ranks, cut into forward passes of at most budget padded tokens: [(examples, weight)].
-        lengths, rows: see `data.token_batches`.
+        """This rank's part of examples, cut into forward passes of at most budget padded tokens.
 
-        Every rank gets as many. One that has fewer takes the first example again with weight 0.0, which must multiply what the pass
-        adds to any sum; else the weight is 1.0.
+        examples: the same list on all ranks. lengths, rows: see `data.token_batches`.
+        Returns [(examples, weight)]; every rank gets as many. One that has fewer takes the first example
+        again with weight 0.0, which must multiply what the pass adds to any sum; else the weight is 1.0.
         """
-        parts = [by_length(examples[rank::self.world_size], lengths, budget, rows) for rank in range(self.world_size)]
-        return fill_up(parts[self.rank], max(map(len, parts)), examples[:1])
+        passes_of_rank = []
+        for rank in range(self.world_size):
+            share = examples[rank::self.world_size]
+            passes_of_rank.append(by_length(share, lengths, budget, rows))
+        most = max(len(passes) for passes in passes_of_rank)
+        return fill_up(passes_of_rank[self.rank], most, examples[:1])
 
     def parallel(self, module):
-        """The module on the device: in DDP if there are several ranks and it is trained; with --parallel fsdp cut in shards (it is the same object then).
+        """The module on the device: in DDP if several ranks train it, in shards with --parallel fsdp."""
+        if self.mesh is not None:
+            return self._shard(module)
+        module = module.to(self.device)
+        trained = any(p.requires_grad for p in module.parameters())
+        if self.world_size > 1 and trained:
+            # Without device_ids, as the inputs are on the right device already.
+            return torch.nn.parallel.DistributedDataParallel(module)
+        return module
 
-        FSDP2 gathers a block's weights when it is computed, in the precision of its products, and adds gradients up in float32.
+    def _shard(self, module):
+        """The module, the same object, with its weights cut in shards, one for each rank.
+
+        FSDP2 gathers a block's weights when it is computed, in the precision of its products, and adds
+        gradients up in float32.
         """
-        if self.mesh is None:
-            module = module.to(self.device)
-            trained = any(p.requires_grad for p in module.parameters())
-            return torch.nn.parallel.DistributedDataParallel(module) if self.world_size > 1 and trained else module  # without device_ids: inputs are where they should be
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second and 45 MB, for --parallel fsdp alone
+        # Imported here, as it takes half a second and 45 MB that only --parallel fsdp needs.
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         products = None if self.dtype == torch.float32 else self.dtype
         # What comes into a block stays as it is: the residual stream is float32.
         policy = MixedPrecisionPolicy(products, torch.float32, cast_forward_inputs=False)
-        # It would matter if somebody wrote to that view.
+        # This warning would matter if somebody wrote to that view; nobody does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         for block in module.transformer.h:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
@@ -126,7 +162,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def gathered(self, module):
-        """While it lasts, every rank has all of the module's weights: to generate with, as FSDP would gather each block for each token."""
+        """While it lasts, every rank has all of the module's weights.
+
+        For generating: FSDP would gather each block again for each token.
+        """
         shards = [part for part in module.modules() if hasattr(part, "unshard")]
         for part in shards:
             part.unshard()
@@ -137,16 +176,23 @@ class Ranks:
 
 def fill_up(pieces, count, spare):
     """Pieces of a rank with their weight, count of them: see `Ranks.split`."""
-    return [(piece, 1.0) for piece in pieces] + [(list(spare), 0.0)] * (count - len(pieces))
+    weighted = [(piece, 1.0) for piece in pieces]
+    missing = count - len(pieces)
+    return weighted + [(list(spare), 0.0)] * missing
 
 
 def whole_weights(model):
-    """{name: tensor} of a model. Of one in shards: whole tensors on the CPU of rank 0, nothing on the others; all of them must call."""
+    """{name: tensor} of a model.
+
+    Of one in shards: whole tensors on the CPU of rank 0, nothing on the others; all of them must call.
+    """
     weights = model.state_dict()
-    if type(next(iter(weights.values()))) is torch.Tensor:
+    first = next(iter(weights.values()))
+    if type(first) is torch.Tensor:
         return weights
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
 
 
 def micro_batches(examples, lengths, budget, rows=None):
@@ -154,8 +200,11 @@ def micro_batches(examples, lengths, budget, rows=None):
 
     lengths, rows: see `token_batches`. A piece is padded to its longest row, all rows of its examples.
     """
-    pieces, longest, height = [], 0, 0
+    pieces = []
+    # Of the piece that is being filled, if this example is added to it: its longest row, and how many rows.
+    longest, height = 0, 0
     for i in examples:
+        # How many rows this example adds: a prompt may come with several replies.
         own = 1 if rows is None else rows[i]
         longest, height = max(longest, lengths[i]), height + own
         if not pieces or longest * height > budget:
@@ -166,5 +215,9 @@ def micro_batches(examples, lengths, budget, rows=None):
 
 
 def by_length(examples, lengths, budget, rows=None):
-    """micro_batches of examples sorted by length: the least padding; no order of pieces can change a summed loss."""
-    return micro_batches(sorted(examples, key=lambda i: (lengths[i], i)), lengths, budget, rows)
+    """micro_batches of examples sorted by length, for the least padding.
+
+    The loss is a sum over all of them, which no order of the pieces can change.
+    """
+    in_order = sorted(examples, key=lambda i: (lengths[i], i))
+    return micro_batches(in_order, lengths, budget, rows)

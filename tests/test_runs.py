@@ -745,6 +745,35 @@ def test_help_explains_every_flag_and_every_field_is_read(name):
     assert all("--" + field.name.replace("_", "-") in shown.stdout for field in dataclasses.fields(config_class))
 
 
+@dataclasses.dataclass
+class Explained:
+    # A heading explains no field.
+
+    beside: int = 1  # on its own line
+    # in one line above it, with a "# sign"
+    above: int = 2
+    # in two lines
+    # above it
+    long: dict[str, int] = dataclasses.field(default_factory=dict)
+    # not what is above, where there is one
+    both: int = 3  # what is beside it
+    silent: int = 4
+
+
+@dataclasses.dataclass
+class ExplainedAgain(Explained):
+    """Has fields of its own: above: and below."""
+
+    # in a subclass
+    own: int = 5
+
+
+def test_the_help_of_a_field_is_the_comment_beside_it_or_directly_above_it():
+    expected = {"beside": "on its own line", "above": 'in one line above it, with a "# sign"',
+                "long": "in two lines above it", "both": "what is beside it", "own": "in a subclass"}
+    assert field_comments(ExplainedAgain) == expected
+
+
 def test_importing_any_module_does_nothing(tmp_path):
     files = [file.removesuffix(".py").removesuffix("/__init__") for file in tools.sources()]
     modules = ", ".join(file.replace("/", ".") for file in files)
