@@ -262,12 +262,12 @@ class Replies:
     def make_room(self, model, cache):
         """If a quarter of the rows is done, they go to prompts that wait, or leave. False: none is left."""
         free = self.done.nonzero().squeeze(1)  # (f,)
-        if 4 * len(free) < len(self.live):
+        if 4 * len(free) < len(self.done):
             return True
         taken = self.admit(model, cache, free)
         if taken < len(free):
             self.retire(cache)
-        return len(self.live) > 0
+        return len(self.done) > 0
 
     def admit(self, model, cache, free):
         """Give free rows (f,) to the next prompts that wait, and fill them. Returns how many are taken."""

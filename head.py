@@ -93,7 +93,7 @@ def rows_of_chunks(N, V):
     if N == 0:
         return 1
     most = max(1, LOGITS_AT_ONCE // V)
-    # Many tokens go in chunks of half the size: the entropy's gradient takes a second buffer as large as theirs.
+    # Many tokens go in chunks of half the size, as the entropy's gradient takes a second buffer as large.
     if N > 2 * most:
         most = max(1, most // 2)
     chunks = ceil_divide(N, most)
@@ -123,7 +123,8 @@ def chunks_of_softmax(x, w, rows, targets, logprobs=None, entropy=None):
     On the way the log-probabilities of targets (N,) are written to logprobs (N,) and the entropies to entropy
     (N,), where given.
     V' is V rounded up to 64, by columns of no probability: products with rows of 50,257 numbers can take 1.4
-    times as long as with 50,304. Products of bfloat16 round the logits to it where `float32_products` can't be had.
+    times as long as with 50,304. Products of bfloat16 round the logits to it where there are no
+    `float32_products`.
     """
     V, device = len(w), x.device
     width = 64 * ceil_divide(V, 64)
@@ -200,7 +201,7 @@ def add_head_gradients(gradients, at, q, x, w, targets, logprobs, g, h=None, ent
 def overwrite_with_difference(q, at, targets, logprobs):
     """q (n, V') becomes q - onehot.
 
-    The target's entry is made of its log-probability: in bfloat16 q of a confident token is 1, and 1 - q is 0.
+    The target's entry is made of its log-probability: in bfloat16 a confident token's q is 1, 1 - q is 0.
     """
     each = torch.arange(len(q), device=q.device)
     log_p = logprobs[at]  # (n,)
@@ -209,7 +210,7 @@ def overwrite_with_difference(q, at, targets, logprobs):
 
 
 def gradient_with_entropy(q, at, targets, logprobs, g, h, entropy):
-    """d (n, V') = g (q - onehot) + h q (log q + entropy), in memory of its own. The target's entry: as above."""
+    """d (n, V') = g (q - onehot) + h q (log q + entropy), in its own memory. The target's entry: as above."""
     d = torch.empty_like(q)
     g, h, entropy = g[at, None], h[at, None], entropy[at, None]  # (n, 1)
     block = block_rows(q)
@@ -244,9 +245,9 @@ def add_weight_gradient(of_w, d, x):
 def token_logprobs(states, weight, targets, temperature=1.0, with_entropy=False, summed=False):
     """Log-probabilities of targets under softmax(states @ weight.T / temperature), in fp32.
 
-    states (N, C), weight (V, C), targets (N,) -> logprobs (N,) and entropy (N,) in nats, or None. With summed:
-    the sum () of the logprobs, whose gradient costs less, and None. The logits (N, V) never exist at once unless
-    they are few.
+    states (N, C), weight (V, C), targets (N,) -> logprobs (N,) and entropy (N,) in nats, or None. If summed,
+    the sum () of the logprobs, whose gradient costs less, and None. The logits (N, V) never exist at once,
+    unless they are few.
     Under autocast the products are in its dtype. What follows them is in fp32, and so are the logits where
     `float32_products` holds. Elsewhere bfloat16 rounds them: at logits near -100 by up to 0.25.
     """
@@ -255,8 +256,8 @@ def token_logprobs(states, weight, targets, temperature=1.0, with_entropy=False,
     dtype = weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    # The states are divided by the temperature, not the logits. It comes to the same, as the product is linear,
-    # but a row of states has C numbers and one of logits V. And here autograd divides the gradient as well.
+    # The states are divided by the temperature, not the logits. It comes to the same, as the product is
+    # linear, but a row of states has C numbers and one of logits V. And autograd divides the gradient, too.
     if temperature != 1:
         states = states / temperature
     with torch.autocast(device, enabled=False):
