@@ -309,12 +309,11 @@ class Replies:
         cache.step(at - 1, upto)
         newest = self.ids[live, at - 1]  # (n,)
         states = model.transformer(newest[:, None], cache)  # (n, 1, C)
-        logits = head(states[:, 0]).float()  # (n, V)
 
         # Of the numbers of its response, the new token takes the pair in its own place.
         number = (at - self.prompt_lengths[live]).clamp(max=self.limit - 1)  # (n,)
         uniform = self.uniform[live, number]  # (n, 2)
-        token = sample_token(logits, *sampling, uniform)  # (n,)
+        token = sample_token(head(states[:, 0]).float(), *sampling, uniform)  # (n,)
 
         # A row that is done writes what is there already; if it is full, to its last place.
         place = at.clamp(max=self.width - 1)
