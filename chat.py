@@ -4,8 +4,9 @@
     python chat.py --compare runs/demo/sft runs/demo/ppo
     echo "What is the capital of France?" | python chat.py --model runs/demo/ppo
 
-A line is your turn. /new forgets the conversation, /quit or Ctrl-D ends. Each model keeps its own conversation.
-One that has only ever been trained on single questions, as the demo's have, answers each by itself.
+A line is your turn. /new forgets the conversation, /quit or Ctrl-D ends. Each model keeps its own
+conversation. One that has only ever been trained on single questions, as the demo's have, answers each
+by itself.
 """
 import sys
 from dataclasses import dataclass, field
@@ -32,30 +33,63 @@ class Config:
     system: str = ""  # system message at the head of the conversation
     temperature: NonNegative = 0.7  # of sampling; 0 takes the likeliest token
     top_k: Natural = 0  # sample among this many likeliest tokens, 0 for all
-    top_p: Annotated[float, "> 0", "<= 1"] = 1.0  # sample among the fewest tokens that have this much probability
+    top_p: Annotated[float, "> 0", "<= 1"] = 1.0  # sample among the fewest tokens with this much probability
     max_new_tokens: Count = 64  # longest reply, tokens
     seed: Seed = 0  # seed of the sampling
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of cuda, mps, cpu that works
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
-    allow_pickle: bool = False  # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
+    allow_pickle: bool = False  # also open pickled weights, which can run code; for folders you trust
     debug: bool = False  # show the traceback of an error
+
+
+class Talker:
+    """One of the models, and the conversation with it."""
+
+    def __init__(self, name, folder, config, device):
+        self.name = name
+        self.model, self.tokenizer = load_model(folder, GPT, allow_pickle=config.allow_pickle)
+        self.model.to(device).eval()
+        context = self.model.config.block_size
+        require(config.max_new_tokens < context,
+                f"--max-new-tokens {config.max_new_tokens} fills the context of {context}")
+        self.forgets = config.history == "forget"
+        if config.history == "auto" and knows_single_turns(self.model.config):
+            self.forgets = True
+        self.opening = []
+        if config.system:
+            self.opening.append({"role": "system", "content": config.system})
+        self.begin()
+
+    def begin(self):
+        """Forget the conversation, but for the system message."""
+        self.messages = list(self.opening)
+
+    def has_past(self):
+        return len(self.messages) > len(self.opening)
+
+    def answer(self, line, config, generator):
+        """The reply to a line. UserError, and the line is forgotten, if the conversation is too long."""
+        self.messages.append({"role": "user", "content": line})
+        try:
+            prompt = encode_prompt(self.tokenizer, self.messages)
+            replies = generate(self.model, [prompt], config.max_new_tokens, self.tokenizer,
+                               config.temperature, config.top_k, config.top_p, generator)
+        except UserError:
+            self.messages.pop()
+            raise
+        reply = replies.texts(self.tokenizer)[0]
+        self.messages.append({"role": "assistant", "content": reply})
+        return reply
 
 
 def main(config):
     folders = config.compare or [config.model]
-    names = short_names(folders)
     device = pick_device(config.device)
-    loaded = [load_model(folder, GPT, allow_pickle=config.allow_pickle) for folder in folders]
-    dtype = pick_dtype(config.dtype, device, loaded[0][0].config.n_embd)
-    for model, _ in loaded:
-        model.to(device).eval()
-        require(config.max_new_tokens < model.config.block_size, f"--max-new-tokens {config.max_new_tokens} fills the context of {model.config.block_size}")
+    talkers = [Talker(name, folder, config, device) for name, folder in zip(short_names(folders), folders)]
+    dtype = pick_dtype(config.dtype, device, talkers[0].model.config.n_embd)
     generator = torch.Generator(device).manual_seed(config.seed)
-    opening = [{"role": "system", "content": config.system}] if config.system else []
-    talks = [list(opening) for _ in folders]
-    forgets = [config.history == "forget" or (config.history == "auto" and knows_single_turns(model.config))
-               for model, _ in loaded]
-    said = config.history == "forget"  # that something is forgotten
+    # Whether it has been said that something is forgotten. Who asks for that needn't be told.
+    said = config.history == "forget"
     typing = sys.stdin.isatty()
     if typing:
         print("your turn; /new forgets the conversation, /quit ends")
@@ -67,26 +101,27 @@ def main(config):
         if line == "/quit":
             break
         if line == "/new":
-            talks = [list(opening) for _ in folders]
-        elif line:
-            for name, (model, tokenizer), talk, forget in zip(names, loaded, talks, forgets):
-                if forget and len(talk) > len(opening):
-                    talk[:] = opening
-                    if not said:
-                        print(f"({name} was trained on single questions, so it forgets those before; "
-                              "--history keep reminds it of them)")
-                        said = True
-                talk.append({"role": "user", "content": line})
-                try:
-                    with autocast(device, dtype):
-                        reply = generate(model, [encode_prompt(tokenizer, talk)], config.max_new_tokens, tokenizer, config.temperature,
-                                         config.top_k, config.top_p, generator).texts(tokenizer)[0]
-                except UserError as error:
-                    talk.pop()
-                    print(f"({error}; /new begins afresh)")
-                    continue
-                talk.append({"role": "assistant", "content": reply})
-                print(f"{name}: {reply}" if config.compare else reply, flush=True)
+            for talker in talkers:
+                talker.begin()
+            continue
+        if not line:
+            continue
+        for talker in talkers:
+            if talker.forgets and talker.has_past():
+                talker.begin()
+                if not said:
+                    print(f"({talker.name} was trained on single questions, so it forgets those before; "
+                          "--history keep reminds it of them)")
+                    said = True
+            try:
+                with autocast(device, dtype):
+                    reply = talker.answer(line, config, generator)
+            except UserError as error:
+                print(f"({error}; /new begins afresh)")
+                continue
+            if config.compare:
+                reply = f"{talker.name}: {reply}"
+            print(reply, flush=True)
 
 
 if __name__ == "__main__":
