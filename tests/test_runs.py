@@ -47,6 +47,8 @@ from data import encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMONSTRATIONS = f"--data {TOY}/demonstrations.jsonl"
+DATA = {"sft": f"{TOY}/demonstrations.jsonl", "reward": f"{TOY}/preferences.jsonl", "dpo": f"{TOY}/preferences.jsonl",
+        "ppo": f"{TOY}/prompts.jsonl", "evaluate": f"{TOY}/prompts_heldout.jsonl"}
 SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
 TRAINERS = ("sft", "reward", "ppo", "dpo")
 TINY = "--layers 1 --heads 2 --width 32 --block-size 64 --threads 1"
@@ -175,7 +177,9 @@ def test_reward_model_scores_demonstrations_zero_on_average(chain):
     root = chain[0]
     scorer, tokenizer = load_model(root / "reward", model.ScalarModel)
     scores = []
-    for row in toy.World(0).demonstrations("train", per_prompt=1):
+    rows = read_rows(DATA["sft"], "demonstrations", lambda text: None)
+    # 2000 at most, evenly spread.
+    for row in rows[::5]:
         ids = torch.tensor([encode_prompt(tokenizer, row.prompt) + tokenizer.encode(row.replies[0]) + [tokenizer.eos]])
         with torch.no_grad():
             scores.append(scorer.eval()(ids)[0, -1].item())
@@ -556,7 +560,7 @@ def test_ctrl_c_saves_and_resume_goes_on_with_the_same_settings_alone(tmp_path):
     ("ppo", "--model {root}/sft --reward {root}/reward --width 64", "--width is for --model scratch"),
     pytest.param("ppo", "--model {root}/sft --reward {root}/reward --out {root}/reward --overwrite", "--overwrite would delete the --reward", marks=pytest.mark.case(14)),
     pytest.param("reward", "--model {root}/sft --data {tmp}/ranks.jsonl", "ranks.jsonl:1: a rank, a gold score or the margin is not a finite number", marks=pytest.mark.case(19)),
-    ("evaluate", "--models {root}/sft --max-new-tokens 100", "leaves no room for a prompt"),
+    ("evaluate", "--models {root}/sft --judge toy:gold --max-new-tokens 100", "leaves no room for a prompt"),
     ("evaluate", "--models {root}/sft --out {tmp}", "is a folder; name a .json file"),
     ("toy", "--model {root}/sft --out {tmp}/rows.txt", "is a file; name a folder"),
     ("dpo", "--model {root}/nowhere", "no such checkpoint folder"),
@@ -565,9 +569,10 @@ def test_ctrl_c_saves_and_resume_goes_on_with_the_same_settings_alone(tmp_path):
     ("dpo", "--label-smoothing 0.1 --loss hinge", "--label-smoothing is for --loss dpo; hinge has no probability"),
     ("evaluate", "", "--models: name one checkpoint folder or more"),
     ("evaluate", "--models {root}/sft --data {tmp}/instructions.json",
-     "needs --reward or --reward-fn to score with"),
+     "name what to judge with: --judge, --reward or --reward-fn"),
     ("evaluate", "--models {root}/sft {root}/ppo {root}/sft/", "--models names {root}/sft twice"),
-    ("evaluate", "--models {root}/sft --part 1/1:1", "--part is for files"),
+    ("evaluate", "--models {root}/sft --judge toy:gold toy:gold", "the logs have another number named gold"),
+    ("evaluate", "--models {root}/sft --judge judges:score", "the logs have another number named score"),
     ("evaluate", "--models {root}/sft --reward {root}/reward --reward-weights 1 2",
      "2 --reward-weights for 1 rewards"),
     ("evaluate", "--models {root}/sft --reward {root}/reward --reward-weights nan",
@@ -598,6 +603,8 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, 
     words = shlex.split(flags.format(tmp=tmp_path, root=chain[0]))
     if script in TRAINERS and "--out" not in words:
         words += ["--out", str(tmp_path / "out")]
+    if script in DATA and "--data" not in words:
+        words += ["--data", DATA[script]]
     before = {p: p.stat().st_mtime_ns for p in chain[0].rglob("*")}
     with pytest.raises(SystemExit) as stopped:
         runtime.run_script(SCRIPTS[script].main, SCRIPTS[script].Config, "", words)
