@@ -385,7 +385,8 @@ class Transformer(nn.Module):
 def before(index):
     """Flat positions (N,) of the tokens before those at index (N,).
 
-    There a token is predicted, and the state that it is chosen in is valued.
+    There a token is predicted, and the state before it is valued.
+
     The project's only shift-by-one. A sequence's first token has no predecessor and must not be asked for.
     """
     return index - 1

@@ -272,12 +272,13 @@ def draw_curves(folder, path):
 
 
 def draw_curve(axes, name, steps, values, colour):
-    """One metric: few values as points, many as a pale line and a thick one, the mean of a tenth of the run."""
+    """One metric: few values as points; many as a pale line, and as a thick one their running mean."""
     held_out = name.startswith("val_")
     if held_out or len(values) < 10:
         label = "held out" if held_out else name
         axes.plot(steps, values, "o-", color=colour, ms=4, lw=1, label=label)
         return
+    # The mean is over a tenth of the run.
     window = len(values) // 10
     smooth = []
     for i in range(len(values)):
