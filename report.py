@@ -21,10 +21,12 @@ TRY_NEXT = [
     ("talk to it", "python chat.py --compare runs/demo/sft runs/demo/ppo"),
     ("over-optimisation: a reward model that saw few kinds of reply and no KL term, "
      "so the score rises and gold falls",
-     "python reward.py --model runs/demo/sft --demonstrations toy --out runs/try/reward && "
-     "python ppo.py --model runs/demo/sft --reward runs/try/reward --kl-coef 0 --lr 3e-3 --out runs/try/ppo"),
+     "python reward.py --model runs/demo/sft --data runs/demo/toy/preferences.jsonl --out runs/try/reward && "
+     "python ppo.py --model runs/demo/sft --reward runs/try/reward --data runs/demo/toy/prompts.jsonl "
+     "--judge toy:gold --kl-coef 0 --lr 3e-3 --out runs/try/ppo"),
     ("see what the wrong KL estimator does",
-     "python ppo.py --model runs/demo/sft --reward runs/demo/reward --kl k3 --out runs/try/k3"),
+     "python ppo.py --model runs/demo/sft --reward runs/demo/reward --data runs/demo/toy/prompts.jsonl "
+     "--judge toy:gold --kl k3 --out runs/try/k3"),
     ("another seed: other demonstrations, another split", "bash run.sh --seed 1"),
     ("your own data, README.md has the formats", "python sft.py --data rows.jsonl --out runs/try/own"),
 ]

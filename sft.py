@@ -6,7 +6,7 @@ N counts the response tokens of the whole optimiser step (all micro-batches, all
 every token weighs the same, however the step is cut up. In a conversation every assistant turn is a response.
 Left out: packing several rows into one sequence (batches are bucketed by length instead, which wastes little).
 
-    python toy.py && python sft.py --out runs/sft      the embedded task: held-out loss 0.51 after a minute on 2 cores
+    python sft.py --out runs/sft       after `python toy.py`: held-out loss 0.51 in a minute on 2 cores
     python sft.py --data rows.jsonl --model scratch --out runs/mine --layers 6 --heads 6 --width 384
 
 Legend: B rows, T tokens.

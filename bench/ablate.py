@@ -27,12 +27,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
-import toy  # noqa: E402
 from formats.model_folder import load_model  # noqa: E402
 from model import GPT, ScalarModel  # noqa: E402
 from plumbing.flags import Count, UserError, require  # noqa: E402
-from plumbing.run import run_script  # noqa: E402
-from data import encode_prompt  # noqa: E402
+from plumbing.run import Alone, run_script  # noqa: E402
+from rollout import load_prompts  # noqa: E402
+from judges import load_functions  # noqa: E402
 
 LAST = 10  # rollouts that a run's final numbers are the mean of
 BASELINE = "baseline"
@@ -50,7 +50,7 @@ FAMILIES = {  # name of the variant: flags
         "entropy bonus 0.01": "--entropy-coef 0.01", "early stop at KL 0.02": "--kl-stop 0.02", "lambda 1": "--lam 1"},
     "critic and the rest": {
         "no value clip": "--value-clip 0", "value clip 0.2": "--value-clip 0.2", "critic from SFT": "--critic-init sft", "critic from zero": "--critic-init zero",
-        "critic warm-up 5": "--critic-warmup 5", "PPO-ptx 0.1": "--ptx-coef 0.1 --ptx-data toy", "constant learning rates": "--lr-schedule constant --critic-lr-schedule constant"},
+        "critic warm-up 5": "--critic-warmup 5", "PPO-ptx 0.1": "--ptx-coef 0.1 --ptx-data {toy}/demonstrations.jsonl", "constant learning rates": "--lr-schedule constant --critic-lr-schedule constant"},
 }
 HOT = ("k3 in the reward", "adaptive KL, target 0.5", "normalised, clipped at 0.3", "clipped at 1", "advantages not whitened", "advantages clipped at 1",
        "PPO-penalty, weight 1", "PPO-penalty, adaptive", "entropy bonus 0.01", "early stop at KL 0.02", "critic warm-up 5", "PPO-ptx 0.1")
@@ -174,14 +174,14 @@ def best_of_n(gold, score):
 def sampled(folder, out, config, per_prompt=1):
     """Replies of a checkpoint to the training prompts of seed 0: gold and narrow score (prompts, per_prompt), and the mean KL to SFT."""
     (policy, tokenizer), (reference, _), (reward, _) = load_model(folder, GPT), load_model(out / "sft", GPT), load_model(out / "narrow", ScalarModel)
-    world = toy.World(0)
-    texts = world.texts["train"][::2]
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in texts for _ in range(per_prompt)]
-    settings = evaluate.Config(models=[], micro_batch_tokens=8192)
-    replies, ended, _, kl, (score,) = evaluate.answer(
-        policy.eval(), reference.eval(), [reward.eval()], tokenizer, prompts, settings, torch.device("cpu"))
-    gold = [world.gold(text, reply, bool(end)) for text, reply, end in zip(np.repeat(texts, per_prompt), replies, ended)]
-    return np.array(gold).reshape(-1, per_prompt), score.reshape(-1, per_prompt), float(kl.mean())
+    settings = evaluate.Config(micro_batch_tokens=8192, data=f"{out}/toy/prompts.jsonl")
+    prompts = load_prompts(settings, tokenizer, policy.config.block_size, print)[::2]
+    prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
+    alone = Alone(torch.device("cpu"), torch.float32)
+    judges = load_functions("--judge", ["toy:gold"])
+    _, _, _, kl, (score,), (gold,) = evaluate.answer(
+        alone, policy.eval(), reference.eval(), [reward.eval()], [], judges, tokenizer, prompts, settings)
+    return gold.reshape(-1, per_prompt), score.reshape(-1, per_prompt), float(kl.mean())
 
 
 def over_optimisation(plt, out, config):
@@ -238,26 +238,32 @@ def main(config):
     common = "--threads 1 --resume"
 
     # 1. what every run starts from
-    run_all([("SFT", f"sft.py --out {out}/sft {common}")], 1)
+    task = f"{out}/toy"
+    if not Path(task, "tokenizer.json").exists():
+        run_all([("the task's files", f"toy.py --out {task} --threads 1")], 1)
+    held_out = f"--val-data {task}/demonstrations_heldout.jsonl"
+    run_all([("SFT", f"sft.py --data {task}/demonstrations.jsonl {held_out} --out {out}/sft {common}")], 1)
     if not (out / "preferences" / "train.jsonl").exists():
         run_all([("preferences", f"toy.py --model {out}/sft --out {out}/preferences --threads 1")], 1)
     files = f"--data {out}/preferences/train.jsonl --val-data {out}/preferences/heldout.jsonl"
-    jobs = [("reward model", f"reward.py --model {out}/sft {files} --demonstrations toy --steps 600 --out {out}/reward {common}")]
+    reward = f"reward.py --model {out}/sft --demonstrations {task}/demonstrations.jsonl --steps 600 {common}"
+    narrow = f"--data {task}/preferences.jsonl --val-data {task}/preferences_heldout.jsonl"
+    jobs = [("reward model", f"{reward} {files} --out {out}/reward")]
     if not config.only:
-        jobs += [("narrow reward model", f"reward.py --model {out}/sft --data toy --demonstrations toy --steps 600 --out {out}/narrow {common}")]
+        jobs += [("narrow reward model", f"{reward} {narrow} --out {out}/narrow")]
     run_all(jobs, config.lanes)
 
     # 2. PPO, one switch at a time
     chosen = {BASELINE: ""} | {name: flags for name, flags in variants.items() if not config.only or name in config.only}
     hot = {"hot " + name: "--lr 3e-3 " + flags for name, flags in chosen.items() if name in HOT or name == BASELINE}
     shape = f"--steps {config.steps} --rollout-batch {config.rollout_batch}"
-    start = f"ppo.py --model {out}/sft {common}"
-    jobs = [(f"{name}, seed {seed}", f"{start} --reward {out}/reward {shape} --seed {seed} --out {out}/{slug(name)}-{seed} {flags}")
+    start = f"ppo.py --model {out}/sft --data {task}/prompts.jsonl --judge toy:gold {common}"
+    jobs = [(f"{name}, seed {seed}", f"{start} --reward {out}/reward {shape} --seed {seed} --out {out}/{slug(name)}-{seed} {flags.replace('{toy}', task)}")
             for seed in range(config.seeds) for name, flags in (chosen | hot).items()]
     if not config.only:
         jobs += [(name, f"{start} --reward {out}/narrow --steps {2 * config.steps} --rollout-batch {config.rollout_batch} --out {out}/{slug(name)} {flags}")
                  for name, flags in PPO_FOOLED.items()]
-        jobs += [(f"DPO, beta {beta:g}", f"dpo.py --model {out}/sft --data toy --steps 300 --beta {beta} --out {out}/dpo-{beta:g} {common}") for beta in DPO_BETAS]
+        jobs += [(f"DPO, beta {beta:g}", f"dpo.py --model {out}/sft {narrow} --steps 300 --beta {beta} --out {out}/dpo-{beta:g} {common}") for beta in DPO_BETAS]
     run_all(jobs, config.lanes)
 
     # 3. tables and figures

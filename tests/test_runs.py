@@ -572,7 +572,6 @@ def test_ctrl_c_saves_and_resume_goes_on_with_the_same_settings_alone(tmp_path):
      "name what to judge with: --judge, --reward or --reward-fn"),
     ("evaluate", "--models {root}/sft {root}/ppo {root}/sft/", "--models names {root}/sft twice"),
     ("evaluate", "--models {root}/sft --judge toy:gold toy:gold", "the logs have another number named gold"),
-    ("evaluate", "--models {root}/sft --judge judges:score", "the logs have another number named score"),
     ("evaluate", "--models {root}/sft --reward {root}/reward --reward-weights 1 2",
      "2 --reward-weights for 1 rewards"),
     ("evaluate", "--models {root}/sft --reward {root}/reward --reward-weights nan",
@@ -1014,9 +1013,9 @@ def test_a_script_whose_output_nobody_reads_ends_quietly_and_writes_whole_files(
     before = (root / "report.html").read_bytes()
     (root / "report.html").unlink(), (root / "summary.json").unlink()
     runs = [("sft", "--help"), ("report", f"--demo {root} --seconds 12"),
-            ("evaluate", f"--models {root}/sft --out {tmp_path}/evaluation.json --prompts 4"),
+            ("evaluate", f"--models {root}/sft --data {DATA['evaluate']} --judge toy:gold --out {tmp_path}/evaluation.json --prompts 4"),
             ("toy", f"--model {root}/sft --out {tmp_path}/toy --groups 20 --heldout-groups 4 --samples 1"),
-            ("sft", f"{TINY} --steps 2 --out {tmp_path}/run")]
+            ("sft", f"{TINY} {DEMONSTRATIONS} --steps 2 --out {tmp_path}/run")]
     for script, flags in runs:
         done = unheard(script, flags, at_once=at_once)
         expected = 128 + signal.SIGPIPE if at_once and script != "sft" else 0
@@ -1040,7 +1039,7 @@ def test_a_script_that_is_cut_short_by_its_reader_ends_as_sigpipe_ends_others(at
 def test_a_line_of_the_log_has_no_old_value_beside_a_new_step(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 10**6, 100))  # so late each time that every step has its line
     monkeypatch.setattr(runtime.time, "time", clock.__next__)
-    run_here("sft", TINY, f"--batch-tokens 512 --eval-every 2 --steps 5 --log-every 2 --out {tmp_path}/run")
+    run_here("sft", TINY, DEMONSTRATIONS, f"--batch-tokens 512 --eval-every 2 --steps 5 --log-every 2 --out {tmp_path}/run")
     measured = {row["step"]: row for row in reversed(metrics(tmp_path / "run")) if "val_loss" in row}
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d/5 ", line)]
     assert len(lines) == 6 + 1

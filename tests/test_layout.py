@@ -1,0 +1,86 @@
+"""The house: which way imports run, what stands where, and how wide a line may be."""
+import ast
+import collections
+
+import pytest
+
+import tools
+
+ALGORITHMS = ("sft", "reward", "ppo", "dpo", "evaluate", "chat", "report", "toy")
+# A file may import from the rooms before its own; in plumbing/ and formats/ files import each other, in no circle.
+ROOMS = ("plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "algorithms")
+# Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
+TWINS = {}
+COLUMNS = 110
+
+
+def module_of(file):
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def room_of(module):
+    top = module.partition(".")[0]
+    return "algorithms" if top in ALGORITHMS else top
+
+
+@pytest.fixture(scope="module")
+def imports():
+    """{module of the project: those of the project that it imports, anywhere in it}."""
+    modules = {module_of(file): text for file, text in tools.sources().items()}
+    graph = {}
+    for module, text in modules.items():
+        named = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                named |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                named |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+        graph[module] = named & modules.keys()
+    return graph
+
+
+def test_imports_run_one_way(imports):
+    assert {room_of(module) for module in imports} == set(ROOMS)
+    wrong = []
+    for module, others in imports.items():
+        for other in others:
+            if ROOMS.index(room_of(other)) > ROOMS.index(room_of(module)):
+                wrong.append(f"{module} imports {other}")
+    assert wrong == []
+
+
+def test_plumbing_imports_nothing_else_of_ours(imports):
+    for module, others in imports.items():
+        if room_of(module) == "plumbing":
+            assert {room_of(other) for other in others} <= {"plumbing"}, module
+
+
+def test_no_circle(imports):
+    left = dict(imports)
+    while left:
+        free = [module for module, others in left.items() if not others & left.keys() - {module}]
+        assert free, f"a circle among {sorted(left)}"
+        for module in free:
+            del left[module]
+
+
+def test_no_algorithm_imports_another_and_nothing_imports_the_toy_task(imports):
+    for module, others in imports.items():
+        assert not others & set(ALGORITHMS), module
+
+
+def test_what_stands_in_two_algorithms_is_a_twin_that_is_compared():
+    where = collections.defaultdict(list)
+    for file, text in tools.sources().items():
+        if module_of(file) in ALGORITHMS:
+            for node in ast.parse(text).body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    where[node.name].append(file)
+    twice = {name for name, files in where.items() if len(files) > 1}
+    assert twice - {"main", "Config"} == set(TWINS)
+
+
+@pytest.mark.parametrize("file", tools.sources())
+def test_no_line_is_wider_than_a_page(file):
+    wide = [number for number, line in enumerate(tools.sources()[file].splitlines(), 1) if len(line) > COLUMNS]
+    assert wide == []
