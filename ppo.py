@@ -1,58 +1,76 @@
 """PPO on a reward: raise the score of sampled replies without leaving the reference policy too far behind.
 
-    maximise  E_{x, y ~ pi}[ s(x, y) - beta * log(pi(y|x) / ref(y|x)) ] + c * E_{x, y ~ D}[ log pi(y|x) ]   (InstructGPT, eq. 2)
+    maximise  E_{x, y ~ pi}[ s(x, y) - beta * log(pi(y|x) / ref(y|x)) ] + c * E_{x, y ~ D}[ log pi(y|x) ]
+                                                                                        (InstructGPT, eq. 2)
 
-whose optimum without the second term (--ptx-coef, off by default) is pi*(y|x) = ref(y|x) exp(s(x, y) / beta) / Z(x);
-bench/optimum.py shows that this file reaches it. Four models: policy (trained, from SFT), reference (the same weights,
-frozen), reward model (frozen), critic (trained, from the reward model). One step of the script:
+whose optimum without the second term (--ptx-coef, off by default) is
+
+    pi*(y|x) = ref(y|x) exp(s(x, y) / beta) / Z(x)
+
+bench/optimum.py shows that this file reaches it. Four models: policy (trained, from SFT), reference (the same
+weights, frozen), reward model (frozen), critic (trained, from the reward model). One step of the script:
 
     1. rollout     sample a reply to each prompt, at the temperature that all log-probabilities are taken at
-    2. score       reward models and functions; log-probabilities of policy and reference; values of the critic
+    2. score       reward models and functions; log-probabilities of policy and reference; the critic's values
     3. rewards     r_t = -beta * kl_t, plus the score at the last token
     4. advantages  generalised advantage estimation, whitened over the batch
     5. update      some epochs of policy and value losses on minibatches
     6. control, log, save
 
-Token t of the response is action t; everything below is aligned with tokens, (B, T), zero outside the response:
+Token t of the response is action t; all below is aligned with tokens, (B, T), zero outside the response:
 
     prompt | a    b    c  <eos>         logprobs[t] = log pi(token t | tokens before t)
            | r    r    r  r + score     values[t]   = V(tokens before t)
 
 The KL divergence to the reference, with lr = log pi(a) - log ref(a) for a drawn from pi (Schulman 2020):
-    k1 = lr              unbiased. In the reward its policy gradient is grad KL(pi || ref): the default. In the loss its
-                         gradient is zero on average: nothing holds the policy.
-    k2 = lr^2 / 2        biased as a value, and wrong in the reward. In the loss its gradient is grad KL(pi || ref).
-    k3 = e^-lr - 1 + lr  unbiased with less variance: the number to log. In the reward its policy gradient is grad KL(pi ||
-                         ref) - grad KL(ref || pi), which vanishes near ref and pushes rare tokens further down. In the
-                         loss, times the probability ratio to the sampling policy, it has the very gradient of k2.
-A term in the loss makes each token pay for its own KL alone, not for the KL that it leads to (the reward does both, through
-the advantages), and whitened advantages change its weight: its optimum is pi* only for replies of one token and --whiten none.
+    k1 = lr              unbiased. In the reward its policy gradient is grad KL(pi || ref): the default.
+                         In the loss its gradient is zero on average: nothing holds the policy.
+    k2 = lr^2 / 2        biased as a value, and wrong in the reward. In the loss its gradient is
+                         grad KL(pi || ref).
+    k3 = e^-lr - 1 + lr  unbiased with less variance: the number to log. In the reward its policy gradient is
+                         grad KL(pi || ref) - grad KL(ref || pi), which vanishes near ref and pushes rare
+                         tokens further down. In the loss, times the probability ratio to the sampling
+                         policy, it has the very gradient of k2.
+A term in the loss makes each token pay for its own KL alone, not for the KL that it leads to (the reward does
+both, through the advantages), and whitened advantages change its weight: its optimum is pi* only for replies
+of one token and --whiten none.
 
-What differs between implementations, and the switch that restores it (bench/parity.py checks those of TRL 1.12 to 1e-5):
-    here                                              TRL 1.12's PPOTrainer, others                   switch
-    KL: k1 in the reward                              k1 or k3 in the reward (OpenRLHF: both places)  --kl, --kl-in
-    beta constant, or led by the KL of whole replies  constant (OpenRLHF: led by the mean per token)  --kl-target
-    score at the end token                            one position later, but for the longest reply   --reward-at next
-    cut-off reply: the rollout's lowest score - 1     its own score - penalty (SFD, LMHP: -1)         --missing-eos subtract | replace
-    scores as they are                                the same (MOSS: over the running deviation)     --reward-norm scale
-    advantages over the population deviation          the sample deviation (MOSS: of the minibatch)   --whiten sample
-    values clipped within 2                           within 0.2                                      --value-clip 0.2
-    2 epochs of 4 minibatches, token means of each    4 of 1, means of micro-batches averaged         --epochs 4 --minibatches 1
-    learning rates fall on a cosine                   on a line                                       --lr-schedule, --critic-lr-schedule
-    gradients clipped to norm 1                       not clipped                                     --max-grad-norm 1e9
-    PPO-ptx: gradients summed, one step               no ptx (DeepSpeed-Chat: a step of its own)      --ptx-coef
-    an optimiser each for policy and critic           one, value loss times 0.1                       none
-    old log-probabilities from the training pass      from the sampler                                none
-    a reply ends with its end token                   before the first pad, which may be that token   none
-    prompts padded on the right                       on the left                                     none
-    metrics over response tokens                      approx_kl and entropy over padding too          none
-Left out: a trunk shared by policy and critic, a value behind the end of cut-off replies, rewards per step, whitened rewards.
+What differs between implementations, and the switch that restores it (bench/parity.py checks those of
+TRL 1.12 to 1e-5):
+    here                                   TRL 1.12's PPOTrainer, others              switch
+    KL: k1 in the reward                   k1 or k3 in the reward (OpenRLHF: both)    --kl, --kl-in
+    beta constant, or led by whole         constant (OpenRLHF: led by the mean        --kl-target
+      replies' KL                            per token)
+    score at the end token                 one position later, but for the longest    --reward-at next
+    cut-off reply: the rollout's lowest    its own score - penalty (SFD, LMHP: -1)    --missing-eos subtract
+      score - 1                                                                         | replace
+    scores as they are                     the same (MOSS: over their running         --reward-norm scale
+                                             deviation)
+    advantages over the population         the sample deviation (MOSS: of the         --whiten sample
+      deviation                              minibatch)
+    values clipped within 2                within 0.2                                 --value-clip 0.2
+    2 epochs of 4 minibatches, token       4 of 1, means of micro-batches averaged    --epochs 4
+      means of each                                                                     --minibatches 1
+    learning rates fall on a cosine        on a line                                  --lr-schedule,
+                                                                                        --critic-lr-schedule
+    gradients clipped to norm 1            not clipped                                --max-grad-norm 1e9
+    PPO-ptx: gradients summed, one step    no ptx (DeepSpeed-Chat: its own step)      --ptx-coef
+    an optimiser each for policy, critic   one, value loss times 0.1                  none
+    old log-probabilities from training    from the sampler                           none
+      passes
+    a reply ends with its end token        before the first pad, perhaps that token   none
+    prompts padded on the right            on the left                                none
+    metrics over response tokens           approx_kl, entropy over padding too        none
+Left out: a trunk shared by policy and critic, a value behind the end of cut-off replies, rewards per step,
+whitened rewards.
 
-    python ppo.py --model runs/sft --reward runs/reward --out runs/ppo      the toy task: gold score 0.1 to 0.9 in 1.5 minutes on 2 cores
+    python ppo.py --model runs/sft --reward runs/reward --data runs/toy/prompts.jsonl --judge toy:gold
     python ppo.py --model runs/sft --reward runs/reward --reward-fn mine:brevity --reward-weights 1 0.1
     torchrun --nproc-per-node 8 ppo.py --data prompts.jsonl --model sft --reward rm --rollout-batch 512
 
-Legend: B replies on this rank, T tokens, V vocabulary.
+On the embedded task the first takes the gold score from 0.1 to 0.9 in 1.5 minutes on 2 cores.
+
+Legend: B replies on this rank, T tokens, V vocabulary; n replies of a pass, W tokens of the longest of them.
 """
 import copy
 import json
@@ -66,7 +84,8 @@ import torch.nn.functional as F
 from data import collate, describe, encode_demonstrations, endless_batches, endless_order
 from formats.model_folder import open_model, save_model
 from formats.sources import read_rows
-from judges import check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights
+from judges import (
+    check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
 from model import GPT, ScalarModel, frozen_reference, prepare, shares_frozen, twin, values_before
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
 from plumbing.run import Run, run_script
@@ -84,20 +103,22 @@ class Config(RunConfig):
     model: str = "runs/sft"
     # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
     reward: list[str] = field(default_factory=list)
-    # Python functions, module:function, which get lists (those that their parameters name: prompts, replies, answers,
-    # ended) and return one number per reply
+    # Python functions, module:function, which get lists (those that their parameters name: prompts, replies,
+    # answers, ended) and return one number per reply
     reward_fn: list[str] = field(default_factory=list)
     # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
     reward_weights: list[float] = field(default_factory=list)
-    # functions as for --reward-fn, whose numbers are measured and logged under their names, and never trained on
+    # functions as for --reward-fn, whose numbers are measured and logged under their names, and never trained
+    # on
     judge: list[str] = field(default_factory=list)
     out: str = "runs/ppo"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 80  # rollouts, each followed by an update
-    # share of a file's prompts left out; take that of the other stages, and evaluate.py has prompts that none has seen
+    # share of a file's prompts left out; take that of the other stages, and evaluate.py has prompts that none
+    # has seen
     val_fraction: Fraction = 0.0
     rollout_batch: Count = 256  # prompts per rollout over all ranks
-    # replies that a rank samples at the same time, the other prompts wait for a place; 0: all. Lower it when keys and
-    # values take too much memory
+    # replies that a rank samples at the same time, the other prompts wait for a place; 0: all. Lower it when
+    # keys and values take too much memory
     rollout_rows: Natural = 0
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: Positive = 1.0  # of sampling; all log-probabilities are taken at it
@@ -112,12 +133,12 @@ class Config(RunConfig):
     critic_lr_schedule: Schedule = "cosine"  # the critic's
     warmup: Natural = 5  # rollouts of linear warm-up, both networks
     max_grad_norm: Positive = 1.0  # gradients of policy and of critic are scaled down to this norm
-    # trunk and head of the reward model; --model's trunk with a random head, or with a head of zeros; auto: reward, or
-    # zero if there is none
+    # trunk and head of the reward model; --model's trunk with a random head, or with a head of zeros; auto:
+    # reward, or zero if there is none
     critic_init: Literal["auto", "reward", "sft", "zero"] = "auto"
     critic_warmup: Natural = 0  # rollouts at the start that train the critic alone
-    # score of a reply cut off before its end token: the rollout's lowest less the penalty; minus the penalty; its own
-    # less the penalty
+    # score of a reply cut off before its end token: the rollout's lowest less the penalty; minus the penalty;
+    # its own less the penalty
     missing_eos: Literal["floor", "replace", "subtract"] = "floor"
     missing_eos_penalty: NonNegative = 1.0  # for --missing-eos, in units of the score
     # divide scores by their running deviation; or subtract the running mean first
@@ -164,7 +185,10 @@ class Config(RunConfig):
     sample_every: Count = 20  # rollouts between printed samples
 
 
-ROUNDING = 1e-6  # relative: fp32 numbers that differ by less are taken to be equal
+# Relative: fp32 numbers that differ by less are taken to be equal.
+ROUNDING = 1e-6
+# Metrics on the progress bar, besides the score and the judges' numbers.
+WATCHED = ("kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance")
 # The largest |log ratio| that rounding explains.
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
@@ -172,8 +196,8 @@ RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05
 def missing_eos_scores(scores, ended, rule, penalty, lowest):
     """Scores (B,) with those of replies that were cut off before their end token (ended False) set by a rule.
 
-    floor: the lowest score of the rollout less penalty, as a reward model has not seen such replies and ending must
-    never be worse; replace: -penalty; subtract: the reply's score less penalty.
+    floor: the lowest score of the rollout less penalty, as a reward model has not seen such replies and
+    ending must never be worse; replace: -penalty; subtract: the reply's score less penalty.
     """
     if rule == "floor":
         cut_off = lowest - penalty
@@ -187,7 +211,9 @@ def missing_eos_scores(scores, ended, rule, penalty, lowest):
 
 
 def update_moments(moments, x, all_sum=lambda t: t):
-    """Count, mean and sum of squared deviations of all numbers seen, with x (B,) of all ranks added (Chan et al. 1979)."""
+    """Count, mean and sum of squared deviations of all numbers seen, with x (B,) of all ranks added (Chan et
+    al. 1979).
+    """
     count, total = all_sum(torch.stack([x.new_tensor(len(x)), x.sum()])).tolist()
     mean = total / count
     squares = all_sum((x - mean).square().sum()).item()
@@ -197,9 +223,11 @@ def update_moments(moments, x, all_sum=lambda t: t):
 
 
 def normalise_scores(scores, moments, kind, clip):
-    """Scores (B,) over their running deviation (scale), or less their running mean first (standard); held within +-clip.
+    """Scores (B,) over their running deviation (scale), or less their running mean first (standard); held
+    within +-clip.
 
-    moments as from `update_moments`; clip 0 is off. Zheng et al. 2023 (Secrets of RLHF I), eq. 17 and section 5.3.1.
+    moments as from `update_moments`; clip 0 is off. Zheng et al. 2023 (Secrets of RLHF I), eq. 17 and section
+    5.3.1.
     """
     if kind not in ("none", "scale", "standard"):
         raise ValueError(f"unknown normalisation {kind}")
@@ -214,7 +242,8 @@ def normalise_scores(scores, moments, kind, clip):
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
-    """Per-token estimate of KL(pi || ref) from tokens drawn from pi, in nats: kind k1, k2 or k3, any shape."""
+    """Per-token estimate of KL(pi || ref) from tokens drawn from pi, in nats: kind k1, k2 or k3, any shape.
+    """
     log_ratio = logprobs - ref_logprobs
     if kind == "k1":
         return log_ratio
@@ -226,10 +255,11 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 
 def steps_mask(mask, reward_at, all_max=lambda t: t):
-    """Which positions get a reward and a value: the response, mask (B, T), and for `next` one more, but not for the longest replies.
+    """Which positions get a reward and a value: the response, mask (B, T), and for `next` one more, but not
+    for the longest replies.
 
-    (TRL pads replies to the longest one of the rollout, and what fills that width has no room behind it.) The last
-    column of mask is free. all_max: the maximum over all ranks.
+    (TRL pads replies to the longest one of the rollout, and what fills that width has no room behind it.) The
+    last column of mask is free. all_max: the maximum over all ranks.
     """
     if reward_at == "eos":
         return mask
@@ -254,8 +284,9 @@ def shaped_rewards(scores, kl, steps, kl_coef):
 def gae(rewards, values, steps, gamma, lam):
     """Advantages and returns by generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, values, steps (B, T); a reply's steps are one run of True. The value after the last token is 0, for replies
-    that were cut off too. delta_t = r_t + gamma V_t+1 - V_t;  A_t = delta_t + gamma lam A_t+1;  return = A + V.
+    rewards, values, steps (B, T); a reply's steps are one run of True. The value after the last token is 0,
+    for replies that were cut off too. delta_t = r_t + gamma V_t+1 - V_t;  A_t = delta_t + gamma lam A_t+1;
+    return = A + V.
     """
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -268,7 +299,9 @@ def gae(rewards, values, steps, gamma, lam):
 
 
 def whiten(x, mask, all_sum=lambda t: t, variance="population"):
-    """Shift and scale x (B, T) to mean 0 and variance 1 (population, or sample: over n - 1) over the mask of all ranks; zero elsewhere."""
+    """Shift and scale x (B, T) to mean 0 and variance 1 (population, or sample: over n - 1) over the mask of
+    all ranks; zero elsewhere.
+    """
     if variance not in ("population", "sample"):
         raise ValueError(f"unknown variance {variance}")
     x = torch.where(mask, x, 0.0)
@@ -276,7 +309,9 @@ def whiten(x, mask, all_sum=lambda t: t, variance="population"):
     mean = total / count.clamp(min=1)
     centred = torch.where(mask, x - mean, 0.0)
     squares = all_sum(centred.square().sum())
-    return centred * torch.rsqrt(squares / (count if variance == "population" else count - 1).clamp(min=1) + 1e-8)
+    if variance == "sample":
+        count = count - 1
+    return centred * torch.rsqrt(squares / count.clamp(min=1) + 1e-8)
 
 
 def variance(x, mask, all_sum=lambda t: t):
@@ -288,7 +323,8 @@ def variance(x, mask, all_sum=lambda t: t):
 def explained_variance(values, returns, mask, all_sum=lambda t: t):
     """Share of the returns' variance that the values explain: 1 - var(returns - values) / var(returns).
 
-    All (B, T). 0 where the returns don't vary, beyond the rounding of their mean: then there is nothing to explain.
+    All (B, T). 0 where the returns don't vary, beyond the rounding of their mean: then there is nothing to
+    explain.
     """
     size = all_sum((returns.square() * mask).sum()) / all_sum(mask.sum()).clamp(min=1)
     spread = variance(returns, mask, all_sum)
@@ -296,13 +332,17 @@ def explained_variance(values, returns, mask, all_sum=lambda t: t):
     return torch.where(spread > ROUNDING**2 * size, share, 0.0)
 
 
-# The losses are sums over the mask divided by tokens: the count of the whole minibatch, over all micro-batches and ranks.
+# The losses are sums over the mask divided by tokens: the count of the whole minibatch, over all micro-
+# batches and ranks.
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="clip", dual_clip=0.0, penalty_coef=0.0):
-    """clip: the clipped surrogate (Schulman et al. 2017, eq. 7); penalty: -ratio * A + penalty_coef * KL(old || new) (eq. 8).
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="clip", dual_clip=0.0,
+                penalty_coef=0.0):
+    """PPO's loss of the policy (Schulman et al. 2017).
 
-    logprobs, old_logprobs, advantages, mask (B, T). dual_clip > 1 bounds the loss of a token with A < 0 by -dual_clip * A
-    (Ye et al. 2020, eq. 5). Returns (scalar, {clip_fraction, approx_kl}); approx_kl is k3 of KL(old || new), per token.
+    clip: the clipped surrogate (eq. 7); penalty: -ratio * A + penalty_coef * KL(old || new) (eq. 8).
+    logprobs, old_logprobs, advantages, mask (B, T). dual_clip > 1 bounds the loss of a token with A < 0 by
+    -dual_clip * A (Ye et al. 2020, eq. 5). Returns (scalar, {clip_fraction, approx_kl}); approx_kl is k3 of
+    KL(old || new), per token.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -321,9 +361,12 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="cl
 
 
 def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, kind, tokens):
-    """A KL(pi || ref) term for the loss; for k2 and k3 its gradient is that of each token's KL, also once pi has left old.
+    """A KL(pi || ref) term for the loss.
 
-    All (B, T) -> scalar. E_old[ratio * k3] is the KL itself. grad k2 = lr * grad log pi, which has the right mean under pi,
+    For k2 and k3 its gradient is that of each token's KL, also once pi has left old.
+
+    All (B, T) -> scalar. E_old[ratio * k3] is the KL itself. grad k2 = lr * grad log pi, which has the right
+    mean under pi,
     hence the constant ratio before it. k1's gradient has mean zero under pi, and is here to be looked at.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20).exp()
@@ -332,7 +375,9 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, kind, tokens):
 
 
 def value_loss(values, old_values, returns, steps, clip, tokens):
-    """Half the squared error, the worse of the value and of the value held within clip of the old one (clip 0: of the value).
+    """Half the squared error of the value, or of the value held within clip of the old one if that is worse.
+
+    With clip 0 it is the value's own.
 
     values, old_values, returns, steps (B, T) -> (sum over the steps / tokens, {value_clip_fraction}).
     """
@@ -346,14 +391,21 @@ def value_loss(values, old_values, returns, steps, clip, tokens):
 
 
 def adapt_kl_coef(kl_coef, kl, target, replies, horizon):
-    """Proportional control of beta (Ziegler et al. 2019, section 2.2); kl: mean over replies of the sum over tokens."""
+    """Proportional control of beta (Ziegler et al. 2019, section 2.2). kl: of whole replies, their mean."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * replies / horizon)
 
 
 def adapt_penalty(penalty_coef, kl, target):
-    """Double or halve the weight of KL(old || new) when it leaves [target / 1.5, target * 1.5] (Schulman et al. 2017, section 4)."""
-    return penalty_coef * (2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0)
+    """Double or halve the weight of KL(old || new) when that leaves [target / 1.5, target * 1.5].
+
+    Schulman et al. 2017, section 4.
+    """
+    if kl > 1.5 * target:
+        return 2.0 * penalty_coef
+    if kl < target / 1.5:
+        return 0.5 * penalty_coef
+    return penalty_coef
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -367,11 +419,14 @@ def mean(name, rows):
 
 
 def diagnose(history, kl_limit, judges=()):
-    """What is unhealthy in a run's rows of metrics so far, oldest first: {symptom: one line with the switch to try}."""
+    """What is unhealthy in a run's rows of metrics so far, oldest first.
+
+    judges: names of their numbers. Returns {symptom: one line with the switch to try}.
+    """
     found, last = {}, history[-1]
     if last["kl"] > kl_limit:
-        found["kl"] = (f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit {kl_limit:g}: "
-                       "raise --kl-coef (or set --kl-target), or lower --lr")
+        found["kl"] = (f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit "
+                       f"{kl_limit:g}: raise --kl-coef (or set --kl-target), or lower --lr")
     if len(history) >= 2 * WINDOW:
         found |= diagnose_trends(history)
     if len(history) >= 3 * WINDOW:
@@ -379,8 +434,8 @@ def diagnose(history, kl_limit, judges=()):
             if fell := over_optimised(history, name):
                 before, late = fell
                 found[name] = (f"the score rises while the {name} score fell from {before:.2f} to {late:.2f} "
-                               "(over-optimisation): raise --kl-coef, stop earlier, or train the reward model on "
-                               "replies of this policy")
+                               "(over-optimisation): raise --kl-coef, stop earlier, or train the reward "
+                               "model on replies of this policy")
     return found
 
 
@@ -403,7 +458,7 @@ def diagnose_trends(history):
 
 
 def over_optimised(history, name):
-    """(best, last) mean of a judge's number, if it has fallen since its best while the score rose; else None."""
+    """(best, last) mean of a judge's number, if that fell since its best while the score rose; else None."""
     windows = [history[end - WINDOW:end] for end in range(WINDOW, len(history) + 1)]
     best, late = max(windows, key=lambda rows: mean(name, rows)), history[-WINDOW:]
     fell = mean(name, late) < mean(name, best) - 0.1
@@ -421,7 +476,8 @@ def check(config, folders, run):
     require(B % ranks == 0, f"--rollout-batch {B} is not divisible by {ranks} ranks")
     require(B // ranks % config.minibatches == 0,
             f"a rank's {B // ranks} prompts are not divisible into --minibatches {config.minibatches}")
-    require(config.kl_target == 0 or config.kl_coef > 0, "--kl-target needs a --kl-coef above 0 to start from")
+    require(config.kl_target == 0 or config.kl_coef > 0,
+            "--kl-target needs a --kl-coef above 0 to start from")
     require(config.kl_target == 0 or B <= config.kl_horizon, "--kl-horizon must be at least --rollout-batch")
     require(config.dual_clip == 0 or (config.dual_clip > 1 and config.policy_loss == "clip"),
             "--dual-clip must be above 1, and is for --policy-loss clip")
@@ -431,16 +487,18 @@ def check(config, folders, run):
             "--penalty-target and --kl-stop need more than one of --epochs or --minibatches")
     require((config.ptx_coef > 0) == bool(config.ptx_data), "--ptx-coef and --ptx-data go together")
     require(config.critic_warmup < config.steps,
-            f"--critic-warmup {config.critic_warmup} leaves none of {config.steps} rollouts to train the policy on")
-    require(config.critic_init != "reward" or folders, "--critic-init reward needs a --reward folder; use sft or zero")
+            f"--critic-warmup {config.critic_warmup} leaves none of {config.steps} rollouts to train the "
+            "policy on")
+    require(config.critic_init != "reward" or folders,
+            "--critic-init reward needs a --reward folder; use sft or zero")
     if config.kl_coef > 0 and (config.kl == "k1") == (config.kl_in == "loss"):
         right = "k2 and k3 have" if config.kl_in == "loss" else "k1 has"
-        run.say(f"warning: --kl {config.kl} --kl-in {config.kl_in} has the wrong gradient (see the top of ppo.py); "
-                f"{right} the right one there")
+        run.say(f"warning: --kl {config.kl} --kl-in {config.kl_in} has the wrong gradient (see the top of "
+                f"ppo.py); {right} the right one there")
 
 
 class Models(NamedTuple):
-    """All that has weights. What trains is in DDP where there are several ranks (or in shards): policy, critic."""
+    """All that has weights. Policy and critic are in DDP where there are several ranks (or in shards)."""
     policy: torch.nn.Module
     critic: torch.nn.Module
     policy_model: GPT  # the same without DDP: to sample with, and to save
@@ -461,8 +519,8 @@ def load_models(config, folders, run):
     if critic_init == "auto":
         critic_init = "reward" if folders else "zero"
     critic_model = start_critic(critic_init, policy_model, reward_models, config)
-    # With adapters, what is frozen is shared: the reference is the policy without them, and the reward model the critic
-    # without its own.
+    # With adapters, what is frozen is shared: the reference is the policy without them, and the reward model
+    # the critic without its own.
     shared = []
     if shares_frozen(config):
         shared = [reference]
@@ -485,13 +543,24 @@ def load_models(config, folders, run):
         average = run.parallel(average)
     policy_optimizer = adamw(policy_model, config.lr, eps=1e-5)
     critic_optimizer = adamw(critic_model, config.critic_lr, eps=1e-5)
-    models = Models(policy, critic, policy_model, critic_model, reference, reward_models, average, policy_optimizer,
-                    critic_optimizer)
+    models = Models(policy, critic, policy_model, critic_model, reference, reward_models, average,
+                    policy_optimizer, critic_optimizer)
     return models, tokenizer
 
 
+def trained(models, tokenizer, config):
+    """(modules, optimizers, how to save) of what training changes: see `Run.begin`."""
+    modules = {"policy": models.policy_model, "critic": models.critic_model}
+    optimizers = {"policy_optimizer": models.policy_optimizer, "critic_optimizer": models.critic_optimizer}
+    save = {"": lambda folder: save_model(folder, models.policy_model, tokenizer, config)}
+    if models.average:
+        modules["ema"] = models.average
+        save["ema"] = lambda folder: save_model(folder, models.average, tokenizer, config)
+    return modules, optimizers, save
+
+
 def start_critic(init, policy_model, reward_models, config):
-    """The critic before training: a copy of the first reward model, or of the policy's trunk with a new head."""
+    """The critic before training: a copy of the first reward model, or the policy's trunk with a new head."""
     if init == "reward":
         return twin(reward_models[0], shares_frozen(config))
     if init not in ("sft", "zero"):
@@ -531,7 +600,7 @@ class Demonstrations:
 # The phases that take more than a few lines
 
 class Old(NamedTuple):
-    """What the losses call old, and the reference: computed by the forward pass that trains, not by the sampler."""
+    """What the losses call old, and the reference: of the forward pass that trains, not of the sampler."""
     logprobs: torch.Tensor  # (B, T)
     ref_logprobs: torch.Tensor  # (B, T)
     values: torch.Tensor  # (B, T)
@@ -557,17 +626,20 @@ def forward(run, models, batch, host_steps, plan, temperature):
 def deal(replies, minibatches, epochs, run, generator):
     """Numbers of this rank's replies in each minibatch: epochs * minibatches lists.
 
-    A rank's replies lie in lanes, as many as a minibatch takes from the rank; each lane gives one reply to every
-    minibatch, in a random order. Ranks own whole lanes, so all have as many in each minibatch, and the number of ranks
-    changes nothing. Of 8 replies on 2 ranks, for 2 minibatches:
+    A rank's replies lie in lanes, as many as a minibatch takes from the rank; each lane gives one reply to
+    every minibatch, in a random order. Ranks own whole lanes, so all have as many in each minibatch, and the
+    number of ranks changes nothing. Of 8 replies on 2 ranks, for 2 minibatches:
 
         lane    rank 0: 0  1    rank 1: 0  1
                         0  1            0  1    the first minibatch takes one of each column,
                         2  3            2  3    the second the other
     """
     lanes = replies // minibatches
-    order = torch.rand(epochs, minibatches, lanes * run.world_size, generator=generator, device=run.device).argsort(1)
-    own = order.cpu().flatten(0, 1)[:, run.rank::run.world_size]  # (epochs * minibatches, lanes): which of the lane
+    all_lanes = lanes * run.world_size
+    drawn = torch.rand(epochs, minibatches, all_lanes, generator=generator, device=run.device)
+    # Which reply of its lane each minibatch takes.
+    order = drawn.argsort(1).cpu().flatten(0, 1)  # (epochs * minibatches, all lanes)
+    own = order[:, run.rank::run.world_size]  # (epochs * minibatches, lanes)
     return (own * lanes + torch.arange(lanes)).tolist()
 
 
@@ -596,7 +668,8 @@ class Update(NamedTuple):
     critic_lr: float
 
 
-def update(run, config, models, batch, steps, old, advantages, returns, coefs, generator, drawn, demonstrations):
+def update(run, config, models, batch, steps, old, advantages, returns, coefs, generator, drawn,
+           demonstrations):
     """Some epochs of minibatches over a rollout.
 
     steps, advantages, returns (B, T). coefs: {kl_coef, penalty_coef}. drawn: numbers of this rank's prompts;
@@ -627,14 +700,15 @@ def update(run, config, models, batch, steps, old, advantages, returns, coefs, g
                     logprobs, entropy = models.policy(part.ids, part.where, config.temperature,
                                                       with_entropy=config.entropy_coef > 0)
                 objective, stats = policy_loss(
-                    logprobs, old_logprobs, part.of(advantages), part.mask, config.clip, tokens, config.policy_loss,
-                    config.dual_clip, coefs["penalty_coef"])
+                    logprobs, old_logprobs, part.of(advantages), part.mask, config.clip, tokens,
+                    config.policy_loss, config.dual_clip, coefs["penalty_coef"])
                 totals.add({"policy_loss": objective, **stats})
                 approx_kl += stats["approx_kl"]
                 if config.entropy_coef > 0:
                     objective = objective - config.entropy_coef * (entropy * part.mask).sum() / tokens
                 if config.kl_in == "loss":
-                    kl = kl_loss(logprobs, old_logprobs, part.of(old.ref_logprobs), part.mask, config.kl, tokens)
+                    ref_logprobs = part.of(old.ref_logprobs)
+                    kl = kl_loss(logprobs, old_logprobs, ref_logprobs, part.mask, config.kl, tokens)
                     totals.add({"kl_loss": kl})
                     objective = objective + coefs["kl_coef"] * kl
                 if number == 0:
@@ -644,8 +718,8 @@ def update(run, config, models, batch, steps, old, advantages, returns, coefs, g
             with run.autocast():
                 values = values_before(models.critic, part.ids, part.of(host_steps))  # (n, W)
             part_steps = part.of(steps) & part.counts
-            loss, stats = value_loss(values, part.of(old.values), part.of(returns), part_steps, config.value_clip,
-                                     value_tokens)
+            loss, stats = value_loss(values, part.of(old.values), part.of(returns), part_steps,
+                                     config.value_clip, value_tokens)
             totals.add({"value_loss": loss, **stats})
             run.backward(loss, models.critic_optimizer)
         if config.kl_stop > 0 or config.penalty_target > 0:
@@ -659,16 +733,21 @@ def update(run, config, models, batch, steps, old, advantages, returns, coefs, g
         if train_policy:
             grad_norm = run.optimizer_step(models.policy_optimizer, lr, config.max_grad_norm, examples)
             if models.average:
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(models.average.parameters()), list(models.policy_model.parameters()),
-                                         1 - config.ema)
-        critic_grad_norm = run.optimizer_step(models.critic_optimizer, critic_lr, config.max_grad_norm, examples)
+                follow(models.average, models.policy_model, 1 - config.ema)
+        critic_grad_norm = run.optimizer_step(models.critic_optimizer, critic_lr, config.max_grad_norm,
+                                              examples)
     return Update(totals, number + 1, stopped, old_new_kl, ratio_error, grad_norm, critic_grad_norm,
                   lr * train_policy, critic_lr)
 
 
+@torch.no_grad()
+def follow(average, policy, share):
+    """Move the averaged weights this share of the way to the policy's."""
+    torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), share)
+
+
 def ptx_pass(run, config, models, demonstrations, numbers, totals):
-    """Add the gradient of -ptx_coef * log-likelihood of a batch of demonstrations: it is summed with PPO's, for one step."""
+    """Add the gradient of -ptx_coef * log-likelihood of a batch of demonstrations to PPO's, for one step."""
     examples = demonstrations.examples
     tokens = sum(sum(examples[i][1]) for i in numbers)
     pieces = run.split(numbers, demonstrations.lengths, config.micro_batch_tokens)
@@ -681,10 +760,11 @@ def ptx_pass(run, config, models, demonstrations, numbers, totals):
         totals.add({"ptx_loss": loss / config.ptx_coef})
 
 
-def summarise(run, batch, old, scores, source_scores, rewards, explained, judged, done):
+def metrics_of(run, batch, old, scores, source_scores, rewards, explained, judged, done):
     """A rollout's row of metrics, and its response tokens, over all ranks.
 
-    scores (B,); source_scores {name: (B,)} where there are several; rewards (B, T); judged {name: (B,)}; done: `Update`.
+    scores (B,); source_scores {name: (B,)} where there are several; rewards (B, T); judged {name: (B,)};
+    done: `Update`.
     """
     log_ratio = old.logprobs - old.ref_logprobs  # (B, T)
     k3 = kl_estimate(old.logprobs, old.ref_logprobs, "k3")  # (B, T)
@@ -710,7 +790,10 @@ def summarise(run, batch, old, scores, source_scores, rewards, explained, judged
 
 
 def shares_of_time(clock, tokens, passes):
-    """{metric}: of rollout, score and update the part of the step's seconds, and tokens per second. clock: four times."""
+    """Of rollout, score and update the part of the step's seconds, and tokens per second: {metric: number}.
+
+    clock: seconds before each of them, and at the end; passes: epochs of the update.
+    """
     row = {}
     for name, before, after in zip(("rollout", "score", "update"), clock, clock[1:]):
         seconds, times = after - before, passes if name == "update" else 1
@@ -725,12 +808,14 @@ def main(config):
     sources = folders + config.reward_fn
     check(config, folders, run)
     weights = torch.tensor(source_weights(config.reward_weights, sources), device=run.device)  # (sources,)
-    functions, judges = load_functions("--reward-fn", config.reward_fn), load_functions("--judge", config.judge)
+    functions = load_functions("--reward-fn", config.reward_fn)
+    judges = load_functions("--judge", config.judge)
     models, tokenizer = load_models(config, folders, run)
     policy_model, reward_models = models.policy_model, models.reward_models
     context = min(model.config.block_size for model in [policy_model, models.critic_model, *reward_models])
     prompts = load_prompts(config, tokenizer, context, run.say)
-    run.say(f"{len(prompts)} prompts, for instance\n{describe(tokenizer, prompts[0].ids, [False] * len(prompts[0].ids))}")
+    shown = describe(tokenizer, prompts[0].ids, [False] * len(prompts[0].ids))
+    run.say(f"{len(prompts)} prompts, for instance\n{shown}")
     demonstrations = None
     if config.ptx_coef > 0:
         limit = min(config.max_length or context, context)
@@ -738,14 +823,9 @@ def main(config):
     # A mistake in a function should show before anything is written.
     check_functions(functions + judges, [prompt.row for prompt in prompts], run.say)
 
-    modules = {"policy": policy_model, "critic": models.critic_model}
-    optimizers = {"policy_optimizer": models.policy_optimizer, "critic_optimizer": models.critic_optimizer}
-    save = {"": lambda folder: save_model(folder, policy_model, tokenizer, config)}
-    if models.average:
-        modules["ema"] = models.average
-        save["ema"] = lambda folder: save_model(folder, models.average, tokenizer, config)
-    first, state = run.begin(modules, optimizers, save, best="reward")
-    state |= {"kl_coef": config.kl_coef, "penalty_coef": config.penalty_coef, "moments": [0, 0.0, 0.0]} | state
+    first, state = run.begin(*trained(models, tokenizer, config), best="reward")
+    fresh = {"kl_coef": config.kl_coef, "penalty_coef": config.penalty_coef, "moments": [0, 0.0, 0.0]}
+    state |= fresh | state
     moments = state["moments"]
     updates = config.epochs * config.minibatches
     if demonstrations:
@@ -782,7 +862,8 @@ def main(config):
 
         # 3. rewards
         lowest = run.all_min(scores.min())
-        adjusted = missing_eos_scores(scores, batch.ended, config.missing_eos, config.missing_eos_penalty, lowest)
+        adjusted = missing_eos_scores(scores, batch.ended, config.missing_eos, config.missing_eos_penalty,
+                                      lowest)
         if config.reward_norm != "none":
             moments = update_moments(moments, adjusted, run.all_sum)
         adjusted = normalise_scores(adjusted, moments, config.reward_norm, config.reward_clip)
@@ -806,14 +887,11 @@ def main(config):
         # 6. control, log, save
         named = dict(zip(short_names(sources), source_scores)) if len(sources) > 1 else {}
         judged = {function.name: judge(function, batch).to(run.device) for function in judges}
-        row, tokens = summarise(run, batch, old, scores, named, rewards, explained, judged, done)
+        row, tokens = metrics_of(run, batch, old, scores, named, rewards, explained, judged, done)
         clock.append(run.clock())
         # The largest of all ranks.
         ratio_error = -run.all_min(-done.ratio_error)
-        if ratio_error > RATIO_TOLERANCE[run.dtype]:
-            run.say(f"warning: step {step + 1}: log-probabilities of an unchanged policy moved by {ratio_error:.2g}; the "
-                    "ratio should be 1, so something differs between the two passes (dropout? --dtype float32 tells "
-                    "whether it is rounding)")
+        check_ratio(run, ratio_error)
         # The first rollouts are kept to compare with.
         history.append(row)
         history = history[:WINDOW] + history[WINDOW:][-295:]
@@ -822,24 +900,35 @@ def main(config):
                 warned[symptom] = step
                 run.say(f"warning: step {step + 1}: {advice}")
         if run.time_to_log(step):
-            penalty = {"penalty_coef": state["penalty_coef"]} if config.policy_loss == "penalty" else {}
-            run.log(step + 1, row | {
-                "kl_coef": state["kl_coef"], "lr": done.lr, "critic_lr": done.critic_lr, "grad_norm": done.grad_norm,
-                "critic_grad_norm": done.critic_grad_norm, "ratio_error": ratio_error} | penalty
-                | shares_of_time(clock, tokens, config.epochs * done.begun / updates),
-                show=("score", *judged, "kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance"))
+            row |= {"kl_coef": state["kl_coef"], "lr": done.lr, "critic_lr": done.critic_lr,
+                    "grad_norm": done.grad_norm, "critic_grad_norm": done.critic_grad_norm,
+                    "ratio_error": ratio_error}
+            if config.policy_loss == "penalty":
+                row["penalty_coef"] = state["penalty_coef"]
+            row |= shares_of_time(clock, tokens, config.epochs * done.begun / updates)
+            run.log(step + 1, row, show=("score", *judged, *WATCHED))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
             show_replies(run, batch, scores)
         # What is saved changes here alone: a run that is stopped on the way begins the step anew.
         state["moments"] = moments
-        if config.kl_target > 0 and step >= config.critic_warmup:
-            state["kl_coef"] = adapt_kl_coef(state["kl_coef"], row["kl"], config.kl_target, config.rollout_batch,
-                                             config.kl_horizon)
-        if config.penalty_target > 0 and step >= config.critic_warmup:
-            state["penalty_coef"] = adapt_penalty(state["penalty_coef"], done.old_new_kl, config.penalty_target)
+        train_policy = step >= config.critic_warmup
+        if config.kl_target > 0 and train_policy:
+            state["kl_coef"] = adapt_kl_coef(state["kl_coef"], row["kl"], config.kl_target,
+                                             config.rollout_batch, config.kl_horizon)
+        if config.penalty_target > 0 and train_policy:
+            state["penalty_coef"] = adapt_penalty(state["penalty_coef"], done.old_new_kl,
+                                                  config.penalty_target)
         if config.kl_limit_stop and row["kl"] > config.kl_limit:
             run.problem = (f"step {step + 1}: the KL per reply, {row['kl']:.1f} nats, is beyond --kl-limit "
                            f"{config.kl_limit:g}, and --kl-limit-stop was asked for")
+
+
+def check_ratio(run, ratio_error):
+    """Warn where the ratio to the old policy, before anything was updated, is not 1."""
+    if ratio_error > RATIO_TOLERANCE[run.dtype]:
+        run.say(f"warning: step {run.step + 1}: log-probabilities of an unchanged policy moved by "
+                f"{ratio_error:.2g}; the ratio should be 1, so something differs between the two passes "
+                "(dropout? --dtype float32 tells whether it is rounding)")
 
 
 def read_history(run):

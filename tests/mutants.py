@@ -708,9 +708,8 @@ MUTANTS = [
            "cut_off = lowest"),
     Mutant("missing end token: after normalisation", "ppo.py",
            "test_ppo.py::test_the_missing_end_token_is_judged_before_scores_are_normalised",
-           "        lowest = run.all_min(scores.min())\n"
            "        adjusted = missing_eos_scores(scores, batch.ended, config.missing_eos, "
-           "config.missing_eos_penalty, lowest)\n"
+           "config.missing_eos_penalty,\n                                      lowest)\n"
            '        if config.reward_norm != "none":\n'
            "            moments = update_moments(moments, adjusted, run.all_sum)\n"
            "        adjusted = normalise_scores(adjusted, moments, config.reward_norm, "
@@ -718,9 +717,8 @@ MUTANTS = [
            '        if config.reward_norm != "none":\n'
            "            moments = update_moments(moments, scores, run.all_sum)\n"
            "        adjusted = normalise_scores(scores, moments, config.reward_norm, config.reward_clip)\n"
-           "        lowest = run.all_min(adjusted.min())\n"
            "        adjusted = missing_eos_scores(adjusted, batch.ended, config.missing_eos, "
-           "config.missing_eos_penalty, lowest)\n"),
+           "config.missing_eos_penalty,\n                                      lowest)\n"),
     Mutant("missing end token: each rank has a lowest score of its own", "ppo.py", TOGETHER,
            "run.all_min(scores.min())",
            "scores.min()"),
@@ -804,8 +802,8 @@ MUTANTS = [
            "whiten(advantages, batch.mask, run.all_sum, config.whiten)",
            "whiten(advantages, batch.mask, variance=config.whiten)"),
     Mutant("whiten: the sample's variance", "ppo.py", LOSSES,
-           'count if variance == "population" else count - 1',
-           "count - 1"),
+           'if variance == "sample":',
+           "if True:"),
     Mutant("advantages: clipped before they are whitened", "ppo.py", ADVANTAGES,
            '        if config.whiten != "none":\n'
            "            advantages = whiten(advantages, batch.mask, run.all_sum, config.whiten)\n"
@@ -901,8 +899,8 @@ MUTANTS = [
            "losses = torch.maximum(losses, (held - returns).square())",
            "losses = torch.minimum(losses, (held - returns).square())"),
     Mutant("value loss: not on the step after the last token", "ppo.py", CRITIC,
-           "part.of(returns), part_steps, config.value_clip",
-           "part.of(returns), part.mask, config.value_clip"),
+           "part.of(returns), part_steps,",
+           "part.of(returns), part.mask,"),
     Mutant("mean: prompts and padding in the count", "ppo.py", OBJECTIVE,
            "torch.stack([batch.host_mask[picked].sum(), host_steps",
            "torch.stack([torch.tensor(batch.host_mask[picked].numel()), host_steps"),
@@ -915,20 +913,20 @@ MUTANTS = [
 
     # -- ppo.py: the update and its control
     Mutant("minibatches: the first one again and again", "ppo.py", EACH_REPLY,
-           "generator=generator, device=run.device).argsort(1)",
-           "generator=generator, device=run.device).argsort(1) * 0"),
+           "order = drawn.argsort(1)",
+           "order = 0 * drawn.argsort(1)"),
     Mutant("minibatches: the same ones in every epoch", "ppo.py", DEALT,
-           "own = order.cpu()",
-           "own = order[:1].expand(epochs, -1, -1).cpu()"),
+           "order = drawn.argsort(1)",
+           "order = drawn[:1].expand(epochs, -1, -1).argsort(1)"),
     Mutant("minibatches: other ones with more ranks", "ppo.py", DEALT,
-           ".flatten(0, 1)[:, run.rank::run.world_size]",
-           ".flatten(0, 1)[:, :lanes]"),
+           "own = order[:, run.rank::run.world_size]",
+           "own = order[:, :lanes]"),
     Mutant("minibatches: ranks shuffle on their own", "ppo.py", DEALT,
-           "lanes * run.world_size, generator=generator, device",
-           "lanes * run.world_size, device"),
+           "all_lanes, generator=generator, device",
+           "all_lanes, device"),
     Mutant("minibatches: not mixed at all", "ppo.py", DEALT,
-           "generator=generator, device=run.device).argsort(1)",
-           "generator=generator, device=run.device).cumsum(1).argsort(1)"),
+           "order = drawn.argsort(1)",
+           "order = drawn.cumsum(1).argsort(1)"),
     Mutant("ppo: --rollout-rows is ignored", "ppo.py",
            "test_runs.py::test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_"
            "of_the_time_each_part_took",
@@ -968,11 +966,11 @@ MUTANTS = [
            'adapt_kl_coef(state["kl_coef"], row["kl"], config.kl_target',
            'adapt_kl_coef(state["kl_coef"], row["kl"] / row["length"], config.kl_target'),
     Mutant("adaptive KL: counts rollouts, not replies", "ppo.py", BETA,
-           'row["kl"], config.kl_target, config.rollout_batch,',
-           'row["kl"], config.kl_target, 1,'),
+           "                                             config.rollout_batch, config.kl_horizon)",
+           "                                             1, config.kl_horizon)"),
     Mutant("adaptive penalty: inverted", "ppo.py", "test_ppo.py::test_the_penalty_doubles_halves_or_stays",
-           "(2.0 if kl > 1.5 * target else 0.5 if kl < target / 1.5 else 1.0)",
-           "(0.5 if kl > 1.5 * target else 2.0 if kl < target / 1.5 else 1.0)"),
+           "        return 2.0 * penalty_coef\n    if kl < target / 1.5:\n        return 0.5 * penalty_coef\n",
+           "        return 0.5 * penalty_coef\n    if kl < target / 1.5:\n        return 2.0 * penalty_coef\n"),
     Mutant("KL stop: leaves its gradient to the next rollout", "ppo.py",
            "test_ppo.py::test_after_a_stopped_update_the_next_rollout_starts_with_clean_gradients",
            "            models.policy_optimizer.zero_grad()\n"
@@ -1025,11 +1023,11 @@ MUTANTS = [
            "return all_sum(((x - total / count).square() * mask).sum()) / count",
            "return all_sum((x - total / count).square().sum()) / count"),
     Mutant("resume: forgets beta", "ppo.py", PPO_RESUME,
-           '"moments": [0, 0.0, 0.0]} | state',
-           '"moments": [0, 0.0, 0.0]} | state | {"kl_coef": config.kl_coef}'),
+           "    state |= fresh | state\n",
+           '    state |= fresh | state | {"kl_coef": config.kl_coef}\n'),
     Mutant("resume: forgets the penalty", "ppo.py", PPO_RESUME,
-           '"moments": [0, 0.0, 0.0]} | state',
-           '"moments": [0, 0.0, 0.0]} | state | {"penalty_coef": config.penalty_coef}'),
+           "    state |= fresh | state\n",
+           '    state |= fresh | state | {"penalty_coef": config.penalty_coef}\n'),
     Mutant("resume: forgets the running moments", "ppo.py", PPO_RESUME,
            '        state["moments"] = moments\n',
            ""),
