@@ -1,0 +1,83 @@
+"""judges.py: whose modules a user's function gets, what it is given, and the names that are taken."""
+import json
+import sys
+
+import pytest
+
+import judges
+import sft
+import tools
+from plumbing.flags import UserError
+from tools import TOY
+
+MINE = """
+import data
+import evaluate
+from formats import secret
+
+def score(replies):
+    import model
+    return [data.NUMBER + evaluate.NUMBER + secret.NUMBER + model.NUMBER] * len(replies)
+
+def own(replies):
+    import sft
+    return [float(hasattr(sft, "validation_loss"))] * len(replies)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A user's folder with files that are called like ours."""
+    (tmp_path / "mine.py").write_text(MINE)
+    for number, name in enumerate(("data", "evaluate", "model")):
+        (tmp_path / f"{name}.py").write_text(f"NUMBER = {10 ** number}\n")
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "formats" / "__init__.py").write_text("")
+    (tmp_path / "formats" / "secret.py").write_text("NUMBER = 1000\n")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def test_a_function_gets_the_files_beside_it_and_not_ours_of_the_same_name(folder):
+    import data
+    import formats
+    before, path = dict(sys.modules), list(sys.path)
+    function = judges.Function("--reward-fn", "mine:score")
+    assert function(["?"], ["a", "b"], [""], [True]).tolist() == [1111.0, 1111.0]
+    assert sys.modules["data"] is data is before["data"] and sys.modules["formats"] is formats
+    assert sys.path == path and not hasattr(formats, "secret")
+    import model
+    assert hasattr(model, "GPT")
+
+
+def test_what_lies_nowhere_else_is_ours(folder):
+    function = judges.Function("--judge", "mine:own")
+    assert function(["?"], ["a"], [""], [True]).tolist() == [1.0]
+    assert sys.modules["sft"] is sft
+
+
+def test_a_judge_of_a_name_that_the_logs_have_is_refused(folder):
+    (folder / "mine.py").write_text("def kl(replies): return [0.0] * len(replies)\n")
+    with pytest.raises(UserError, match="the logs have another number named kl; rename the function"):
+        judges.load_functions("--judge", ["mine:kl"])
+    assert [function.name for function in judges.load_functions("--reward-fn", ["mine:kl", "mine:kl"])] == ["kl"] * 2
+
+
+def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
+    words = ("--steps 1 --rollout-batch 4 --minibatches 1 --max-new-tokens 4 --judge toy:gold --kl-in loss --kl k2 "
+             f"--policy-loss penalty --ptx-coef 1 --ptx-data {TOY}/demonstrations.jsonl --missing-eos subtract")
+    assert tools.here("sft", tmp_path, f"--steps 1 --out {tmp_path}/sft --eval-every 100") == 0
+    zero = "def zero(replies): return [0.0] * len(replies)\n"
+    (tmp_path / "zeros.py").write_text(zero)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        flags = f"--model {tmp_path}/sft --data {TOY}/prompts.jsonl --reward-fn zeros:zero {words} --out {tmp_path}/ppo"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tools, "PLAN", {"ppo": ""})
+            assert tools.here("ppo", tmp_path, flags) == 0
+    finally:
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("zeros", None)
+    row = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert "gold" in row and row.keys() - {"gold"} <= judges.TAKEN
