@@ -608,15 +608,15 @@ class Old(NamedTuple):
 
 
 @torch.no_grad()
-def forward(run, models, batch, host_steps, plan, temperature):
-    """`Old` of a rollout. host_steps (B, T), on the CPU: see `steps_mask`."""
+def forward(run, models, batch, plan, temperature):
+    """`Old` of a rollout. plan: see `Rollout.plan`."""
     old = Old(*(torch.zeros(batch.ids.shape, device=run.device) for _ in Old._fields))
     reference = models.reference
     for part in batch.passes(run, plan):
         with run.autocast():
             logprobs, entropy = models.policy_model(part.ids, part.where, temperature, with_entropy=True)
             ref_logprobs, _ = reference(part.ids.to(reference.device), part.where, temperature)
-            values = values_before(models.critic_model, part.ids, part.of(host_steps))
+            values = values_before(models.critic_model, part.ids, part.of(batch.host_steps))
         here = part.rows, slice(part.width)
         old.logprobs[here], old.entropy[here] = logprobs, entropy
         old.ref_logprobs[here], old.values[here] = ref_logprobs.to(run.device), values
@@ -668,11 +668,10 @@ class Update(NamedTuple):
     critic_lr: float
 
 
-def update(run, config, models, batch, steps, old, advantages, returns, coefs, generator, drawn,
-           demonstrations):
+def update(run, config, models, batch, old, advantages, returns, coefs, generator, drawn, demonstrations):
     """Some epochs of minibatches over a rollout.
 
-    steps, advantages, returns (B, T). coefs: {kl_coef, penalty_coef}. drawn: numbers of this rank's prompts;
+    advantages, returns (B, T). coefs: {kl_coef, penalty_coef}. drawn: numbers of this rank's prompts;
     demonstrations: `Demonstrations`, or None. Returns an `Update`.
     """
     updates = config.epochs * config.minibatches
@@ -684,11 +683,10 @@ def update(run, config, models, batch, steps, old, advantages, returns, coefs, g
     grad_norm = critic_grad_norm = torch.zeros(())
     minibatches = deal(len(batch.texts), config.minibatches, config.epochs, run, generator)
     plans = batch.plan(run, minibatches, config.micro_batch_tokens)
-    host_steps = steps.cpu()
 
     for number, picked in enumerate(minibatches):
         # Counts of the whole minibatch: a short reply weighs by its tokens.
-        own = torch.stack([batch.host_mask[picked].sum(), host_steps[picked].sum()])
+        own = torch.stack([batch.host_mask[picked].sum(), batch.host_steps[picked].sum()])
         tokens, value_tokens = run.all_sum(own.to(run.device, non_blocking=True))
         approx_kl = torch.zeros((), device=run.device)
         if demonstrations and train_policy:
@@ -716,8 +714,8 @@ def update(run, config, models, batch, steps, old, advantages, returns, coefs, g
                     ratio_error = torch.maximum(ratio_error, (logprobs.detach() - old_logprobs).abs().max())
                 run.backward(objective, models.policy_optimizer)
             with run.autocast():
-                values = values_before(models.critic, part.ids, part.of(host_steps))  # (n, W)
-            part_steps = part.of(steps) & part.counts
+                values = values_before(models.critic, part.ids, part.of(batch.host_steps))  # (n, W)
+            part_steps = part.of(batch.steps) & part.counts
             loss, stats = value_loss(values, part.of(old.values), part.of(returns), part_steps,
                                      config.value_clip, value_tokens)
             totals.add({"value_loss": loss, **stats})
@@ -849,12 +847,12 @@ def main(config):
         batch = sample(run, policy_model, tokenizer, [prompts[i] for i in drawn], config.max_new_tokens,
                        config.temperature, generator, config.rollout_rows, room=room)  # ids, mask (B, T)
         steps = steps_mask(batch.mask, config.reward_at, run.all_max)  # (B, T)
-        batch.sizes = (batch.host_lengths + (steps.sum(1) - batch.mask.sum(1)).cpu()).tolist()
+        batch.count_steps(steps)
         clock.append(run.clock())
 
         # 2. score
         plan, = batch.plan(run, [list(range(len(drawn)))], config.micro_batch_tokens)
-        old = forward(run, models, batch, steps.cpu(), plan, config.temperature)  # (B, T) each
+        old = forward(run, models, batch, plan, config.temperature)  # (B, T) each
         source_scores = score(run, reward_models, functions, batch, plan)  # (sources, B)
         scores = weights @ source_scores  # (B,)
         if not run.finite("the score", scores, drawn):
@@ -881,7 +879,7 @@ def main(config):
         clock.append(run.clock())
 
         # 5. update
-        done = update(run, config, models, batch, steps, old, advantages, returns, state, generator, drawn,
+        done = update(run, config, models, batch, old, advantages, returns, state, generator, drawn,
                       demonstrations)
 
         # 6. control, log, save

@@ -78,6 +78,15 @@ class Rollout:
     host_mask: torch.Tensor  # mask on the CPU
     host_lengths: torch.Tensor  # (B,) tokens of prompt and response, on the CPU
     sizes: list  # of int: tokens of each reply that a forward pass must take
+    # Positions of the response that get a reward and a value, here and on the CPU: all, unless `count_steps` says more.
+    steps: torch.Tensor  # (B, T) bool
+    host_steps: torch.Tensor
+
+    def count_steps(self, steps):
+        """Have steps (B, T) for steps, which hold the response and perhaps one position behind it."""
+        self.steps, self.host_steps = steps, steps.cpu()
+        behind = self.host_steps.sum(1) - self.host_mask.sum(1)  # (B,)
+        self.sizes = (self.host_lengths + behind).tolist()
 
     def plan(self, run, selections, budget):
         """Lists of this rank's replies, each cut into passes of at most budget padded tokens: as many on every rank.
@@ -118,8 +127,9 @@ def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generato
     ids, mask = got.ids, got.mask
     if room:
         ids, mask = F.pad(ids, (0, room), value=tokenizer.pad), F.pad(mask, (0, room))
-    lengths = got.lengths.cpu()
-    return Rollout(repeated, got.texts(tokenizer), ids, mask, got.ended, mask.cpu(), lengths, lengths.tolist())
+    lengths, host_mask = got.lengths.cpu(), mask.cpu()
+    return Rollout(repeated, got.texts(tokenizer), ids, mask, got.ended, host_mask, lengths, lengths.tolist(), mask,
+                   host_mask)
 
 
 def show_samples(run, model, tokenizer, rows, max_new_tokens, generator, number=3):

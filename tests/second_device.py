@@ -305,11 +305,11 @@ def watch_run(Run):
         phase[0] = "step"
         yield from steps(self, first, total, evaluate and evaluating)
 
-    def watched_passes(self, pieces, *modules):
+    def watched_passes(self, pieces, *modules, **options):
         if self.step == stop_after[0]:
             self.stop_signal = signal.SIGTERM
         around = phase[0]
-        for piece in passes(self, pieces, *modules):
+        for piece in passes(self, pieces, *modules, **options):
             if around == "step":
                 phase[0] = "pass with gradients" if modules else "pass without gradients"
             yield piece

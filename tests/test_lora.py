@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from formats import model_folder
-import ppo
+import judges
+import model as model_file
 import tools
 import toy
 from formats.model_folder import load_model, save_model
@@ -338,7 +339,9 @@ def test_a_run_with_adapters_changes_matrices_by_their_rank_and_nothing_else(nam
 def test_a_reference_that_is_the_model_without_its_adapters_equals_one_of_its_own(name, root, tmp_path, monkeypatch):
     words = "--lora-rank 4 --lora-alpha 32 --kl-coef 0.5 --critic-init sft" if name == "ppo" else "--lora-rank 4 --lora-alpha 32"
     shared = run(name, root, tmp_path / "shared", words)
-    monkeypatch.setattr(SCRIPTS[name], "twin", lambda module, share=False: twin(module))
+    for owner in (model_file, SCRIPTS[name]):
+        if hasattr(owner, "shares_frozen"):
+            monkeypatch.setattr(owner, "shares_frozen", lambda config: False)
     apart = run(name, root, tmp_path / "apart", words)
     assert all(a == pytest.approx(b, rel=1e-6, abs=1e-6) for a, b in zip(shared, apart)) and len(shared) == 3
     assert shared[-1]["margin"] > 0.01 if name == "dpo" else shared[-1]["kl"] > 0.001  # the policy has left the reference
@@ -352,7 +355,7 @@ def test_with_adapters_every_frozen_model_goes_to_the_device_with_its_head(init,
     moved, to = [], torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *args, **options: moved.append((module, args)) or to(module, *args, **options))
     reward_models = []
-    monkeypatch.setattr(ppo, "load_model", lambda *args, **options: reward_models.append(load_model(*args, **options)) or reward_models[-1])
+    monkeypatch.setattr(judges, "load_model", lambda *args, **options: reward_models.append(load_model(*args, **options)) or reward_models[-1])
     run("ppo", root, tmp_path / "run", f"--lora-rank 2 --critic-init {init} --steps 1")
     (reward_model, _), = reward_models
     assert (torch.device("cpu"),) in [args for module, args in moved if module is reward_model]

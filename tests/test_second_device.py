@@ -129,19 +129,19 @@ SAME = {
     "reward": f"{REWARD} --steps 2",
     "reward, adapters": f"{REWARD} --steps 2 --lora-rank 2 --lora-save adapter --checkpoint-activations",
     "dpo": f"{DPO} --steps 2 --skip-sigma 3",
-    "dpo, adapters": f"{DPO} --steps 2 --lora-rank 2 --loss ipo",
+    "dpo, adapters": f"{DPO} --steps 2 --lora-rank 2 --lr 0.05 --loss ipo",
     "ppo": JUDGED,
     "ppo, adapters": f"{JUDGED} --lora-rank 2 --lora-save adapter --ema 0.9",
     "ppo, adapters, frozen on the CPU": f"{JUDGED} --lora-rank 2 --critic-init sft --frozen-device cpu",
     "ppo, frozen on the CPU": f"{JUDGED} --frozen-device cpu --frozen-dtype bfloat16",
     "ppo, penalty": f"{JUDGED} --steps 2 --policy-loss penalty --penalty-target 0.1 --critic-warmup 1",
     "ppo, critic of zeros": f"{JUDGED} --critic-init zero",
-    "ppo, toy": f"ppo --model {{root}}/sft --reward {{root}}/reward {ROLLOUT}",
+    "ppo, toy": f"ppo --model {{root}}/sft --reward {{root}}/reward --data {TOY}/prompts.jsonl --judge toy:gold {ROLLOUT}",
     "ppo, everything": EVERYTHING}
 EVALUATE = "evaluate --models {root}/sft {root}/other --prompts 20 --max-new-tokens 8"
 EVALUATED = {
     "evaluate": f"{EVALUATE} {FILE} --reward {{root}}/reward --reward-fn judged:length",
-    "evaluate, toy": EVALUATE}
+    "evaluate, toy": f"{EVALUATE} --data {TOY}/prompts_heldout.jsonl --judge toy:gold"}
 # Of SAME: once more, told to stop after so many steps, and gone on with.
 RESUMED = {"sft": 1, "ppo, everything": 1}
 LOW_PRECISION = {

@@ -17,7 +17,6 @@ from plumbing import flags
 import generate
 import model
 import judges
-import ppo
 import rollout
 from plumbing import run as runtime
 from plumbing import checkpoints
@@ -165,7 +164,7 @@ def flawed(bad, monkeypatch):
 @pytest.mark.case(15)
 @pytest.mark.parametrize("source", ["function", "model"])
 def test_one_reward_that_is_nan_costs_its_rollout_alone_and_is_named(source, root, tmp_path, monkeypatch, capsys):
-    seen, states, original = flawed({3} if source == "function" else set(), monkeypatch), {}, ppo.last_scores
+    seen, states, original = flawed({3} if source == "function" else set(), monkeypatch), {}, judges.last_scores
 
     def last_scores(model, ids, lengths):
         scores = original(model, ids, lengths)
@@ -364,7 +363,7 @@ def alone(monkeypatch, tmp_path):
 def test_nothing_asks_the_network_by_default(script, root, tmp_path, monkeypatch, alone):
     monkeypatch.delitem(ROWS, "sft")
     words = {"toy": f"--model {root}/sft --groups 20 --heldout-groups 4 --samples 1 --max-new-tokens 8",
-             "evaluate": f"--models {root}/sft --prompts 4 --max-new-tokens 8"}
+             "evaluate": f"--models {root}/sft --prompts 4 --max-new-tokens 8 --data {TOY}/prompts_heldout.jsonl --judge toy:gold"}
     monkeypatch.setattr(tools, "PLAN", tools.PLAN | words)
     out = f"{tmp_path}/results.json" if script == "evaluate" else f"{tmp_path}/run"
     assert here(script, root, f"--out {out}", "--steps 1" if script in TRAINERS else "") == 0 and not alone
@@ -377,7 +376,7 @@ def test_nothing_asks_the_network_by_default(script, root, tmp_path, monkeypatch
     ("--model gpt2-org/gpt2-tiny", "gpt2-org/gpt2-tiny"), (f"--data hf:somebody/something:train --tokenizer {TOY}", "hf:somebody/something")])
 def test_without_network_and_cache_what_needs_them_ends_in_one_line(words, said, root, tmp_path, monkeypatch, capsys, alone):
     (tmp_path / "rows.json").write_text(json.dumps([{"prompt": "Say hello.", "response": "Hello!"}] * 20))
-    monkeypatch.setattr(tools, "PLAN", {"sft": ""})
+    monkeypatch.setattr(tools, "PLAN", {"sft": "--data {root}/preferences.jsonl"})
     monkeypatch.delitem(ROWS, "sft")
     assert here("sft", root, words.format(tmp=tmp_path), f"--out {tmp_path}/run --steps 1") == 2
     captured = capsys.readouterr()
