@@ -1,14 +1,15 @@
 """Direct preference optimisation: fit preferences with the policy itself, no reward model, no sampling.
 
-    h = beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ]       (Rafailov et al. 2023, eq. 7)
+    h = beta * [ (log pi(w|x) - log ref(w|x)) - (log pi(l|x) - log ref(l|x)) ]   (Rafailov et al. 2023, eq. 7)
     dpo    -(1 - e) log sigma(h) - e log sigma(-h)      e: --label-smoothing (cDPO), 0 for plain DPO
-    ipo    (h / beta - 1 / (2 beta))^2                  (Azar et al. 2023, eq. 17), log-probabilities summed, not averaged
+    ipo    (h / beta - 1 / (2 beta))^2                  (Azar et al. 2023, eq. 17)
     hinge  max(0, 1 - h)                                (SLiC, Zhao et al. 2023)
 
-w is the chosen reply, l the rejected one; log-probabilities are summed over the reply, its end token included.
-beta * (log pi - log ref) is the implicit reward. Rankings of K replies count as all their pairs, averaged over the
-prompt's pairs, each reply in one forward pass. The reference's log-probabilities are computed once, before training.
-Both log-probabilities usually fall while the margin grows: watch chosen_logprob.
+w is the chosen reply, l the rejected one; log-probabilities are summed over the reply, its end token
+included, and for ipo too they are not averaged. beta * (log pi - log ref) is the implicit reward. Rankings
+of K replies count as all their pairs, averaged over the prompt's pairs, each reply in one forward pass. The
+reference's log-probabilities are computed once, before training. Both log-probabilities usually fall while
+the margin grows: watch chosen_logprob.
 Left out: a term that holds the chosen log-probability up (DPOP, RPO), KTO and ORPO.
 
     python dpo.py --model runs/sft --data runs/preferences/train.jsonl --out runs/dpo
@@ -24,7 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from data import (
-    collate, context_of, count_steps, endless_batches, per_example, preference_groups, ranked_pairs, ranking_accuracy)
+    collate, context_of, count_steps, endless_batches, per_example, preference_groups, ranked_pairs,
+    ranking_accuracy)
 from formats.model_folder import open_model, save_model
 from model import GPT, frozen_reference, prepare
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
@@ -63,8 +65,9 @@ def preference_loss(log_ratios, better, worse, weight, beta, kind="dpo", label_s
     """Sum over pairs of weight * loss (the formulas at the top of the file).
 
     log_ratios (B,): log pi(y|x) - log ref(y|x), summed over each reply, fp32; better, worse (P,): the pair's
-    positions in it; weight (P,). Returns (scalar, {accuracy, margin}): weighted sums; margin is that of the implicit
-    rewards, and a tie (as at the start, where policy and reference are the same) counts half as accurate.
+    positions in it; weight (P,). Returns (scalar, {accuracy, margin}): weighted sums; margin is that of the
+    implicit rewards, and a tie (as at the start, where policy and reference are the same) counts half as
+    accurate.
     """
     gap = log_ratios[better] - log_ratios[worse]  # (P,)
     h = beta * gap
@@ -77,7 +80,19 @@ def preference_loss(log_ratios, better, worse, weight, beta, kind="dpo", label_s
     else:
         raise ValueError(f"unknown loss {kind}")
     accuracy = (h > 0).float() + 0.5 * (h == 0).float()
-    return (weight * losses).sum(), {"accuracy": (weight * accuracy).sum(), "margin": (weight * h).sum()}
+    metrics = {
+        "accuracy": (weight * accuracy).sum(),
+        "margin": (weight * h).sum(),
+    }
+    return (weight * losses).sum(), metrics
+
+
+def replies_of(groups):
+    """[Example] of the replies of some groups, laid end to end."""
+    examples = []
+    for group in groups:
+        examples += group.examples
+    return examples
 
 
 def reply_logprobs(run, model, examples, budget, pad):
@@ -103,40 +118,57 @@ def main(config):
     replies = [len(group.examples) for group in train]
     with_margin = sum(group.row.margin != 0 for group in train)
     if with_margin:
-        run.say(f"warning: {with_margin} rows have a margin, which only reward.py uses; here it counts for nothing")
+        run.say(f"warning: {with_margin} rows have a margin, which only reward.py uses; "
+                "here it counts for nothing")
 
     # 2. model, optimiser, reference log-probabilities of the prompts that the steps will visit
-    policy, reference = run.parallel(model), run.parallel(reference)
+    policy = run.parallel(model)
+    reference = run.parallel(reference)
     optimizer = adamw(model, config.lr, config.weight_decay)
     steps = count_steps(config, costs, replies)
 
     def write(folder):
         save_model(folder, model, tokenizer, config)
 
-    first, _ = run.begin({"policy": model}, {"optimizer": optimizer}, {"": write}, best="-val_loss", steps=steps)
+    modules = {"policy": model}
+    optimizers = {"optimizer": optimizer}
+    first, _ = run.begin(modules, optimizers, {"": write}, best="-val_loss", steps=steps)
     batches = endless_batches(costs, config.batch_tokens, config.seed, rows=replies)
     plan = [next(batches) for _ in range(steps)]
-    visited = sorted({i for batch in plan for i in batch})
+    visited = set()
+    for batch in plan:
+        visited.update(batch)
+    visited = sorted(visited)
     run.say(f"computing the reference's log-probabilities of {len(visited)} prompts' replies")
-    budget, pad = config.micro_batch_tokens, tokenizer.pad
-    examples = [example for i in visited for example in train[i].examples]
+    budget = config.micro_batch_tokens
+    pad = tokenizer.pad
+    examples = replies_of([train[i] for i in visited])
     flat = reply_logprobs(run, reference, examples, budget, pad)  # (replies of all visited,)
-    ref_logprobs = dict(zip(visited, flat.split([replies[i] for i in visited])))
+    sizes = [replies[i] for i in visited]
+    ref_logprobs = dict(zip(visited, flat.split(sizes)))
     val_rows = [group.row for group in val]
-    val_examples = [example for group in val for example in group.examples]
-    ref_val = reply_logprobs(run, reference, val_examples, budget, pad) if val else None
+    val_examples = replies_of(val)
+    if val:
+        ref_val = reply_logprobs(run, reference, val_examples, budget, pad)
     del reference
     # No dropout: the policy must start equal to the reference.
     model.eval()
 
     def validate(step):
-        log_ratios = reply_logprobs(run, model, val_examples, budget, pad) - ref_val  # (N,)
+        logprobs = reply_logprobs(run, model, val_examples, budget, pad)  # (N,)
+        log_ratios = logprobs - ref_val
         better, worse, weight, _ = ranked_pairs(val_rows)
-        loss, result = preference_loss(log_ratios, better, worse, weight / len(val), config.beta, config.loss,
-                                       config.label_smoothing)
+        weight = weight / len(val)
+        loss, result = preference_loss(
+            log_ratios, better, worse, weight, config.beta, config.loss, config.label_smoothing)
         accuracy, low, high = ranking_accuracy(log_ratios.numpy(), val_rows)
-        metrics = {"val_loss": loss, "val_accuracy": accuracy, "val_accuracy_low": low, "val_accuracy_high": high,
-                   "val_margin": result["margin"]}
+        metrics = {
+            "val_loss": loss,
+            "val_accuracy": accuracy,
+            "val_accuracy_low": low,
+            "val_accuracy_high": high,
+            "val_margin": result["margin"],
+        }
         run.log(step, metrics, show=("val_accuracy",))
         show_samples(run, model, tokenizer, val_rows, config.max_new_tokens, run.seed_step(step))
 
@@ -145,18 +177,20 @@ def main(config):
         run.seed_step(step)
         batch = plan[step]
         totals = {}
-        for piece, counts in run.passes(run.split(batch, costs, budget, replies), policy):
-            examples = [example for i in piece for example in train[i].examples]
-            ids, mask, _ = collate(examples, pad, run.device)  # (B, T)
-            pairs = ranked_pairs([train[i].row for i in piece])
+        pieces = run.split(batch, costs, budget, replies)
+        for piece, counts in run.passes(pieces, policy):
+            groups = [train[i] for i in piece]
+            ids, mask, _ = collate(replies_of(groups), pad, run.device)  # (B, T)
+            pairs = ranked_pairs([group.row for group in groups])
             better, worse, weight, _ = (t.to(run.device, non_blocking=True) for t in pairs)  # (P,)
             weight = weight * counts / len(batch)
-            reference_sums = torch.cat([ref_logprobs[i] for i in piece])
-            reference_sums = reference_sums.to(run.device, non_blocking=True)  # (B,)
+            reference_sums = torch.cat([ref_logprobs[i] for i in piece])  # (B,)
+            reference_sums = reference_sums.to(run.device, non_blocking=True)
             with run.autocast():
                 logprobs = policy(ids, mask)[0].sum(1)  # (B,)
-            loss, metrics = preference_loss(logprobs - reference_sums, better, worse, weight, config.beta, config.loss,
-                                            config.label_smoothing)
+            log_ratios = logprobs - reference_sums
+            loss, metrics = preference_loss(
+                log_ratios, better, worse, weight, config.beta, config.loss, config.label_smoothing)
             run.backward(loss, optimizer)
             metrics["loss"] = loss
             metrics["chosen_logprob"] = (weight * logprobs[better]).sum()
@@ -167,8 +201,10 @@ def main(config):
         grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm, batch)
         if run.time_to_log(step):
             metrics = {name: run.all_sum(value) for name, value in totals.items()}
-            run.log(step + 1, metrics | {"lr": lr, "grad_norm": grad_norm},
-                    show=("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob"))
+            metrics["lr"] = lr
+            metrics["grad_norm"] = grad_norm
+            shown = ("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob")
+            run.log(step + 1, metrics, show=shown)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Compare checkpoints on held-out prompts: sample one reply each, score it, and count wins against the first model.
+"""Compare checkpoints on held-out prompts: sample a reply each, score it, count wins against the first.
 
     python evaluate.py --models runs/sft runs/ppo runs/dpo --judge toy:gold --out runs/evaluation.json
-    python evaluate.py --models runs/sft runs/dpo --data rows.json --reward runs/reward            any prompts
+    python evaluate.py --models runs/sft runs/dpo --data rows.json --reward runs/reward        any prompts
     python evaluate.py --models runs/sft runs/ppo --data rows.json --judge mine:right
 
-The score is a reward model's, that of a Python function, or a weighted sum of several, as in ppo.py; a judge's number
-stands beside it, under the function's name. win, tie and loss compare the first judge's numbers, or else the scores, of
-two replies to one prompt; the win rate counts ties half. kl is the mean over replies of the summed log pi - log ref, in
-nats, where ref is the first model. Replies are sampled at temperature 1 unless you say otherwise.
+The score is a reward model's, that of a Python function, or a weighted sum of several, as in ppo.py; a
+judge's number stands beside it, under the function's name. win, tie and loss compare the first judge's
+numbers, or else the scores, of two replies to one prompt; the win rate counts ties half. kl is the mean over
+replies of the summed log pi - log ref, in nats, where ref is the first model. Replies are sampled at
+temperature 1 unless you say otherwise.
 """
 import os
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class Config:
     batch: Count = 256  # replies sampled at once
     micro_batch_tokens: Count = 16384  # tokens per scoring pass
     seed: Seed = 0  # seed of the sampling
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto takes the first of cuda, mps, cpu that works
+    # auto takes the first of cuda, mps, cpu that works
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
     # also open weights that are pickles (pytorch_model.bin), which can run code; for folders you trust
@@ -60,18 +62,22 @@ class Config:
 
 @torch.no_grad()
 def answer(alone, model, reference, reward_models, functions, judges, tokenizer, prompts, config):
-    """One reply to each [Prompt]. Returns texts, and numpy arrays: ended, length, kl (N,), scores (sources, N), judged (judges, N).
+    """One reply to each [Prompt].
 
+    Returns texts, and numpy arrays: ended, length, kl (N,), scores (sources, N), judged (judges, N).
     At temperature 0 a reply is no sample, so there is no KL: kl is 0.
     """
-    texts, columns = [], []
+    texts = []
+    columns = []
     generator = torch.Generator(alone.device).manual_seed(config.seed)
     for start in range(0, len(prompts), config.batch):
-        batch = sample(alone, model, tokenizer, prompts[start:start + config.batch], config.max_new_tokens,
-                       config.temperature, generator)
+        asked = prompts[start:start + config.batch]
+        batch = sample(
+            alone, model, tokenizer, asked, config.max_new_tokens, config.temperature, generator)
         texts += batch.texts
-        plan, = batch.plan(alone, [list(range(len(batch.texts)))], config.micro_batch_tokens)
-        kl = torch.zeros(len(batch.texts), device=alone.device)
+        everyone = list(range(len(asked)))
+        plan, = batch.plan(alone, [everyone], config.micro_batch_tokens)
+        kl = torch.zeros(len(asked), device=alone.device)
         if config.temperature > 0:
             for part in batch.passes(alone, plan):
                 with alone.autocast():
@@ -79,22 +85,48 @@ def answer(alone, model, reference, reward_models, functions, judges, tokenizer,
                     ref_logprobs = reference(part.ids, part.where, config.temperature)[0]
                 kl[part.rows] = (logprobs - ref_logprobs).sum(1)
         scores = score(alone, reward_models, functions, batch, plan)
-        judged = [judge(function, batch) for function in judges]
-        facts = torch.stack([batch.ended.float(), batch.mask.sum(1).float(), kl])
-        columns.append(torch.cat([facts.cpu(), scores.cpu(), *(own[None] for own in judged)]))
+        judged = [judge(function, batch)[None] for function in judges]
+        length = batch.mask.sum(1)
+        facts = torch.stack([batch.ended.float(), length.float(), kl])
+        columns.append(torch.cat([facts.cpu(), scores.cpu(), *judged]))
     ended, length, kl, *rest = torch.cat(columns, 1).numpy()
     sources = len(reward_models) + len(functions)
-    return texts, ended, length, kl, np.array(rest[:sources]), np.array(rest[sources:])
+    scores = np.array(rest[:sources])
+    judged = np.array(rest[sources:])
+    return texts, ended, length, kl, scores, judged
 
 
 def compare(values, baseline):
-    """Shares of prompts on which values beat, equal and fall behind baseline (arrays of one score per prompt).
+    """Shares of prompts on which values beat, equal and fall behind baseline (arrays: one score per prompt).
 
     Scores within 1e-4 tie: a reply's score depends that much on the batch it was padded with.
     """
-    wins, losses = float(np.mean(values > baseline + 1e-4)), float(np.mean(values < baseline - 1e-4))
+    wins = float(np.mean(values > baseline + 1e-4))
+    losses = float(np.mean(values < baseline - 1e-4))
     ties = max(0.0, 1.0 - wins - losses)
     return {"wins": wins, "ties": ties, "losses": losses, "win_rate": wins + ties / 2}
+
+
+def summary(config, sources, columns, source_scores, ended, length, kl, baseline):
+    """One model's results, {name: number}.
+
+    columns: {name: numbers (N,)}, of the judges and of the score. The first is compared with baseline (N,).
+    """
+    compared = next(iter(columns.values()))
+    result = {"prompts": len(compared)}
+    for name, numbers in columns.items():
+        result[name] = float(np.mean(numbers))
+    if len(sources) > 1:
+        result["scores"] = {}
+        for name, numbers in zip(short_names(sources), source_scores):
+            result["scores"][name] = float(np.mean(numbers))
+    error = np.std(compared) / len(compared) ** 0.5
+    result["standard_error"] = float(error)
+    result |= compare(compared, baseline)
+    result["kl"] = float(np.mean(kl)) if config.temperature > 0 else None
+    result["length"] = float(np.mean(length))
+    result["eos_rate"] = float(np.mean(ended))
+    return result
 
 
 def main(config):
@@ -111,74 +143,92 @@ def main(config):
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
 
-    # what judges: reward models, functions
+    # What judges: reward models and functions.
     sources = config.reward + config.reward_fn
     require(sources or config.judge, "name what to judge with: --judge, --reward or --reward-fn")
     weights = np.array(source_weights(config.reward_weights, sources))
-    functions, judges = load_functions("--reward-fn", config.reward_fn), load_functions("--judge", config.judge)
+    functions = load_functions("--reward-fn", config.reward_fn)
+    judges = load_functions("--judge", config.judge)
 
-    # the models
-    models, tokenizer = [], None
+    # The models.
+    models = []
+    tokenizer = None  # of the first, and so of all
     for folder in config.models:
         model, other = load_model(folder, GPT, allow_pickle=config.allow_pickle)
         tokenizer = tokenizer or other
         require(other.same_as(tokenizer), f"{folder} has another tokenizer than {config.models[0]}")
         models.append(model)
     reward_models = load_reward_models(config.reward, tokenizer, config.models[0], config.allow_pickle)
-    for network in [*models, *reward_models]:
+    networks = models + reward_models
+    for network in networks:
         network.to(device).eval()
-    alone = Alone(device, pick_dtype(config.dtype, device, models[0].config.n_embd))
+    dtype = pick_dtype(config.dtype, device, models[0].config.n_embd)
+    alone = Alone(device, dtype)
 
-    # the prompts
-    context = min(network.config.block_size for network in [*models, *reward_models])
+    # The prompts, and from them as many as are asked for, evenly spread.
+    context = min(network.config.block_size for network in networks)
     prompts = load_prompts(config, tokenizer, context, print, held_out=True)
     if 0 < config.prompts < len(prompts):
-        prompts = [prompts[i * len(prompts) // config.prompts] for i in range(config.prompts)]
+        chosen = [i * len(prompts) // config.prompts for i in range(config.prompts)]
+        prompts = [prompts[i] for i in chosen]
     check_functions(functions + judges, [prompt.row for prompt in prompts], print)
 
-    results, replies, baseline = {}, {}, None
+    results = {}
+    replies = {}
+    baseline = None
     for folder, model in zip(config.models, models):
         texts, ended, length, kl, source_scores, judged = answer(
             alone, model, models[0], reward_models, functions, judges, tokenizer, prompts, config)
         for source, numbers in zip(sources + config.judge, [*source_scores, *judged]):
-            require(np.isfinite(numbers).all(), f"{source} gave a reply of {folder} a score that is not finite")
-        columns = {function.name: numbers for function, numbers in zip(judges, judged)}
+            require(np.isfinite(numbers).all(),
+                    f"{source} gave a reply of {folder} a score that is not finite")
+        columns = {}
+        for function, numbers in zip(judges, judged):
+            columns[function.name] = numbers
         if sources:
             columns["score"] = weights @ source_scores
+        # The first column is compared, and the first model is the one to beat.
         compared = next(iter(columns.values()))
-        # The first model is the one to beat.
-        baseline = compared if baseline is None else baseline
-        result = {"prompts": len(prompts), **{name: float(np.mean(numbers)) for name, numbers in columns.items()}}
-        if len(sources) > 1:
-            named = zip(short_names(sources), source_scores)
-            result["scores"] = {name: float(np.mean(numbers)) for name, numbers in named}
-        error = np.std(compared) / len(compared) ** 0.5
-        result |= {"standard_error": float(error), **compare(compared, baseline)}
-        result["kl"] = float(np.mean(kl)) if config.temperature > 0 else None
-        result |= {"length": float(np.mean(length)), "eos_rate": float(np.mean(ended))}
-        results[folder] = result
-        replies[folder] = [{"prompt": prompt.row.text, "reply": text, "score": float(number)}
-                           for prompt, text, number in zip(prompts, texts, compared)]
+        if baseline is None:
+            baseline = compared
+        results[folder] = summary(
+            config, sources, columns, source_scores, ended, length, kl, baseline)
+        replies[folder] = []
+        for prompt, text, number in zip(prompts, texts, compared):
+            reply = {"prompt": prompt.row.text, "reply": text, "score": float(number)}
+            replies[folder].append(reply)
 
     if config.out:
         write_json(config.out, {"results": results, "replies": replies})
     print(f"{len(prompts)} prompts, temperature {config.temperature:g}; "
           f"wins, ties and losses against {config.models[0]}")
-    print(table(short_names(config.models), list(results.values()), [function.name for function in judges]))
+    labels = short_names(config.models)
+    judge_names = [function.name for function in judges]
+    print(table(labels, list(results.values()), judge_names))
 
 
 def table(labels, results, judges):
     """The results of models, one a line below the names of the columns; blank where there is no number."""
     rows = []
     for result in results:
-        rows.append(result | {f"score_{name}": score for name, score in result.get("scores", {}).items()})
+        row = dict(result)
+        for name, number in result.get("scores", {}).items():
+            row[f"score_{name}"] = number
+        rows.append(row)
     names = [name for name in (*judges, "score") if name in rows[0]]
     names += [name for name in rows[0] if name.startswith("score_")]
     names += ["wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate"]
-    first = max(24, *(len(label) + 1 for label in labels))
-    lines = [" " * first, *(label.ljust(first) for label in labels)]
+
+    first = 24
+    for label in labels:
+        first = max(first, len(label) + 1)
+    lines = [" " * first]
+    for label in labels:
+        lines.append(label.ljust(first))
     for name in names:
-        cells = [name, *("" if row[name] is None else f"{row[name]:.3f}" for row in rows)]
+        cells = [name]
+        for row in rows:
+            cells.append("" if row[name] is None else f"{row[name]:.3f}")
         width = max(10, len(name) + 2)
         lines = [line + cell.rjust(width) for line, cell in zip(lines, cells)]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """What gives a reply a number: reward models, and Python functions of yours.
 
-The weighted sum that a policy is trained on, and the baseline that it is compared with, stand in the algorithm's own
-file. Here they are loaded, checked and called, for training and evaluation alike.
+The weighted sum that a policy is trained on, and the baseline that it is compared with, stand in the
+algorithm's own file. Here they are loaded, checked and called, for training and evaluation alike.
 """
 import importlib
 import importlib.machinery
@@ -18,11 +18,13 @@ from model import ScalarModel, last_scores
 from plumbing.flags import UserError, require
 
 ROOT = Path(__file__).resolve().parent
-GIVEN = ("prompts", "replies", "answers", "ended")  # what a function may ask for, by the names of its parameters
+# What a function may ask for, by the names of its parameters.
+GIVEN = ("prompts", "replies", "answers", "ended")
 # What the logs call something else: a --judge of such a name would hide it.
-TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value explained_variance entropy ref_perplexity
-    updates kl_coef penalty_coef lr critic_lr grad_norm critic_grad_norm ratio_error clip_fraction approx_kl policy_loss
-    value_loss kl_loss ptx_loss value_clip_fraction prompts standard_error wins ties losses win_rate
+TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value explained_variance entropy
+    ref_perplexity updates kl_coef penalty_coef lr critic_lr grad_norm critic_grad_norm ratio_error
+    clip_fraction approx_kl policy_loss value_loss kl_loss ptx_loss value_clip_fraction
+    prompts standard_error wins ties losses win_rate
     rollout_tokens_per_second score_tokens_per_second update_tokens_per_second rollout_share score_share
     update_share""".split())
 
@@ -31,7 +33,10 @@ TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value exp
 # Reward models
 
 def load_reward_models(folders, tokenizer, model, allow_pickle):
-    """[ScalarModel] of --reward folders. UserError if one has another tokenizer than the policy, which is called model."""
+    """[ScalarModel] of --reward folders.
+
+    UserError if one has another tokenizer than the policy, which is called model.
+    """
     reward_models = []
     for folder in folders:
         reward_model, other = load_model(folder, ScalarModel, allow_pickle=allow_pickle)
@@ -73,11 +78,15 @@ class Function:
         self.wants_answers = answers is not None and answers.default is inspect.Parameter.empty
 
     def __call__(self, prompts, replies, answers, ended):
-        """Lists, as long as there are replies -> scores (B,) fp32 on the CPU. What goes wrong in it is a UserError."""
+        """Lists, as long as there are replies -> scores (B,) fp32 on the CPU.
+
+        What goes wrong in it is a UserError.
+        """
         given = dict(zip(GIVEN, (prompts, replies, answers, ended)))
+        arguments = {name: given[name] for name in self.wanted}
         try:
             with torch.no_grad(), self.modules:
-                scores = self.function(**{name: given[name] for name in self.wanted})
+                scores = self.function(**arguments)
                 scores = torch.as_tensor(scores, dtype=torch.float32, device="cpu").detach()
         except Exception as error:
             raise UserError(f"{self.spec} failed ({type(error).__name__}: {error}); "
@@ -89,7 +98,10 @@ class Function:
 
 
 def wanted_lists(spec, parameters):
-    """Those of GIVEN that a function's parameters (of inspect.signature) ask for; UserError if it wants others."""
+    """Those of GIVEN that a function's parameters (of inspect.signature) ask for.
+
+    UserError if it wants others.
+    """
     wanted = []
     for name, parameter in parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -107,39 +119,73 @@ def wanted_lists(spec, parameters):
     return list(dict.fromkeys(wanted))
 
 
-class Modules:
-    """While it is entered, a user's module imports as if this project's files were not there, where theirs have the names.
+def place_of(found):
+    """Where a module is: its file, or the folder of a package that has no file of its own. None if neither.
 
-    Scripts are run from this folder's files, so a bare `import data` or `import evaluate` would find ours first: in a
-    function of the user's it means the file beside it, or the installed package.
+    found: the module's spec, or None.
+    """
+    if not found:
+        return None
+    if found.origin:
+        return found.origin
+    for location in found.submodule_search_locations or []:
+        return location
+    return None
+
+
+def without_ours(paths):
+    """Those of some paths of modules that are not this project's folder."""
+    return [path for path in paths if Path(path).resolve() != ROOT]
+
+
+class Modules:
+    """While it is entered, a user's module imports as if this project's files were not there.
+
+    That goes for those of our files whose names theirs have. Scripts are run from this folder's files, so a
+    bare `import data` or `import evaluate` would find ours first: in a function of the user's it means the
+    file beside it, or the installed package.
     """
 
     def __init__(self, module):
         top = module.partition(".")[0]
         here = os.getcwd()
-        found = importlib.machinery.PathFinder.find_spec(top, [here, *sys.path])
-        places = [found.origin] if found and found.origin else list(found.submodule_search_locations or []) if found else []
-        folder = Path(places[0]).resolve().parent if places else Path(here)
-        if Path(places[0] if places else "").name == "__init__.py":
-            folder = folder.parent
+        find_spec = importlib.machinery.PathFinder.find_spec
+
+        # The folder that the module, or the package that holds it, is imported from.
+        place = place_of(find_spec(top, [here, *sys.path]))
+        if place is None:
+            folder = Path(here)
+        else:
+            folder = Path(place).resolve().parent
+            if Path(place).name == "__init__.py":
+                folder = folder.parent
         self.folder = str(folder)
-        self.hidden, self.theirs = [], {}
+
+        # Names of ours that theirs have too; a module in our own folder means ours.
+        self.hidden = []
+        self.theirs = {}
         if folder == ROOT:
             return
-        elsewhere = [self.folder, *(path for path in sys.path if Path(path).resolve() != ROOT)]
-        ours = [path.stem for path in ROOT.glob("*.py")] + [path.parent.name for path in ROOT.glob("*/__init__.py")]
-        self.hidden = [name for name in ours if importlib.machinery.PathFinder.find_spec(name, elsewhere)]
+        elsewhere = [self.folder, *without_ours(sys.path)]
+        ours = [path.stem for path in ROOT.glob("*.py")]
+        ours += [path.parent.name for path in ROOT.glob("*/__init__.py")]
+        for name in ours:
+            if find_spec(name, elsewhere):
+                self.hidden.append(name)
 
     def _take(self):
         """The loaded modules of the hidden names, which are no longer there."""
-        names = [name for name in sys.modules if name.partition(".")[0] in self.hidden]
-        return {name: sys.modules.pop(name) for name in names}
+        taken = {}
+        for name in list(sys.modules):
+            if name.partition(".")[0] in self.hidden:
+                taken[name] = sys.modules.pop(name)
+        return taken
 
     def __enter__(self):
         self.ours = self._take()
         sys.modules.update(self.theirs)
         self.path = list(sys.path)
-        sys.path[:] = [self.folder, *(path for path in self.path if Path(path).resolve() != ROOT), str(ROOT)]
+        sys.path[:] = [self.folder, *without_ours(self.path), str(ROOT)]
         importlib.invalidate_caches()
 
     def __exit__(self, *error):
@@ -149,22 +195,31 @@ class Modules:
 
 
 def load_functions(flag, specs):
-    """[Function] of a flag that names several. Those of --judge are logged under their names, which must be free."""
+    """[Function] of a flag that names several.
+
+    Those of --judge are logged under their names, which must be free.
+    """
     functions = [Function(flag, spec) for spec in specs]
-    for function in functions if flag == "--judge" else []:
-        same = [other for other in functions if other.name == function.name]
-        require(len(same) == 1 and function.name not in TAKEN,
+    if flag != "--judge":
+        return functions
+    names = [function.name for function in functions]
+    for function in functions:
+        require(names.count(function.name) == 1 and function.name not in TAKEN,
                 f"{function.spec}: the logs have another number named {function.name}; rename the function")
     return functions
 
 
 def check_functions(functions, rows, say):
-    """Find out before a long run whether functions work on some rows' prompts: whether there are answers for those
-    that can't do without, and whether one reply gets a finite number."""
+    """Find out before a long run whether functions work on some rows' prompts.
+
+    That is, whether there are answers for those that can't do without, and whether one reply gets a finite
+    number.
+    """
     known = [row for row in rows if row.answer]
     for function in functions:
         if function.wants_answers:
-            require(known, f"{function.spec} wants answers, and no row has one (README.md says how they may be called)")
+            require(known, f"{function.spec} wants answers, and no row has one "
+                           "(README.md says how they may be called)")
             if len(known) < len(rows):
                 say(f"warning: {len(rows) - len(known)} of {len(rows)} prompts have no answer; "
                     f"{function.spec} gets an empty text for them")
@@ -179,8 +234,12 @@ def check_functions(functions, rows, say):
 
 @torch.no_grad()
 def score(run, reward_models, functions, batch, plan):
-    """Scores (sources, B) of a rollout: by each reward model, then by each function. plan: see `Rollout.plan`."""
-    scores = torch.zeros(len(reward_models) + len(functions), len(batch.texts), device=run.device)
+    """Scores (sources, B) of a rollout: by each reward model, then by each function.
+
+    plan: see `Rollout.plan`.
+    """
+    sources = len(reward_models) + len(functions)
+    scores = torch.zeros(sources, len(batch.texts), device=run.device)
     if reward_models:
         for part in batch.passes(run, plan):
             for source, model in enumerate(reward_models):
@@ -194,8 +253,9 @@ def score(run, reward_models, functions, batch, plan):
 
 def judge(function, batch):
     """A function's numbers (B,) for a rollout, on the CPU."""
-    rows = [prompt.row for prompt in batch.prompts]
-    return function([row.text for row in rows], batch.texts, [row.answer for row in rows], batch.ended.tolist())
+    prompts = [prompt.row.text for prompt in batch.prompts]
+    answers = [prompt.row.answer for prompt in batch.prompts]
+    return function(prompts, batch.texts, answers, batch.ended.tolist())
 
 
 def short_names(paths):
@@ -203,10 +263,13 @@ def short_names(paths):
     parts = [path.rstrip("/").split("/") for path in paths]
     names = []
     for i, own in enumerate(parts):
-        others = [other for j, other in enumerate(parts) if j != i]
-        ends = (n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
-        names.append("/".join(own[-next(ends, len(own)):]))
-    for i, name in enumerate(names):
-        if parts.count(parts[i]) > 1:
-            names[i] = f"{name}#{parts[:i].count(parts[i]) + 1}"
+        others = parts[:i] + parts[i + 1:]
+        kept = 1
+        while kept < len(own) and own[-kept:] in [other[-kept:] for other in others]:
+            kept += 1
+        names.append("/".join(own[-kept:]))
+    for i, own in enumerate(parts):
+        if parts.count(own) > 1:
+            number = parts[:i].count(own) + 1
+            names[i] = f"{names[i]}#{number}"
     return names

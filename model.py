@@ -543,7 +543,10 @@ def twin(module, share=False):
 
 
 def shares_frozen(config):
-    """Whether models share the weights that adapters leave frozen. (Shards have one owner, so there each is whole.)"""
+    """Whether models share the weights that adapters leave frozen.
+
+    (Shards have one owner, so there each is whole.)
+    """
     return config.lora_rank > 0 and config.parallel == "ddp"
 
 

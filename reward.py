@@ -1,19 +1,20 @@
 """Reward model: learn from rankings which reply people prefer.
 
-    L = -mean over prompts of 1/|pairs| sum over ranked pairs (w, l) of log sigma(r_w - r_l - m)   (InstructGPT, eq. 1)
+    L = -mean over prompts of 1/|pairs| sum over ranked pairs (w, l) of log sigma(r_w - r_l - m)
 
-The K replies to a prompt go through the trunk once each, and all pairs that their ranks decide sit in one batch
-element; a chosen/rejected pair is K = 2 (Bradley-Terry). m is the row's margin (Llama 2, eq. 2), 0 if it has none.
-Ties make no pair. The score is read at the last token, which is the end token. After training, the mean score of
-the demonstrations is folded into the weights, so that 0 means "as good as a demonstration" (not where the last norm is an
-RMSNorm, which has no bias to hold it).
+This is eq. 1 of InstructGPT. The K replies to a prompt go through the trunk once each, and all pairs that
+their ranks decide sit in one batch element; a chosen/rejected pair is K = 2 (Bradley-Terry). m is the row's
+margin (Llama 2, eq. 2), 0 if it has none. Ties make no pair. The score is read at the last token, which is
+the end token. After training, the mean score of the demonstrations is folded into the weights, so that 0
+means "as good as a demonstration" (not where the last norm is an RMSNorm, which has no bias to hold it).
 Left out: a language-model term, a centring term, soft labels for ties.
 
-    python reward.py --model runs/sft --data runs/preferences/train.jsonl --val-data runs/preferences/heldout.jsonl
-    python reward.py --model runs/sft --data runs/toy/preferences.jsonl      narrow candidates: without a KL term PPO
-                                                                             fools it
+    python reward.py --data runs/preferences/train.jsonl --val-data runs/preferences/heldout.jsonl
+    python reward.py --data runs/toy/preferences.jsonl
 
-The first orders 0.88 of the held-out pairs right, where the labels' noise allows 0.90, after 2 minutes on 2 cores.
+The trunk is that of --model, runs/sft unless you say otherwise. The first orders 0.88 of the held-out pairs
+right, where the labels' noise allows 0.90, after 2 minutes on 2 cores. The second learns from narrow
+candidates: without a KL term PPO fools it.
 
 Legend: B replies (rows), T tokens, P pairs.
 """
@@ -25,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from data import (
-    collate, context_of, count_steps, encode_group, endless_batches, per_example, preference_groups, ranked_pairs,
-    ranking_accuracy)
+    collate, context_of, count_steps, encode_group, endless_batches, per_example, preference_groups,
+    ranked_pairs, ranking_accuracy)
 from formats.model_folder import open_model, save_model
 from formats.rows import Row
 from formats.sources import read_rows
@@ -44,7 +45,8 @@ class Config(RunConfig):
     # files of preferences: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     data: str = "runs/preferences/train.jsonl"
     val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data
-    # a file whose mean score becomes 0; without it: the best replies of the training rows. 2000 of them at most count
+    # a file whose mean score becomes 0; without it: the best replies of the training rows.
+    # 2000 of them at most count
     demonstrations: str = ""
     # checkpoint folder or hub name of a language model whose trunk to start from, or scratch
     model: str = "runs/sft"
@@ -65,22 +67,37 @@ class Config(RunConfig):
 def ranking_loss(scores, better, worse, weight, margin):
     """Sum over pairs of weight * -log sigma(scores[better] - scores[worse] - margin).
 
-    scores (B,) fp32; better, worse (P,) positions in scores; weight, margin (P,). Returns (scalar, {accuracy, gap}),
-    each metric the weighted sum over pairs; ties count half as accurate. Ouyang et al. 2022, eq. 1; Llama 2, eq. 2.
+    scores (B,) fp32; better, worse (P,) positions in scores; weight, margin (P,).
+    Returns (scalar, {accuracy, gap}), each metric the weighted sum over pairs; ties count half as accurate.
+    Ouyang et al. 2022, eq. 1; Llama 2, eq. 2.
     """
     gap = scores[better] - scores[worse]  # (P,)
     loss = (weight * -F.logsigmoid(gap - margin)).sum()
     accuracy = (gap > 0).float() + 0.5 * (gap == 0).float()
-    return loss, {"accuracy": (weight * accuracy).sum(), "gap": (weight * gap).sum()}
+    metrics = {
+        "accuracy": (weight * accuracy).sum(),
+        "gap": (weight * gap).sum(),
+    }
+    return loss, metrics
+
+
+def end_to_end(groups):
+    """[Example] of some groups [[Example]]."""
+    examples = []
+    for group in groups:
+        examples += group
+    return examples
 
 
 def score_replies(run, model, groups, budget, pad):
-    """Scores (N,) (fp32, numpy) of all replies of some groups [[Example]], laid end to end. The same on every rank."""
+    """Scores (N,) (fp32, numpy) of all replies of some groups [[Example]], laid end to end.
+
+    The same on every rank.
+    """
     def read(ids, mask, lengths):
         return last_scores(model, ids, lengths)
 
-    examples = [example for group in groups for example in group]
-    return per_example(run, model, examples, budget, pad, read).numpy()
+    return per_example(run, model, end_to_end(groups), budget, pad, read).numpy()
 
 
 def ranking_metrics(scores, rows):
@@ -88,41 +105,61 @@ def ranking_metrics(scores, rows):
 
     Returns accuracy (share of ranked pairs in the right order, ties half) and its 95 % interval [low, high];
     length_accuracy (that of taking the longer reply, or the shorter one, whichever is more often right);
-    bayes_accuracy (that of the true scores, where the rows have them: what label noise allows); pairs; calibration
-    (see `calibration_of`); length_correlation (of score and characters).
+    bayes_accuracy (that of the true scores, where the rows have them: what label noise allows); pairs;
+    calibration (see `calibration_of`); length_correlation (of score and characters).
     """
-    better, worse, _, _ = (t.numpy() for t in ranked_pairs(rows))
-    lengths = np.array([len(reply) for row in rows for reply in row.replies])
+    better, worse, _, _ = ranked_pairs(rows)
+    gap = scores[better.numpy()] - scores[worse.numpy()]  # (P,)
+    lengths, truth = [], []  # (N,)
+    for row in rows:
+        lengths += [len(reply) for reply in row.replies]
+        truth += row.gold or []
+    lengths = np.array(lengths)
     accuracy, *interval = ranking_accuracy(scores, rows)
     by_length = ranking_accuracy(lengths, rows)[0]
-    result = {"accuracy": accuracy, "accuracy_interval": interval, "length_accuracy": max(by_length, 1 - by_length),
-              "pairs": len(better)}
+    result = {
+        "accuracy": accuracy,
+        "accuracy_interval": interval,
+        "length_accuracy": max(by_length, 1 - by_length),
+        "pairs": len(better),
+    }
     if all(row.gold for row in rows):
-        truth = np.array([score for row in rows for score in row.gold])
-        result["bayes_accuracy"] = ranking_accuracy(truth, rows)[0]
-    result["calibration"] = calibration_of(scores[better] - scores[worse])
-    varies = scores.std() * lengths.std() > 0
-    result["length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1]) if varies else 0.0
+        result["bayes_accuracy"] = ranking_accuracy(np.array(truth), rows)[0]
+    result["calibration"] = calibration_of(gap)
+    # A correlation with what is the same everywhere is not defined.
+    result["length_correlation"] = 0.0
+    if scores.std() * lengths.std() > 0:
+        result["length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
     return result
 
 
 def calibration_of(gap):
-    """For ten bins of sigma(|gap|), gap (P,) of the ranked pairs: the mean prediction, and the share that came true."""
+    """For ten bins of sigma(|gap|): the mean prediction, and the share that came true.
+
+    gap (P,): of the ranked pairs.
+    """
     confidence = 1 / (1 + np.exp(-np.abs(gap)))
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     calibration = []
     for number in range(10):
         inside = bins == number
         if inside.any():
-            calibration.append({"predicted": float(confidence[inside].mean()),
-                                "observed": float((gap[inside] > 0).mean()), "pairs": int(inside.sum())})
+            calibration.append({
+                "predicted": float(confidence[inside].mean()),
+                "observed": float((gap[inside] > 0).mean()),
+                "pairs": int(inside.sum()),
+            })
     return calibration
 
 
 def zero_demonstrations(config, tokenizer, train, limit, say):
-    """[[Example]]: the demonstrations whose mean score is to be 0, from --demonstrations or the training groups."""
+    """[[Example]]: the demonstrations whose mean score is to be 0.
+
+    They come from --demonstrations, or else from the training groups.
+    """
     if config.demonstrations:
-        rows = [row for row in read_rows(config.demonstrations, "demonstrations", say) if row.prompt]
+        rows = read_rows(config.demonstrations, "demonstrations", say)
+        rows = [row for row in rows if row.prompt]
     else:
         rows = []
         for row, _ in train:
@@ -152,15 +189,18 @@ def main(config):
     if shifts:
         demonstrations = zero_demonstrations(config, tokenizer, train, limit, run.say)
     else:
-        run.say("scores stay as they are: an adapter, or a last norm without bias (RMSNorm), has no weight that could "
-                "make 0 mean a demonstration")
+        run.say("scores stay as they are: an adapter, or a last norm without bias (RMSNorm), "
+                "has no weight that could make 0 mean a demonstration")
 
     # 2. model and optimiser
     prepare(model, config)
     reward = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
     steps = count_steps(config, costs, replies)
-    budget, pad = config.micro_batch_tokens, tokenizer.pad
+    budget = config.micro_batch_tokens
+    pad = tokenizer.pad
+    val_rows = [group.row for group in val]
+    val_examples = [group.examples for group in val]
     result = {}  # of the last evaluation
 
     def write(folder):
@@ -168,20 +208,26 @@ def main(config):
         if shifts:
             # Training goes on unshifted, so saving can't change it.
             scores = score_replies(run, model, demonstrations, budget, pad)
-            save_model(folder, model, tokenizer, config, functools.partial(shifted, amount=float(scores.mean())))
-            centre = {"demonstrations_mean_before": float(scores.mean()), "demonstrations_std": float(scores.std())}
+            shift = functools.partial(shifted, amount=float(scores.mean()))
+            save_model(folder, model, tokenizer, config, shift)
+            centre["demonstrations_mean_before"] = float(scores.mean())
+            centre["demonstrations_std"] = float(scores.std())
         else:
             save_model(folder, model, tokenizer, config)
         if run.main and run.step == steps and val:
             write_json(folder / "evaluation.json", result | centre)
 
     def validate(step):
-        scores = score_replies(run, model, [group.examples for group in val], budget, pad)
-        result.update(ranking_metrics(scores, [group.row for group in val]))
-        metrics = {f"val_{name}": result[name] for name in ("accuracy", "bayes_accuracy") if name in result}
+        scores = score_replies(run, model, val_examples, budget, pad)
+        result.update(ranking_metrics(scores, val_rows))
+        metrics = {"val_accuracy": result["accuracy"]}
+        if "bayes_accuracy" in result:
+            metrics["val_bayes_accuracy"] = result["bayes_accuracy"]
         run.log(step, metrics, show=("val_accuracy",))
 
-    first, _ = run.begin({"reward": model}, {"optimizer": optimizer}, {"": write}, best="val_accuracy", steps=steps)
+    modules = {"reward": model}
+    optimizers = {"optimizer": optimizer}
+    first, _ = run.begin(modules, optimizers, {"": write}, best="val_accuracy", steps=steps)
     batches = endless_batches(costs, config.batch_tokens, config.seed, first, replies)
     model.train()
 
@@ -190,14 +236,17 @@ def main(config):
         run.seed_step(step)
         batch = next(batches)
         totals = {}
-        for piece, counts in run.passes(run.split(batch, costs, budget, replies), reward):
-            examples = [example for i in piece for example in train[i].examples]
+        pieces = run.split(batch, costs, budget, replies)
+        for piece, counts in run.passes(pieces, reward):
+            groups = [train[i] for i in piece]
+            examples = end_to_end([group.examples for group in groups])
             ids, _, lengths = collate(examples, pad, run.device)  # (B, T)
-            pairs = ranked_pairs([train[i].row for i in piece])
+            pairs = ranked_pairs([group.row for group in groups])
             better, worse, weight, margin = (t.to(run.device, non_blocking=True) for t in pairs)  # (P,)
             with run.autocast():
                 scores = last_scores(reward, ids, lengths)  # (B,)
-            loss, metrics = ranking_loss(scores, better, worse, weight * counts / len(batch), margin)
+            weight = weight * counts / len(batch)
+            loss, metrics = ranking_loss(scores, better, worse, weight, margin)
             run.backward(loss, optimizer)
             metrics["loss"] = loss
             for name, value in metrics.items():
@@ -206,17 +255,23 @@ def main(config):
         grad_norm = run.optimizer_step(optimizer, lr, config.max_grad_norm, batch)
         if run.time_to_log(step):
             metrics = {name: run.all_sum(value) for name, value in totals.items()}
-            run.log(step + 1, metrics | {"lr": lr, "grad_norm": grad_norm}, show=("loss", "accuracy", "gap"))
+            metrics["lr"] = lr
+            metrics["grad_norm"] = grad_norm
+            run.log(step + 1, metrics, show=("loss", "accuracy", "gap"))
     if result:
         say_result(run, result)
 
 
 def say_result(run, result):
-    bayes = f", Bayes {result['bayes_accuracy']:.3f}" if "bayes_accuracy" in result else ""
+    bayes = ""
+    if "bayes_accuracy" in result:
+        bayes = f", Bayes {result['bayes_accuracy']:.3f}"
     low, high = result["accuracy_interval"]
     run.say(f"held-out accuracy {result['accuracy']:.3f} (95 %: {low:.3f} to {high:.3f}), "
             f"by length alone {result['length_accuracy']:.3f}{bayes}")
-    bins = [f"{one['predicted']:.2f} -> {one['observed']:.2f}" for one in result["calibration"]]
+    bins = []
+    for one in result["calibration"]:
+        bins.append(f"{one['predicted']:.2f} -> {one['observed']:.2f}")
     run.say("calibration (predicted -> came true): " + "  ".join(bins))
 
 

@@ -1,4 +1,4 @@
-"""Replies of a policy to prompts: prompts of a file, sampling, and the cutting of what was sampled into forward passes.
+"""Replies of a policy to prompts: prompts of a file, sampling, and cutting replies into forward passes.
 
 Shapes: B replies of this rank, T tokens of the longest, n replies of a pass, W tokens of the longest of them.
 """
@@ -34,7 +34,8 @@ def load_prompts(config, tokenizer, context, say, held_out=False):
     require(train, f"--val-fraction {config.val_fraction} leaves no prompt")
     context = min(config.max_length or context, context)
     require(config.max_new_tokens < context,
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {context}")
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt "
+            f"in the context of {context}")
     prompts = [Prompt(row, encode_prompt(tokenizer, row.prompt)) for row in train]
     lengths = [len(prompt.ids) for prompt in prompts]
     return drop_long(prompts, lengths, context - config.max_new_tokens, say)
@@ -43,7 +44,8 @@ def load_prompts(config, tokenizer, context, say, held_out=False):
 def draw_prompts(run, prompts, order, count):
     """Numbers of this rank's prompts, of the next `count` of all ranks. order: see `data.endless_order`.
 
-    Every rank draws the same prompts, and takes every n-th of them in the order of their length: all have equal work.
+    Every rank draws the same prompts, and takes every n-th of them in the order of their length: all have
+    equal work.
     """
     drawn = [next(order) for _ in range(count)]
     drawn.sort(key=lambda i: len(prompts[i].ids))
@@ -63,13 +65,17 @@ class Pass(NamedTuple):
 
     def of(self, x):
         """This pass's part (n, W) of x (B, T), wherever that is."""
-        rows = self.rows if x.device == self.rows.device else self.numbers
-        return x[rows, :self.width]
+        if x.device == self.rows.device:
+            return x[self.rows, :self.width]
+        return x[self.numbers, :self.width]
 
 
 @dataclass
 class Rollout:
-    """Replies of this rank. What the CPU needs to know of them lies there too, so that nothing waits for the device."""
+    """Replies of this rank.
+
+    What the CPU needs to know of them lies there too, so that nothing waits for the device.
+    """
     prompts: list  # of Prompt, one for each reply
     texts: list  # of str, the replies
     ids: torch.Tensor  # (B, T) prompt, response, padding
@@ -78,7 +84,7 @@ class Rollout:
     host_mask: torch.Tensor  # mask on the CPU
     host_lengths: torch.Tensor  # (B,) tokens of prompt and response, on the CPU
     sizes: list  # of int: tokens of each reply that a forward pass must take
-    # Positions of the response that get a reward and a value, here and on the CPU: all, unless `count_steps` says more.
+    # Positions that get a reward and a value, here and on the CPU: the response, unless `count_steps` says so.
     steps: torch.Tensor  # (B, T) bool
     host_steps: torch.Tensor
 
@@ -89,13 +95,18 @@ class Rollout:
         self.sizes = (self.host_lengths + behind).tolist()
 
     def plan(self, run, selections, budget):
-        """Lists of this rank's replies, each cut into passes of at most budget padded tokens: as many on every rank.
+        """Lists of this rank's replies, each cut into passes of at most budget padded tokens.
 
-        Returns [[(numbers of replies, weight)]]; a weight of 0.0 marks a pass that only keeps the ranks in step.
+        There are as many passes on every rank. Returns [[(numbers of replies, weight)]]; a weight of 0.0
+        marks a pass that only keeps the ranks in step.
         """
         pieces = [by_length(numbers, self.sizes, budget) for numbers in selections]
-        counts = run.all_max(torch.tensor([len(own) for own in pieces], device=run.device)).tolist()
-        return [fill_up(own, count, numbers[:1]) for own, count, numbers in zip(pieces, counts, selections)]
+        counts = torch.tensor([len(own) for own in pieces], device=run.device)
+        counts = run.all_max(counts).tolist()
+        plan = []
+        for own, count, numbers in zip(pieces, counts, selections):
+            plan.append(fill_up(own, count, numbers[:1]))
+        return plan
 
     def passes(self, run, plan, *modules):
         """Yield a `Pass` for each entry of a plan; DDP exchanges the gradients of modules on the last one."""
@@ -105,43 +116,75 @@ class Rollout:
             mask = self.mask[rows, :width]
             if weight == 0:
                 mask = torch.zeros_like(mask)
-            yield Pass(rows, numbers, width, weight > 0, self.ids[rows, :width], self.host_mask[numbers, :width], mask,
-                       self.host_lengths[numbers])
+            yield Pass(
+                rows=rows,
+                numbers=numbers,
+                width=width,
+                counts=weight > 0,
+                ids=self.ids[rows, :width],
+                where=self.host_mask[numbers, :width],
+                mask=mask,
+                lengths=self.host_lengths[numbers],
+            )
 
 
-def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generator, rows=0, per_prompt=1, room=0):
+def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generator,
+           rows=0, per_prompt=1, room=0):
     """Sample per_prompt replies to each of this rank's prompts [Prompt]; those to one prompt are neighbours.
 
-    generator draws the same on all ranks, and the random numbers belong to the prompts, so that replies don't depend
-    on the number of ranks. rows: decoded at once, see `generate`; room: free columns behind the longest reply.
+    generator draws the same on all ranks, and the random numbers belong to the prompts, so that replies don't
+    depend on the number of ranks. rows: decoded at once, see `generate`; room: free columns behind the
+    longest reply.
     """
-    repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
+    repeated = []
+    for prompt in prompts:
+        repeated += [prompt] * per_prompt
     uniform = uniforms(len(repeated) * run.world_size, max_new_tokens, generator, run.device)
     by_prompt = uniform.view(len(prompts) * run.world_size, per_prompt, *uniform.shape[1:])
     uniform = by_prompt[run.rank::run.world_size].flatten(0, 1)  # (B, tokens, 2)
     run.doing = f"step {run.step + 1}, sampling {rows or len(repeated)} replies at once"
+    questions = [prompt.ids for prompt in repeated]
     with run.gathered(model), run.autocast():
-        got = generate(model, [prompt.ids for prompt in repeated], max_new_tokens, tokenizer, temperature,
+        got = generate(model, questions, max_new_tokens, tokenizer, temperature,
                        rows=rows, uniform=uniform, interrupted=run.asked_to_stop)
     run.safe_point()
-    ids, mask = got.ids, got.mask
+    ids = got.ids
+    mask = got.mask
     if room:
-        ids, mask = F.pad(ids, (0, room), value=tokenizer.pad), F.pad(mask, (0, room))
-    lengths, host_mask = got.lengths.cpu(), mask.cpu()
-    return Rollout(repeated, got.texts(tokenizer), ids, mask, got.ended, host_mask, lengths, lengths.tolist(), mask,
-                   host_mask)
+        ids = F.pad(ids, (0, room), value=tokenizer.pad)
+        mask = F.pad(mask, (0, room))
+    lengths = got.lengths.cpu()
+    host_mask = mask.cpu()
+    return Rollout(
+        prompts=repeated,
+        texts=got.texts(tokenizer),
+        ids=ids,
+        mask=mask,
+        ended=got.ended,
+        host_mask=host_mask,
+        host_lengths=lengths,
+        sizes=lengths.tolist(),
+        steps=mask,
+        host_steps=host_mask,
+    )
 
 
 def show_samples(run, model, tokenizer, rows, max_new_tokens, generator, number=3):
     """Print replies to the prompts of a few rows, evenly spread."""
     rows = rows[::max(1, len(rows) // number)][:number]
-    prompts = [Prompt(row, encode_prompt(tokenizer, row.prompt)) for row in rows]
-    prompts = [prompt for prompt in prompts if len(prompt.ids) + max_new_tokens <= model.config.block_size]
+    prompts = []
+    for row in rows:
+        ids = encode_prompt(tokenizer, row.prompt)
+        if len(ids) + max_new_tokens <= model.config.block_size:
+            prompts.append(Prompt(row, ids))
     if not prompts:
         return
+    questions = [prompt.ids for prompt in prompts]
     with run.gathered(model), run.autocast():
-        texts = generate(model, [prompt.ids for prompt in prompts], max_new_tokens, tokenizer, generator=generator,
-                         interrupted=run.asked_to_stop).texts(tokenizer)
+        got = generate(model, questions, max_new_tokens, tokenizer,
+                       generator=generator, interrupted=run.asked_to_stop)
+        texts = got.texts(tokenizer)
     run.safe_point()
     for prompt, text in zip(prompts, texts):
-        run.say(f"  sample: {prompt.row.prompt[-1]['content'][-200:]!r} -> {text!r}")
+        question = prompt.row.prompt[-1]["content"]
+        run.say(f"  sample: {question[-200:]!r} -> {text!r}")

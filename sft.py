@@ -4,7 +4,8 @@
 
 N counts the response tokens of the whole optimiser step (all micro-batches, all ranks), end tokens included:
 every token weighs the same, however the step is cut up. In a conversation every assistant turn is a response.
-Left out: packing several rows into one sequence (batches are bucketed by length instead, which wastes little).
+Left out: packing several rows into one sequence (batches are bucketed by length instead, which wastes
+little).
 
     python sft.py --out runs/sft       after `python toy.py`: held-out loss 0.51 in a minute on 2 cores
     python sft.py --data rows.jsonl --model scratch --out runs/mine --layers 6 --heads 6 --width 384
@@ -29,7 +30,8 @@ from rollout import show_samples
 
 @dataclass
 class Config(RunConfig):
-    # files of demonstrations or plain text: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
+    # files of demonstrations or plain text: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2,
+    # or hf:org/name:split
     data: str = "runs/toy/demonstrations.jsonl"
     val_data: str = ""  # file of held-out demonstrations; without it --val-fraction of --data
     model: str = "scratch"  # checkpoint folder or hub name (org/model) to start from, or scratch
@@ -73,7 +75,9 @@ def main(config):
     model, tokenizer = open_model(config, GPT, config.dropout)
     limit = context_of(config, model)
     train = encode_demonstrations(tokenizer, rows, limit, run.say)
-    val = encode_demonstrations(tokenizer, held_out, limit, run.say) if held_out else []
+    val = []
+    if held_out:
+        val = encode_demonstrations(tokenizer, held_out, limit, run.say)
     lengths = [len(example.ids) for example in train]
     run.say(f"{len(train)} training and {len(val)} held-out examples, for instance\n"
             f"{describe(tokenizer, *train[0])}\n([[ ]] is what is trained)")
@@ -88,12 +92,15 @@ def main(config):
     def write(folder):
         save_model(folder, model, tokenizer, config, single_turn=single_turn)
 
-    first, _ = run.begin({"policy": model}, {"optimizer": optimizer}, {"": write}, best="-val_loss", steps=steps)
+    modules = {"policy": model}
+    optimizers = {"optimizer": optimizer}
+    first, _ = run.begin(modules, optimizers, {"": write}, best="-val_loss", steps=steps)
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 
     def validate(step):
-        run.log(step, {"val_loss": validation_loss(run, model, val, config, tokenizer.pad)}, show=("val_loss",))
+        loss = validation_loss(run, model, val, config, tokenizer.pad)
+        run.log(step, {"val_loss": loss}, show=("val_loss",))
         prompted = [row for row in held_out if row.prompt]
         show_samples(run, model, tokenizer, prompted, config.max_new_tokens, run.seed_step(step))
 
@@ -104,8 +111,10 @@ def main(config):
         # Response tokens of the whole step.
         tokens = sum(sum(train[i].mask) for i in batch)
         loss = torch.zeros((), device=run.device)
-        for piece, counts in run.passes(run.split(batch, lengths, config.micro_batch_tokens), policy):
-            ids, mask, _ = collate([train[i] for i in piece], tokenizer.pad, run.device)  # (B, T)
+        pieces = run.split(batch, lengths, config.micro_batch_tokens)
+        for piece, counts in run.passes(pieces, policy):
+            examples = [train[i] for i in piece]
+            ids, mask, _ = collate(examples, tokenizer.pad, run.device)  # (B, T)
             with run.autocast():
                 logprob, _ = policy(ids, mask, summed=True)  # ()
             piece_loss = -logprob * counts / tokens
@@ -119,8 +128,11 @@ def main(config):
 
 
 def has_single_turns(rows, model, config):
-    """What the model's folder is to tell chat.py: True for one that has only ever been shown single questions, and so
-    can't go on with a conversation. None: what somebody else's model has seen before is not known here."""
+    """What the model's folder is to tell chat.py.
+
+    True for one that has only ever been shown single questions, and so can't go on with a conversation.
+    None: what somebody else's model has seen before is not known here.
+    """
     if config.model != "scratch" and not knows_single_turns(model.config):
         return None
     for row in rows:

@@ -75,7 +75,10 @@ def folder_of(path):
 
 
 def how_to_make(path):
-    """The command that makes what the flags' defaults or the README name, behind a semicolon; "" for anything else."""
+    """The command that makes what the flags' defaults or the README name, behind a semicolon.
+
+    "" for anything else.
+    """
     path = Path(path).as_posix()
     if path.startswith("runs/demo/"):
         return "; bash run.sh makes it"

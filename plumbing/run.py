@@ -213,7 +213,10 @@ def try_to(part):
 
 
 class Alone:
-    """What sampling and scoring ask of a run, for a script that trains nothing: one process, no folder, no signals."""
+    """What sampling and scoring ask of a run, for a script that trains nothing.
+
+    One process, no folder, no signals.
+    """
     rank, world_size, step = 0, 1, 0
 
     def __init__(self, device, dtype):
