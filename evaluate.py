@@ -167,11 +167,11 @@ def main(config):
 
     # The prompts, and from them as many as are asked for, evenly spread.
     context = min(network.config.block_size for network in networks)
-    prompts = load_prompts(config, tokenizer, context, print, held_out=True)
+    prompts = load_prompts(config, tokenizer, context, alone.say, held_out=True)
     if 0 < config.prompts < len(prompts):
         chosen = [i * len(prompts) // config.prompts for i in range(config.prompts)]
         prompts = [prompts[i] for i in chosen]
-    check_functions(functions + judges, [prompt.row for prompt in prompts], print)
+    check_functions(functions + judges, [prompt.row for prompt in prompts], alone.say)
 
     results = {}
     replies = {}

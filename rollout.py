@@ -84,7 +84,7 @@ class Rollout:
     host_mask: torch.Tensor  # mask on the CPU
     host_lengths: torch.Tensor  # (B,) tokens of prompt and response, on the CPU
     sizes: list  # of int: tokens of each reply that a forward pass must take
-    # Positions that get a reward and a value, here and on the CPU: the response, unless `count_steps` says so.
+    # Positions that get a reward and a value, here and on the CPU: the response, or as `count_steps` says.
     steps: torch.Tensor  # (B, T) bool
     host_steps: torch.Tensor
 

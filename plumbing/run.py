@@ -222,6 +222,11 @@ class Alone:
     def __init__(self, device, dtype):
         self.device, self.dtype, self.doing = device, dtype, ""
 
+    def say(self, text):
+        """Print. That nobody reads it is no reason to end before the work is done."""
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+
     def autocast(self):
         return autocast(self.device, self.dtype)
 
