@@ -768,13 +768,13 @@ def metrics_of(run, batch, old, scores, source_scores, rewards, explained, judge
     k3 = kl_estimate(old.logprobs, old.ref_logprobs, "k3")  # (B, T)
     lengths = batch.mask.sum(1).float()  # (B,)
     tokens = run.all_sum(batch.mask.sum())
-    # All but entropy, value and ref_nll, which are means over tokens, are means over replies.
-    per_token = run.world_size / tokens
+    # Means over replies; those of entropy, value and ref_nll are over tokens, of all ranks.
+    ranks = run.world_size
     metrics = {
         "score": scores.mean(), "kl": log_ratio.sum(1).mean(), "length": lengths.mean(),
         "eos_rate": batch.ended.float().mean(), "kl_k3": k3.sum(1).mean(), "reward": rewards.sum(1).mean(),
-        "explained_variance": explained, "entropy": old.entropy.sum() * per_token,
-        "value": old.values.sum() * per_token, "ref_nll": -old.ref_logprobs.sum() * per_token}
+        "explained_variance": explained, "entropy": old.entropy.sum() / tokens * ranks,
+        "value": old.values.sum() / tokens * ranks, "ref_nll": -old.ref_logprobs.sum() / tokens * ranks}
     metrics |= {f"score_{name}": own.mean() for name, own in source_scores.items()}
     metrics |= {name: numbers.mean() for name, numbers in judged.items()}
     sums = run.all_sum(torch.stack(list(metrics.values()))) / run.world_size
