@@ -366,8 +366,8 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, kind, tokens):
     For k2 and k3 its gradient is that of each token's KL, also once pi has left old.
 
     All (B, T) -> scalar. E_old[ratio * k3] is the KL itself. grad k2 = lr * grad log pi, which has the right
-    mean under pi,
-    hence the constant ratio before it. k1's gradient has mean zero under pi, and is here to be looked at.
+    mean under pi, hence the constant ratio before it. k1's gradient has mean zero under pi, and is here to be
+    looked at.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20).exp()
     weight = {"k1": 1.0, "k2": ratio.detach(), "k3": ratio}[kind]
@@ -832,7 +832,9 @@ def main(config):
     # No dropout: the ratio to the old policy must be 1 where nothing has changed.
     models.policy.eval()
     models.critic.eval()
-    history, warned = read_history(run) if first and run.main else [], {}
+    history, warned = [], {}
+    if first and run.main:
+        history = read_history(run, judges)
 
     for step in run.steps(first, config.steps):
         generator = run.seed_step(step)
@@ -929,9 +931,9 @@ def check_ratio(run, ratio_error):
                 "(dropout? --dtype float32 tells whether it is rounding)")
 
 
-def read_history(run):
-    """The rows of a resumed run's metrics that `diagnose` can use: those of finite numbers."""
-    needed = {"score", "kl", "entropy", "eos_rate", "explained_variance"}
+def read_history(run, judges):
+    """The rows of a resumed run's metrics that `diagnose` can use: those with all the numbers it reads."""
+    needed = {"score", "kl", "entropy", "eos_rate", "explained_variance", *(judge.name for judge in judges)}
     with open(run.out / "metrics.jsonl") as file:
         rows = [json.loads(line) for line in file]
     return [row for row in rows if needed <= row.keys()]

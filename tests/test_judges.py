@@ -1,10 +1,12 @@
 """judges.py: whose modules a user's function gets, what it is given, and the names that are taken."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import judges
+import ppo
 import sft
 import tools
 from plumbing.flags import UserError
@@ -81,3 +83,12 @@ def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
         sys.modules.pop("zeros", None)
     row = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert "gold" in row and row.keys() - {"gold"} <= judges.TAKEN
+
+
+def test_a_judge_that_is_new_on_resume_has_no_past_to_be_compared_with(tmp_path):
+    rows = [{"score": 1, "kl": 1, "entropy": 1, "eos_rate": 1, "explained_variance": 1, "step": step} for step in (1, 2)]
+    rows[1]["gold"] = 0.5
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = SimpleNamespace(out=tmp_path)
+    assert ppo.read_history(run, judges.load_functions("--judge", ["toy:gold"])) == rows[1:]
+    assert ppo.read_history(run, []) == rows
