@@ -28,7 +28,7 @@ from data import (
     collate, context_of, count_steps, endless_batches, per_example, preference_groups, ranked_pairs,
     ranking_accuracy)
 from formats.model_folder import open_model, save_model
-from model import GPT, frozen_reference, prepare
+from model import GPT, frozen_reference, prepare_training
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
@@ -110,7 +110,7 @@ def main(config):
             f"--label-smoothing is for --loss dpo; {config.loss} has no probability of a label to smooth")
     model, tokenizer = open_model(config, GPT)
     reference = frozen_reference(model, config)
-    prepare(model, config)
+    prepare_training(model, config)
 
     # 1. rows to groups of encoded replies
     train, val = preference_groups(config, tokenizer, context_of(config, model), run.say)

@@ -382,7 +382,7 @@ class Transformer(nn.Module):
         return x
 
 
-def before(index):
+def predicting(index):
     """Flat positions (N,) of the tokens before those at index (N,).
 
     There a token is predicted, and the state before it is valued.
@@ -430,7 +430,7 @@ class GPT(nn.Module):
         summed: the sum () of the logprobs instead, which is cheaper to differentiate, and None.
         """
         at = token_index(mask)  # (N,)
-        states = self.transformer(ids, index=before(at))  # (N, C)
+        states = self.transformer(ids, index=predicting(at))  # (N, C)
         at = at.to(ids.device, non_blocking=True)
         targets = ids.flatten()[at]  # (N,)
         logprobs, entropy = token_logprobs(states, self.head_weight, targets,
@@ -474,11 +474,11 @@ class ScalarModel(nn.Module):
 
     @classmethod
     def from_trunk(cls, model, share=False):
-        """A scalar model on a copy of another model's trunk, with a fresh head. share: as in `twin`."""
+        """A scalar model on a copy of another model's trunk, with a fresh head. share: as in `copy_of`."""
         # The trunk is there already, so none is drawn.
         with torch.device("meta"):
             scalar = cls(model.config)
-        scalar.transformer = twin(model.transformer, share)
+        scalar.transformer = copy_of(model.transformer, share)
         scalar.complete()
         return scalar.to(model.transformer.wte.weight.device)
 
@@ -529,11 +529,11 @@ def values_before(model, ids, mask):
     V(state before token t) where mask (B, T), on the CPU, is True; zero elsewhere.
     """
     at = token_index(mask)  # (N,)
-    values = model(ids, before(at))  # (N,)
+    values = model(ids, predicting(at))  # (N,)
     return unpack(values, mask, at.to(ids.device, non_blocking=True))
 
 
-def twin(module, share=False):
+def copy_of(module, share=False):
     """A copy of a module. With share its parameters are the original's very tensors, and take no memory."""
     # What deepcopy finds under its id in this table it takes for a copy that was made already.
     copies = {}
@@ -553,9 +553,10 @@ def shares_frozen(config):
 def frozen_reference(policy, config):
     """The policy as it is now, never to be trained: a copy or, with adapters, the policy's own weights.
 
-    So it must be made before `prepare` gives the policy its adapters, which the reference then lacks.
+    So it must be made before `prepare_training` gives the policy its adapters, which the reference then
+    lacks.
     """
-    return twin(policy, shares_frozen(config)).requires_grad_(False)
+    return copy_of(policy, shares_frozen(config)).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -608,7 +609,7 @@ def add_lora(model, rank, alpha, dropout, targets):
     """
     model.requires_grad_(False)
     if isinstance(model, ScalarModel):
-        # A head of its own: what this model was made from as a `twin` keeps the old one.
+        # A head of its own: what this model was made from as a `copy_of` keeps the old one.
         model.score.weight = nn.Parameter(model.score.weight.detach().clone())
     for block in model.transformer.h:
         for target in LORA_TARGETS[targets]:
@@ -618,7 +619,7 @@ def add_lora(model, rank, alpha, dropout, targets):
             setattr(owner, name, LoRALinear(linear, rank, alpha, dropout))
 
 
-def prepare(model, flags):
+def prepare_training(model, flags):
     """What --lora-rank, --checkpoint-activations and --compile ask for, done to a model before training."""
     model.transformer.checkpoint_activations = flags.checkpoint_activations
     if flags.lora_rank > 0:

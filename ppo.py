@@ -86,7 +86,8 @@ from formats.model_folder import open_model, save_model
 from formats.sources import read_rows
 from judges import (
     check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
-from model import GPT, ScalarModel, frozen_reference, prepare, shares_frozen, twin, values_before
+from model import (
+    GPT, ScalarModel, copy_of, frozen_reference, prepare_training, shares_frozen, values_before)
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
@@ -535,8 +536,8 @@ def load_models(config, folders, run):
         model.to(getattr(torch, config.frozen_dtype))
         if config.frozen_device == "same":
             run.parallel(model)
-    prepare(policy_model, config)
-    prepare(critic_model, config)
+    prepare_training(policy_model, config)
+    prepare_training(critic_model, config)
     average = average_of(policy_model, shares_frozen(config)) if config.ema > 0 else None
     policy, critic = run.parallel(policy_model), run.parallel(critic_model)
     if average:
@@ -562,7 +563,7 @@ def trained(models, tokenizer, config):
 def start_critic(init, policy_model, reward_models, config):
     """The critic before training: a copy of the first reward model, or the policy's trunk with a new head."""
     if init == "reward":
-        return twin(reward_models[0], shares_frozen(config))
+        return copy_of(reward_models[0], shares_frozen(config))
     if init not in ("sft", "zero"):
         raise ValueError(f"unknown start of the critic {init}")
     torch.manual_seed(config.seed)

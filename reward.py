@@ -31,7 +31,7 @@ from data import (
 from formats.model_folder import open_model, save_model
 from formats.rows import Row
 from formats.sources import read_rows
-from model import GPT, ScalarModel, last_scores, prepare, shifted
+from model import GPT, ScalarModel, last_scores, prepare_training, shifted
 from plumbing.disk import write_json
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
 from plumbing.run import Run, run_script
@@ -193,7 +193,7 @@ def main(config):
                 "has no weight that could make 0 mean a demonstration")
 
     # 2. model and optimiser
-    prepare(model, config)
+    prepare_training(model, config)
     reward = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
     steps = count_steps(config, costs, replies)

@@ -21,7 +21,7 @@ from data import (
 from formats.families import knows_single_turns
 from formats.model_folder import open_model, save_model
 from formats.sources import read_rows, split_by_prompt
-from model import GPT, prepare
+from model import GPT, prepare_training
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
@@ -83,7 +83,7 @@ def main(config):
             f"{describe(tokenizer, *train[0])}\n([[ ]] is what is trained)")
 
     # 2. model and optimiser
-    prepare(model, config)
+    prepare_training(model, config)
     policy = run.parallel(model)
     optimizer = adamw(model, config.lr, config.weight_decay)
     steps = count_steps(config, lengths)

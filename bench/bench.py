@@ -69,7 +69,7 @@ class Task(NamedTuple):
     size: int  # rows, pairs, episodes or prompts of a lap
     unit: str
     peer: str
-    rows: str = "prompts"  # what its rows are for formats.py
+    rows: str = "prompts"  # what its rows are for formats/rows.py
 
 
 TASKS = {

@@ -41,7 +41,7 @@ def step_of(name):
     return int(name.removeprefix("step_"))
 
 
-def damage(folder):
+def find_damage(folder):
     """What is wrong with a checkpoint, in some words; "" if every file is as it was written."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
@@ -85,7 +85,7 @@ def training_state(modules, optimizers):
     return tensors
 
 
-def room(modules, optimizers):
+def bytes_needed(modules, optimizers):
     """About how many bytes a checkpoint takes."""
     weights, trained = 0, 0
     for module in modules.values():
@@ -139,7 +139,7 @@ def load_shards(tensors, folder):
         raise OSError(error) from None
 
 
-def fill(tensors, folder):
+def load_into(tensors, folder):
     """Read a checkpoint's training state into tensors, in place.
 
     tensors: {name: tensor} of the same names and shapes; each may be sharded or not.
@@ -172,7 +172,7 @@ class Checkpoints:
 
     def all(self):
         """Names of all complete checkpoints, damaged or not, newest first."""
-        complete = [path.name for path in self.ours() if path.name[0] != "."]
+        complete = [path.name for path in self.checkpoint_folders() if path.name[0] != "."]
         return sorted(complete, key=step_of, reverse=True)
 
     def pointer(self):
@@ -187,7 +187,7 @@ class Checkpoints:
         except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
-    def ours(self):
+    def checkpoint_folders(self):
         """Folders of checkpoints, complete or not."""
         if not self.root.is_dir():
             return []
@@ -204,7 +204,7 @@ class Checkpoints:
         Says which are damaged.
         """
         # A kill between the two renames of `publish` leaves a checkpoint under its .old- name alone.
-        for path in self.ours():
+        for path in self.checkpoint_folders():
             name = path.name.removeprefix(".old-")
             if name != path.name and not (self.root / name).exists():
                 os.rename(path, self.root / name)
@@ -214,7 +214,7 @@ class Checkpoints:
         names += self.all()
         # Each name once, in this order.
         for name in dict.fromkeys(names):
-            problem = damage(self.root / name)
+            problem = find_damage(self.root / name)
             if not problem:
                 state = json.loads((self.root / name / "state.json").read_bytes())
                 return self.root / name, state
@@ -240,7 +240,7 @@ class Checkpoints:
 
     def clear(self):
         """Delete all checkpoints."""
-        for path in self.ours():
+        for path in self.checkpoint_folders():
             self.discard(path)
         (self.root / "latest.json").unlink(missing_ok=True)
 
@@ -268,7 +268,7 @@ class Checkpoints:
         write_json(self.root / "latest.json", keep)
         flush(self.root)
         self.link(self.root / name)
-        for path in self.ours():
+        for path in self.checkpoint_folders():
             if path.name not in keep.values():
                 self.discard(path)
 

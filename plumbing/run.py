@@ -27,7 +27,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from plumbing.checkpoints import VERSION, Checkpoints, fill, room, save_shards, training_state
+from plumbing.checkpoints import VERSION, Checkpoints, bytes_needed, load_into, save_shards, training_state
 from plumbing.disk import RUN_FILES, digest, model_digest, tokenizer_digest, write_json, write_tensors
 from plumbing.flags import (
     DATA_FLAGS, MODEL_FLAGS, PLUMBING, SCRATCH_FLAGS, SHAPE_FLAGS, UserError, as_list, flag_of, parse_flags,
@@ -35,7 +35,7 @@ from plumbing.flags import (
 from plumbing.hardware import autocast, keep_heap, pick_device, pick_dtype
 from plumbing.metrics import Metrics, check_boards, is_evaluation
 from plumbing.ranks import local
-from plumbing.steps import Optimizing
+from plumbing.steps import Steps
 
 
 def today():
@@ -249,7 +249,7 @@ class Alone:
 # ---------------------------------------------------------------------------------------------------------
 # A run: one output folder, one or more processes
 
-class Run(Optimizing):
+class Run(Steps):
     """Where and how a training script runs: device, ranks, output folder, metrics, signals, checkpoints.
 
     Attributes: device, dtype, out (Path), step (how many are done), and those of `Ranks`.
@@ -498,7 +498,7 @@ class Run(Optimizing):
         root = self.checkpoints.root
         held = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
         most = 4 if self.config.save_every else 1
-        need = most * room(self.modules, self.optimizers) - held
+        need = most * bytes_needed(self.modules, self.optimizers) - held
         free = shutil.disk_usage(root).free
         require(need <= free,
                 f"--out {self.out} has {free:,} bytes free, "
@@ -609,7 +609,7 @@ class Run(Optimizing):
             # To look which steps were skipped is to wait for the device, so it is done where there is a wait
             # anyway.
             if self.time_to_log(step) or due(step + 1, save_every):
-                self._look()
+                self._report_skipped()
             self.bar.update()
         self.bar.close()
         if self.main:
@@ -725,7 +725,7 @@ class Run(Optimizing):
         """Delete the part of a checkpoint that was written, and say why there is no whole one."""
         if self.main:
             self.checkpoints.discard(self.checkpoints.writing(self.step))
-        need = room(self.modules, self.optimizers)
+        need = bytes_needed(self.modules, self.optimizers)
         free = shutil.disk_usage(self.out).free
         text = (f"the checkpoint of step {self.step} can't be written to {self.checkpoints.root} "
                 f"({problem or 'on another rank'}): it takes about {need:,} bytes, {free:,} are free; "
@@ -799,7 +799,7 @@ class Run(Optimizing):
         """Read the training state of a checkpoint; a UserError if it is that of another run."""
         try:
             with torch.no_grad():
-                fill(training_state(self.modules, self.optimizers), folder)
+                load_into(training_state(self.modules, self.optimizers), folder)
         except (RuntimeError, OSError, SafetensorError) as error:
             raise UserError(f"--resume: {folder} does not fit this run ({one_line(error)}); "
                             "name another --out") from None

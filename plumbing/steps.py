@@ -63,7 +63,7 @@ class Attempt(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-class Optimizing(Ranks):
+class Steps(Ranks):
     """The optimiser steps of a run. A subclass sets config, optimizers, parameter_names, state, out, step.
 
     Attributes: clean (bool: nothing that is saved has changed since the step began); problem (str: why the
@@ -98,8 +98,8 @@ class Optimizing(Ranks):
     def optimizer_step(self, optimizer, lr, max_grad_norm, batch):
         """Clip the gradients' global norm, step at lr, clear gradients. Returns the norm before clipping, ().
 
-        A norm that is not finite steps nothing (decided on the device, without waiting for it); `_look` then
-        reports batch, the examples' numbers.
+        A norm that is not finite steps nothing (decided on the device, without waiting for it);
+        `_report_skipped` then reports batch, the examples' numbers.
         """
         self.clean = False
         scaler = self.scalers[optimizer]
@@ -154,7 +154,7 @@ class Optimizing(Ranks):
         self._report(f"{what} is not finite", culprits, counts=True, show=bool(culprits))
         return False
 
-    def _look(self):
+    def _report_skipped(self):
         """Report the optimiser steps since the last look that were not taken."""
         attempts, self.attempts = self.attempts, []
         if not attempts:

@@ -67,6 +67,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(" 32  the page for labelling: there is none yet")
 
 
+@pytest.fixture(autouse=True)
+def no_module_of_another_test():
+    """Users' modules are called `mine` in the tests, and a process imports a name once."""
+    yield
+    sys.modules.pop("mine", None)
+
+
 @pytest.fixture(scope="session")
 def peers():
     """transformers, without network and noise."""

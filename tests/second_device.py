@@ -318,7 +318,7 @@ def watch_run(Run):
     Run.steps, Run.passes = watched_steps, watched_passes
     watch(Run, "_save", "save")
     watch(Run, "optimizer_step", "optimizer step")
-    watch(Run, "_look", "log")
+    watch(Run, "_report_skipped", "log")
     watch(Run, "log", "log")
 
 

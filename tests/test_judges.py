@@ -37,8 +37,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "formats" / "__init__.py").write_text("")
     (tmp_path / "formats" / "secret.py").write_text("NUMBER = 1000\n")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("mine", None)
+    return tmp_path
 
 
 def test_a_function_gets_the_files_beside_it_and_not_ours_of_the_same_name(folder):

@@ -17,9 +17,9 @@ import model as model_file
 import tools
 import toy
 from formats.model_folder import load_model, save_model
-from model import LORA_TARGETS, LoRALinear, merged_weights, prepare
+from model import LORA_TARGETS, LoRALinear, merged_weights, prepare_training
 from plumbing.flags import UserError
-from model import GPT, ScalarModel, shifted, twin
+from model import GPT, ScalarModel, copy_of, shifted
 from plumbing.steps import adamw
 from formats.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ kinds = pytest.mark.parametrize("kind, name", KINDS)
 
 
 def flags(**changes):
-    """What prepare and save_model read of a run's flags."""
+    """What prepare_training and save_model read of a run's flags."""
     return SimpleNamespace(**{"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.0, "lora_targets": "all", "checkpoint_activations": False, "compile": False, "seed": 0,
                               "save_dtype": "float32", "lora_save": "merged", "model": "base"} | changes)
 
@@ -39,7 +39,7 @@ def flags(**changes):
 def adapted(kind=GPT, name="gpt2", fresh=False, **changes):
     """A model with adapters; unless fresh, with random ones, whose B a new adapter has at zero."""
     model = tiny(kind, name)
-    prepare(model, flags(**changes))
+    prepare_training(model, flags(**changes))
     if not fresh:
         with torch.no_grad():
             for key, p in model.named_parameters():
@@ -122,10 +122,10 @@ def storages(module):
 @kinds
 def test_a_twin_that_shares_is_the_base_whatever_adapters_the_original_gets(kind, name):
     model = tiny(kind, name)
-    base, shared, apart = outputs(model), twin(model, share=True), twin(model)
+    base, shared, apart = outputs(model), copy_of(model, share=True), copy_of(model)
     assert storages(shared) == storages(model) and not storages(apart) & storages(model)
     shared.requires_grad_(False)
-    prepare(model, flags())
+    prepare_training(model, flags())
     with torch.no_grad():
         for p in model.parameters():  # a training step may change whatever it trains, a scalar head too
             if p.requires_grad:
@@ -139,9 +139,9 @@ def test_a_scalar_model_may_share_its_trunk(name):
     model = tiny(name=name)
     shared, apart = (ScalarModel.from_trunk(model, share) for share in (True, False))
     assert storages(model.transformer) < storages(shared) and not storages(apart) & storages(model)
-    prepare(shared, flags())
+    prepare_training(shared, flags())
     assert not any(".lora_" in key for key in model.state_dict())
-    before, lower = outputs(shared), twin(shared)
+    before, lower = outputs(shared), copy_of(shared)
     assert shared.can_shift == (name == "gpt2")
     if shared.can_shift:
         lower.load_state_dict(shifted(shared.state_dict(), 1.0))

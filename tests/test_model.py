@@ -1085,7 +1085,7 @@ def test_every_norm_has_the_eps_of_the_config(options):
 @pytest.mark.parametrize("kind", [GPT, ScalarModel])
 def test_prepare_switches_the_recomputation_of_activations_on(batch, kind):
     model, calls = tiny(kind), []
-    adapters.prepare(model, SimpleNamespace(checkpoint_activations=True, lora_rank=0, compile=False))
+    adapters.prepare_training(model, SimpleNamespace(checkpoint_activations=True, lora_rank=0, compile=False))
     model.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.transformer(batch[0]).sum().backward()
     assert len(calls) == 2
@@ -1097,7 +1097,7 @@ def test_compiled_blocks_compute_the_same_and_are_not_compiled_again_for_other_l
     counter, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile  # without a C++ compiler
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_module(module, backend=counter, **options))
     plain, model, compiled = tiny(n_layer=3), tiny(n_layer=3), []
-    adapters.prepare(model, SimpleNamespace(checkpoint_activations=False, lora_rank=0, compile=True))
+    adapters.prepare_training(model, SimpleNamespace(checkpoint_activations=False, lora_rank=0, compile=True))
     for lengths in ([9, 9, 9], [20, 20], [12, 3, 5, 4], [31, 2], [7, 30, 11, 3, 3], [32] * 4):  # without padding and with it
         T = max(lengths)
         ids = torch.randint(256, (len(lengths), T), generator=torch.Generator().manual_seed(T))

@@ -19,7 +19,7 @@ from plumbing import run as runtime
 import sft
 import tools
 from plumbing.metrics import Metrics
-from plumbing.checkpoints import Checkpoints, damage
+from plumbing.checkpoints import Checkpoints, find_damage
 
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 FILES = (*sorted(MODEL_FILES), "training.safetensors", "state.json", "manifest.json")
@@ -38,7 +38,7 @@ def found(checkpoints):
     """(Step of the newest whole checkpoint, what was said)."""
     said = []
     folder, state = checkpoints.newest(said.append)
-    assert folder is None or (damage(folder) == "" and state["step"] == int(folder.name[5:]))
+    assert folder is None or (find_damage(folder) == "" and state["step"] == int(folder.name[5:]))
     return state and state["step"], " ".join(said)
 
 
@@ -185,7 +185,7 @@ def test_a_kill_at_any_call_to_the_file_system_leaves_the_old_checkpoint_or_the_
             checkpoints = Checkpoints(out)
             step, said = found(checkpoints)
             steps.append(step)
-            assert said == "" and checkpoints.pointer()["best"] == "step_000001" and damage(checkpoints.root / "step_000001") == "", limit
+            assert said == "" and checkpoints.pointer()["best"] == "step_000001" and find_damage(checkpoints.root / "step_000001") == "", limit
             for name in ("model.safetensors", "ema/model.safetensors"):
                 assert (out / name).read_text() in [f"{name} of step {step}" * 100 for step in (2, 3)], limit
             checkpoints.link(checkpoints.root / f"step_{step:06d}")
@@ -543,7 +543,7 @@ def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step_and_befor
     held = sum(path.stat().st_size for path in (copy / "checkpoints").rglob("*")) if flags else 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6 - 5000, 5000))
     monkeypatch.setattr(runtime.Run, "steps", None)
-    monkeypatch.setattr(runtime, "room", lambda *args: held // 4 + 1251 if flags else 1251)
+    monkeypatch.setattr(runtime, "bytes_needed", lambda *args: held // 4 + 1251 if flags else 1251)
     assert tools.here("reward", root, tools.SHORT, flags, f"--out {out}") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"--out {out} has 5,000 bytes free" in error and "more (two, the best, and one being written)" in error

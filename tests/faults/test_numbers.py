@@ -57,7 +57,7 @@ def finite_checkpoints(folder):
     """Names of a run's checkpoints, which are whole, finite and complete."""
     found = sorted(path for path in (folder / "checkpoints").iterdir() if path.is_dir())
     for checkpoint in found:
-        assert checkpoints.damage(checkpoint) == ""
+        assert checkpoints.find_damage(checkpoint) == ""
         assert all(tensor.isfinite().all() for file in checkpoint.glob("*.safetensors") for tensor in load_file(file).values())
     return [path.name for path in found]
 

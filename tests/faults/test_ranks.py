@@ -36,7 +36,7 @@ def sharded(folder):
 def contents(out):
     """All tensors of a run's latest checkpoint, which is whole: (training state, model)."""
     folder = tools.latest(out)
-    assert checkpoints.damage(folder) == ""
+    assert checkpoints.find_damage(folder) == ""
     return sharded(folder) if (folder / "shards").is_dir() else load_file(folder / "training.safetensors"), load_file(folder / "model.safetensors")
 
 
