@@ -73,7 +73,6 @@ On the embedded task the first takes the gold score from 0.1 to 0.9 in 1.5 minut
 Legend: B replies on this rank, T tokens, V vocabulary; n replies of a pass, W tokens of the longest of them.
 """
 import copy
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -89,6 +88,7 @@ from judges import (
 from model import (
     GPT, ScalarModel, copy_of, frozen_reference, prepare_training, shares_frozen, values_before)
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
+from plumbing.health import Totals, Watch, shares_of_time
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
 from rollout import draw_prompts, load_prompts, sample
@@ -190,8 +190,6 @@ class Config(RunConfig):
 ROUNDING = 1e-6
 # Metrics on the progress bar, besides the score and the judges' numbers.
 WATCHED = ("kl", "entropy", "length", "eos_rate", "clip_fraction", "explained_variance")
-# The largest |log ratio| that rounding explains.
-RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 def missing_eos_scores(scores, ended, rule, penalty, lowest):
@@ -410,65 +408,6 @@ def adapt_penalty(penalty_coef, kl, target):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is unhealthy in a run
-
-WINDOW = 5  # rollouts whose mean is compared with that of others
-
-
-def mean(name, rows):
-    return sum(row[name] for row in rows) / len(rows)
-
-
-def diagnose(history, kl_limit, judges=()):
-    """What is unhealthy in a run's rows of metrics so far, oldest first.
-
-    judges: names of their numbers. Returns {symptom: one line with the switch to try}.
-    """
-    found, last = {}, history[-1]
-    if last["kl"] > kl_limit:
-        found["kl"] = (f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit "
-                       f"{kl_limit:g}: raise --kl-coef (or set --kl-target), or lower --lr")
-    if len(history) >= 2 * WINDOW:
-        found |= diagnose_trends(history)
-    if len(history) >= 3 * WINDOW:
-        for name in judges:
-            if fell := over_optimised(history, name):
-                before, late = fell
-                found[name] = (f"the score rises while the {name} score fell from {before:.2f} to {late:.2f} "
-                               "(over-optimisation): raise --kl-coef, stop earlier, or train the reward "
-                               "model on replies of this policy")
-    return found
-
-
-def diagnose_trends(history):
-    """The part of `diagnose` that compares a run's end with its beginning."""
-    found, early, late = {}, history[:WINDOW], history[-WINDOW:]
-    rollouts = 2 * WINDOW
-    if all(row["explained_variance"] < 0 for row in history[-rollouts:]):
-        found["critic"] = (f"the critic has explained nothing of the returns for {rollouts} rollouts: "
-                           f"try --critic-warmup {rollouts}, another --critic-lr or --critic-init")
-    ended_before, ended = mean("eos_rate", early), mean("eos_rate", late)
-    if ended < ended_before - 0.1:
-        found["eos"] = (f"replies that end by themselves fell from {ended_before:.2f} to {ended:.2f}: "
-                        "raise --missing-eos-penalty or --max-new-tokens; is there an end token in the data?")
-    entropy = mean("entropy", late)
-    if entropy < 0.05 * mean("entropy", early):
-        found["entropy"] = (f"entropy fell to {entropy:.2g} nats per token, a twentieth of what it was: "
-                            "raise --kl-coef or --entropy-coef, or lower --lr")
-    return found
-
-
-def over_optimised(history, name):
-    """(best, last) mean of a judge's number, if that fell since its best while the score rose; else None."""
-    windows = [history[end - WINDOW:end] for end in range(WINDOW, len(history) + 1)]
-    best, late = max(windows, key=lambda rows: mean(name, rows)), history[-WINDOW:]
-    fell = mean(name, late) < mean(name, best) - 0.1
-    if fell and mean("score", late) > mean("score", best):
-        return mean(name, best), mean(name, late)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Before the first rollout
 
 def check(config, folders, run):
@@ -644,18 +583,6 @@ def deal(replies, minibatches, epochs, run, generator):
     return (own * lanes + torch.arange(lanes)).tolist()
 
 
-class Totals(dict):
-    """Sums of metrics over an update, each divided by the optimiser steps that it has."""
-
-    def __init__(self, updates):
-        super().__init__()
-        self.updates = updates
-
-    def add(self, metrics):
-        for name, value in metrics.items():
-            self[name] = self.get(name, 0) + value.detach() / self.updates
-
-
 class Update(NamedTuple):
     """What came of the update on a rollout."""
     totals: dict  # {metric: () sum of this rank}, as from `Totals`
@@ -788,19 +715,6 @@ def metrics_of(run, batch, old, scores, source_scores, rewards, explained, judge
     return row, tokens.item()
 
 
-def shares_of_time(clock, tokens, passes):
-    """Of rollout, score and update the part of the step's seconds, and tokens per second: {metric: number}.
-
-    clock: seconds before each of them, and at the end; passes: epochs of the update.
-    """
-    row = {}
-    for name, before, after in zip(("rollout", "score", "update"), clock, clock[1:]):
-        seconds, times = after - before, passes if name == "update" else 1
-        row[f"{name}_tokens_per_second"] = tokens * times / seconds
-        row[f"{name}_share"] = seconds / (clock[-1] - clock[0])
-    return row
-
-
 def main(config):
     folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
     run = Run(config, reads={"reward": folders})
@@ -833,9 +747,7 @@ def main(config):
     # No dropout: the ratio to the old policy must be 1 where nothing has changed.
     models.policy.eval()
     models.critic.eval()
-    history, warned = [], {}
-    if first and run.main:
-        history = read_history(run, judges)
+    watch = Watch(run, config, judges)
 
     for step in run.steps(first, config.steps):
         generator = run.seed_step(step)
@@ -892,14 +804,8 @@ def main(config):
         clock.append(run.clock())
         # The largest of all ranks.
         ratio_error = -run.all_min(-done.ratio_error)
-        check_ratio(run, ratio_error)
-        # The first rollouts are kept to compare with.
-        history.append(row)
-        history = history[:WINDOW] + history[WINDOW:][-295:]
-        for symptom, advice in diagnose(history, config.kl_limit, judged).items():
-            if step - warned.get(symptom, -20) >= 20:
-                warned[symptom] = step
-                run.say(f"warning: step {step + 1}: {advice}")
+        watch.check_ratio(ratio_error)
+        watch.look(row)
         if run.time_to_log(step):
             row |= {"kl_coef": state["kl_coef"], "lr": done.lr, "critic_lr": done.critic_lr,
                     "grad_norm": done.grad_norm, "critic_grad_norm": done.critic_grad_norm,
@@ -909,7 +815,7 @@ def main(config):
             row |= shares_of_time(clock, tokens, config.epochs * done.begun / updates)
             run.log(step + 1, row, show=("score", *judged, *WATCHED))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
-            show_replies(run, batch, scores)
+            batch.show(run, scores)
         # What is saved changes here alone: a run that is stopped on the way begins the step anew.
         state["moments"] = moments
         train_policy = step >= config.critic_warmup
@@ -922,29 +828,6 @@ def main(config):
         if config.kl_limit_stop and row["kl"] > config.kl_limit:
             run.problem = (f"step {step + 1}: the KL per reply, {row['kl']:.1f} nats, is beyond --kl-limit "
                            f"{config.kl_limit:g}, and --kl-limit-stop was asked for")
-
-
-def check_ratio(run, ratio_error):
-    """Warn where the ratio to the old policy, before anything was updated, is not 1."""
-    if ratio_error > RATIO_TOLERANCE[run.dtype]:
-        run.say(f"warning: step {run.step + 1}: log-probabilities of an unchanged policy moved by "
-                f"{ratio_error:.2g}; the ratio should be 1, so something differs between the two passes "
-                "(dropout? --dtype float32 tells whether it is rounding)")
-
-
-def read_history(run, judges):
-    """The rows of a resumed run's metrics that `diagnose` can use: those with all the numbers it reads."""
-    needed = {"score", "kl", "entropy", "eos_rate", "explained_variance", *(judge.name for judge in judges)}
-    with open(run.out / "metrics.jsonl") as file:
-        rows = [json.loads(line) for line in file]
-    return [row for row in rows if needed <= row.keys()]
-
-
-def show_replies(run, batch, scores, number=3):
-    """Print a few replies of a rollout with their scores (B,)."""
-    for i in range(0, len(batch.texts), max(1, len(batch.texts) // number))[:number]:
-        prompt = batch.prompts[i].row.text
-        run.say(f"  sample: {prompt!r} -> {batch.texts[i]!r} (score {scores[i]:.2f})")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Rollout:
         counts = run.all_max(counts).tolist()
         plan = []
         for own, count, numbers in zip(pieces, counts, selections):
-            plan.append(fill_up(own, count, numbers[:1]))
+            plan.append(fill_up(own, count, numbers[:1] or [0]))
         return plan
 
     def passes(self, run, plan, *modules):
@@ -126,6 +126,28 @@ class Rollout:
                 mask=mask,
                 lengths=self.host_lengths[numbers],
             )
+
+    def show(self, run, scores, number=3):
+        """Print a few of the replies with their scores (B,)."""
+        for i in range(0, len(self.texts), max(1, len(self.texts) // number))[:number]:
+            prompt = self.prompts[i].row.text
+            run.say(f"  sample: {prompt!r} -> {self.texts[i]!r} (score {scores[i]:.2f})")
+
+
+def join(rollouts):
+    """Several rollouts of one policy as one, in their order."""
+    widest = max(batch.ids.shape[1] for batch in rollouts)
+    fields = {}
+    for name in Rollout.__dataclass_fields__:
+        parts = [getattr(batch, name) for batch in rollouts]
+        if isinstance(parts[0], list):
+            fields[name] = sum(parts, [])
+        elif parts[0].ndim == 1:
+            fields[name] = torch.cat(parts)
+        else:
+            # Padding has the mask False, so it may be any token.
+            fields[name] = torch.cat([F.pad(part, (0, widest - part.shape[1])) for part in parts])
+    return Rollout(**fields)
 
 
 def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generator,

@@ -246,6 +246,9 @@ def parse_flags(config_class, description, argv=None):
     for name, limits in bounds.items():
         if name in given and not within(given[name], limits):
             parser.error(f"{flag_of(name)} must be {' and '.join(limits)}, got {given[name]}")
+    # A preset is nothing but flags; those that are given beside it count.
+    if given.get("preset"):
+        given = config_class.PRESETS[given["preset"]] | given
     # Where 0 is the default of --epochs, it takes the place of --steps; ppo.py's is something else.
     if given.get("epochs") and config_class.epochs == 0 and "steps" in given:
         parser.error(f"--steps {args.steps} and --epochs {args.epochs} both say how long to train; give one")
