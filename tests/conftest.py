@@ -1,4 +1,7 @@
+"""What all tests share: the table of faults, fixtures, and where modules are found."""
 import collections
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -6,8 +9,16 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
-import tools  # noqa: E402,F401: makes the files that all processes of the tests use
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+# `tools` makes the files that all processes of the tests use.
+import chat  # noqa: E402
+from data import encode_prompt  # noqa: E402
+from examples import JUDGES  # noqa: E402
+from formats.tokenizer import Tokenizer  # noqa: E402
+from small_models import BATCH_LENGTHS  # noqa: E402
+from tools import (  # noqa: E402
+    ALL_AT_ONCE, DEMONSTRATIONS, QUICK, TINY_RUN, TOY, TRAINERS, WORDS, command, run_here,
+    signal_handlers_kept)
 
 torch.set_num_threads(1)  # tiny models: one thread is fastest, and repeats bit for bit
 
@@ -83,3 +94,131 @@ def peers():
         found.logging.set_verbosity_error()
         getattr(found.logging, "disable_progress_bar", lambda: None)()
         yield found
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A run takes over signals; the next test begins without that."""
+    with signal_handlers_kept():
+        yield
+
+
+# -- folders of small runs
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A folder with a three-step run of every stage, each in a subprocess; the outputs by stage."""
+    root, said = tmp_path_factory.mktemp("chain"), {}
+
+    def run(stage, *flags):
+        done = command(stage, *flags)
+        assert done.returncode == 0, f"{stage}: {done.stderr}"
+        said[stage] = done.stdout
+
+    held_out = f"--val-data {TOY}/demonstrations_heldout.jsonl"
+    run("sft", TINY_RUN, QUICK["sft"], DEMONSTRATIONS, held_out, f"--out {root}/sft --steps 3")
+    run("toy", f"--model {root}/sft --out {root}/preferences --groups 200 --heldout-groups 40 --samples 2 --max-new-tokens 12 --threads 1")
+    files = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl --model {root}/sft --threads 1 --steps 3"
+    run("reward", files, QUICK["reward"], f"--demonstrations {TOY}/demonstrations.jsonl --out {root}/reward")
+    run("ppo", f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl --judge toy:gold", QUICK["ppo"],
+        f"--threads 1 --steps 3 --out {root}/ppo")
+    run("dpo", files, QUICK["dpo"], f"--out {root}/dpo")
+    run("evaluate", f"--models {root}/sft {root}/ppo {root}/dpo --out {root}/evaluation.json --prompts 20 --max-new-tokens 12 --threads 1",
+        f"--data {TOY}/prompts_heldout.jsonl --judge toy:gold")
+    run("report", f"--demo {root} --seconds 12")
+    return root, said
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with a language model whose replies mostly end, another one, a reward model, and the files to train on."""
+    root = tmp_path_factory.mktemp("small")
+    prompts = [f"Say {'please ' * (i % 3)}{word}." for i, word in enumerate(WORDS)]
+    replies = ["It is good.", "No.", "It is sad, and so it is."]
+    ranks = [[0, 1], [1, 0, 2], [0, 1, 1]]
+    files = {"prompts": [{"prompt": p} for p in prompts], "demonstrations": [{"instruction": p, "output": r} for p in prompts for r in replies],
+             "rankings": [{"prompt": p, "completions": replies[:len(r)], "ranks": r, "margin": 0.5 * i} for i, p in enumerate(prompts) for r in [ranks[i % 3]]]}
+    for name, rows in files.items():
+        (root / f"{name}.json").write_text(json.dumps(rows))
+    with signal_handlers_kept():
+        run_here("sft", f"{TINY_RUN} {ALL_AT_ONCE} --tokenizer {TOY} --data {root}/demonstrations.json --steps 40 --lr 0.02 --out {root}/sft")
+        run_here("sft", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/demonstrations.json --steps 3 --out {root}/other")
+        run_here("reward", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/rankings.json --steps 2 --out {root}/reward")
+    return root
+
+
+@pytest.fixture
+def flags(chain):
+    """Flags of each trainer for runs in this process, on the chain's files."""
+    root = chain[0]
+    files = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl --model {root}/sft"
+    inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files,
+              "ppo": f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"}
+    return {name: f"{inputs[name]} {QUICK[name]} --threads 1 --steps 4" for name in TRAINERS}
+
+
+# -- judges of a user, and somebody who chats
+
+@pytest.fixture
+def judged(small, tmp_path, monkeypatch):
+    """Evaluate three models by functions, on questions with answers: judged(flags) -> (results, replies)."""
+    (tmp_path / "mine.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"question": f"Say {word}.", "answer": f"So it is.\n#### {i}"} for i, word in enumerate(WORDS)]
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    for name in ("a", "b"):
+        shutil.copytree(small / "sft", tmp_path / name / "sft")
+
+    def evaluation(flags):
+        models = f"{tmp_path}/a/sft {tmp_path}/b/sft {small}/other"
+        run_here("evaluate", f"--models {models} --data {tmp_path}/questions.json --max-new-tokens 8",
+                 f"--out {tmp_path}/results.json {flags}")
+        found = json.loads((tmp_path / "results.json").read_text())
+        return found["results"], found["replies"]
+
+    return evaluation
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """Ask three questions: talk(flags) -> how many messages chat.py's model was given each time."""
+    def talk(flags):
+        lengths, lines = [], iter(["What is 1 + 2?", "What is 2 + 2?", "What is 3 + 3?"])
+
+        def counted(tokenizer, messages):
+            lengths.append(len(messages))
+            return encode_prompt(tokenizer, messages)
+
+        monkeypatch.setattr(chat, "encode_prompt", counted)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines, "/quit"))
+        run_here("chat", "--max-new-tokens 4", flags)
+        return lengths
+
+    return talk
+
+
+# -- small inputs, and the libraries that they are compared with
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(256)})
+
+
+@pytest.fixture
+def batch():
+    """ids and mask (4, 12), right-padded: a plain response, a single token, two stretches, and an empty mask."""
+    ids = torch.randint(256, (4, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(4, 12, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 1] = mask[2, 2:4] = mask[2, 7:12] = True
+    ids[torch.arange(12) >= BATCH_LENGTHS[:, None]] = 257
+    return ids, mask
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    return pytest.importorskip("transformers", reason="the peer that token ids are compared with")
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    return pytest.importorskip("tokenizers", reason="what opens other projects' tokenizers")

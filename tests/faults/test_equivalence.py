@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -17,16 +16,13 @@ from safetensors.torch import load_file, save_file
 from plumbing import flags
 from plumbing import run as runtime
 import tools
-from tools import TOY
+from tools import TOY, TRAINERS
 import toy
-
-TRAINERS = ("sft", "reward", "dpo", "ppo")
 
 
 def write_gradients(script, words, file):
     """Run a trainer in this process, on all ranks; write the gradients {name: tensor} of each optimiser's first step to a file."""
     found, original, module = {}, runtime.Run.optimizer_step, importlib.import_module(script)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def optimizer_step(run, optimizer, *args):
         for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -36,11 +32,10 @@ def write_gradients(script, words, file):
 
     runtime.Run.optimizer_step = optimizer_step
     try:
-        module.main(flags.parse_flags(module.Config, "", shlex.split(words)))
+        with tools.signal_handlers_kept():
+            module.main(flags.parse_flags(module.Config, "", shlex.split(words)))
     finally:
         runtime.Run.optimizer_step = original
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if runtime.Run.current.main:
         save_file(found, file)
 

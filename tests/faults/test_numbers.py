@@ -21,10 +21,9 @@ import rollout
 from plumbing import run as runtime
 from plumbing import checkpoints
 import tools
-from tools import TOY
+from tools import TOY, TRAINERS, same_tensors
 import toy
 
-TRAINERS = ("sft", "reward", "dpo", "ppo")
 FEW = ["sft", "ppo", *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "dpo"))]  # which differ least
 OPTIMIZER = {name: "policy_optimizer" if name == "ppo" else "optimizer" for name in TRAINERS}
 ROWS = {"sft": "--data {root}/preferences.jsonl " f"--tokenizer {TOY}"}
@@ -43,10 +42,6 @@ def wrap(monkeypatch, owner, name, around):
 
 def state_of(run):
     return {name: tensor.clone() for name, tensor in checkpoints.training_state(run.modules, run.optimizers).items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def skipped(folder):
@@ -96,14 +91,14 @@ def test_a_batch_whose_loss_is_infinite_changes_nothing_is_reported_and_training
     wrap(monkeypatch, runtime.Run, "backward", backward)
     wrap(monkeypatch, runtime.Run, "optimizer_step", optimizer_step)
     assert here(script, root, f"--out {tmp_path}/run --steps 5") == 0
-    assert equal(*states) and len(batches) == 1
+    assert same_tensors(*states) and len(batches) == 1
     row, = skipped(tmp_path / "run")
     assert row["step"] == 3 and row["examples"] == batches[0] and re.fullmatch(r"the gradient of \w+\.transformer\.\S+ is not finite", row["why"])
     warning, = warnings(capsys.readouterr().out)
     assert row["why"] in warning and "step 3" in warning and str(batches[0][0]) in warning and "skipped.jsonl" in warning
     rows = [row for row in tools.metrics(tmp_path / "run") if "lr" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and (script == "ppo" or "grad_norm" not in rows[2])
-    assert finite_checkpoints(tmp_path / "run") == ["step_000005"] and not equal(states[1], state_of(runtime.Run.current))
+    assert finite_checkpoints(tmp_path / "run") == ["step_000005"] and not same_tensors(states[1], state_of(runtime.Run.current))
 
 
 def spoil(monkeypatch, step, part):
@@ -175,7 +170,7 @@ def test_one_reward_that_is_nan_costs_its_rollout_alone_and_is_named(source, roo
     monkeypatch.setattr(judges, "last_scores", last_scores)
     wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run: (states.setdefault(run.step, state_of(run)), original(run)) and None)
     assert here("ppo", root, f"--out {tmp_path}/run --steps 5 --reward-fn flawed:score --critic-init reward") == 0
-    assert equal(states[2], states[3]) and not equal(states[1], states[2]) and not equal(states[3], states[4])
+    assert same_tensors(states[2], states[3]) and not same_tensors(states[1], states[2]) and not same_tensors(states[3], states[4])
     row, = skipped(tmp_path / "run")
     warning, = warnings(capsys.readouterr().out)
     assert row["step"] == 3 and row["why"] == "the score is not finite" and "step 3: the score is not finite" in warning and len(row["examples"]) == 1
@@ -251,13 +246,13 @@ def test_spikes_of_the_gradient_norm_are_skipped_if_asked_for_however_many_and_e
     wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run: (states.setdefault(run.step, state_of(run)), original(run)) and None)
     multiply_gradients(monkeypatch, spikes)
     assert here(script, root, words, f"--out {tmp_path}/off --max-skipped 0") == 0
-    assert not (tmp_path / "off" / "skipped.jsonl").exists() and not equal(states[first], states[first + 1])
+    assert not (tmp_path / "off" / "skipped.jsonl").exists() and not same_tensors(states[first], states[first + 1])
     states.clear()
     capsys.readouterr()
     if script == "sft":
         multiply_gradients(monkeypatch, {24: math.inf})  # which counts for --max-skipped
     assert here(script, root, words, f"--out {tmp_path}/on --skip-sigma 6 --max-skipped 1") == 0
-    assert all(equal(states[first], states[step]) for step in states if step >= first and step < 26)
+    assert all(same_tensors(states[first], states[step]) for step in states if step >= first and step < 26)
     rows, said = skipped(tmp_path / "on"), warnings(capsys.readouterr().out)
     why = ["deviations above" in row["why"] for row in rows]
     assert why == ([True] * 4 + [False] if script == "sft" else [True] * 24)
@@ -462,5 +457,5 @@ def test_in_float16_a_spike_of_the_gradient_is_skipped_and_leaves_the_scale(floa
     assert here("sft", root, f"--steps 26 --eval-every 100 --lr 1e-5 --skip-sigma 6 --out {tmp_path}/run") == 0
     row, = skipped(tmp_path / "run")
     assert row["step"] == 23 and "deviations above" in row["why"]
-    assert equal(states[22], states[23]) and not equal(states[23], states[24])
+    assert same_tensors(states[22], states[23]) and not same_tensors(states[23], states[24])
     assert all(scaler.get_scale() == 2.0**10 for scaler in runtime.Run.current.scalers.values())

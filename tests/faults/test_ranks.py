@@ -19,7 +19,8 @@ from plumbing.hardware import autocast
 from model import GPT, ScalarModel, last_scores
 from generate import generate
 from plumbing.ranks import Ranks
-from test_checkpoint import ATTENTION, IDS, LENGTHS, TOKENIZER, tiny
+from examples import TOKENIZER
+from small_models import ATTENTION, IDS, LENGTHS, tiny_of
 
 RUN = "--steps 24 --save-every 8 --micro-batch-tokens 200"
 
@@ -299,7 +300,7 @@ def whole(tensor):
 @pytest.mark.case(25)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shards_gathered_in_bfloat16_train_and_generate_as_if_the_weights_were_rounded(name, alone):
-    model = tiny(GPT, name)
+    model = tiny_of(GPT, name)
     rounded, sharded = copy.deepcopy(model), alone.parallel(copy.deepcopy(model))
     with torch.no_grad():
         for p in rounded.transformer.h.parameters():
@@ -326,7 +327,7 @@ def test_shards_gathered_in_bfloat16_train_and_generate_as_if_the_weights_were_r
 @pytest.mark.case(25)
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "opt-350m"])
 def test_shards_gathered_in_bfloat16_score_as_if_the_weights_were_rounded(name, alone):
-    model = tiny(ScalarModel, name)
+    model = tiny_of(ScalarModel, name)
     sharded = alone.parallel(copy.deepcopy(model))
     with torch.no_grad():
         for p in model.transformer.h.parameters():
