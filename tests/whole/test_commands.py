@@ -150,7 +150,7 @@ def test_commands_of_the_readme_and_of_the_scripts_exist_with_their_flags():
     checked = 0
     for line in lines:
         words = [w for w in shlex.split(line.split("|")[-1]) if not re.match(r"[A-Z_]+=", w)]
-        file = next(w for w in words if w.endswith((".py", ".sh")))
+        file = next((word for word in words if word.endswith((".py", ".sh"))), words[1])
         assert (ROOT / file).exists(), line
         if file.endswith(".py") and file[:-3] in SCRIPTS:
             parse_flags(SCRIPTS[file[:-3]].Config, "", words[words.index(file) + 1:])
