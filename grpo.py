@@ -23,6 +23,7 @@ bench/estimators.py draws the weights over p. The loss of a token, with rho = pi
 
     --loss clip       max(-rho A, -clamp(rho, 1 - low, 1 + high) A)      (Schulman et al. 2017, eq. 7)
     --loss cispo      -clamp(rho, 1 - low, 1 + high) A log pi            (no gradient through the weight)
+    --loss soft       -A sigmoid(tau (rho - 1)) 4 / tau,  tau by the sign of A  (--soft-positive, -negative)
     --loss reinforce  -A log pi
 
 --ratio: rho is that of each token, of the whole reply (product), or its geometric mean over the reply's
@@ -39,6 +40,7 @@ divided by --max-new-tokens and replies (constant), so that a reply weighs as mu
                                                             --clip-high 4e-4
     cispo      deviation      cispo      token    token     --clip-low 1        MiniMax 2025, eq. 4
                                                             --clip-high 4
+    sapo       deviation      soft       token    reply                         Gao et al. 2025 (SAPO)
     rloo       leave-one-out  clip       product  reply                         Ahmadian et al. 2024
     remax      greedy         reinforce  token    constant                      Li et al. 2024
     reinforce  batch          reinforce  token    token                         Hu 2025 (REINFORCE++)
@@ -65,6 +67,9 @@ What differs between implementations:
     sampled as it is scored                  top-p or top-k when sampling, all of the    none
                                                softmax when scoring
     entropy: mean of -log pi of the tokens   of the whole softmax                        none
+    KL in the loss times the ratio           as an option (its gradient is KL(ref||pi)'s none
+                                               without)
+Left out: VESPO's weights, masks by entropy, an entropy bonus.
 
     python grpo.py --preset rloo --model runs/sft --reward runs/reward --judge toy:gold
     torchrun --nproc-per-node 8 grpo.py --preset dapo --data gsm8k.jsonl --model sft --reward-fn mine:right
@@ -100,6 +105,7 @@ class Config(RunConfig):
                  "clip_low": 3e-4, "clip_high": 4e-4},
         "cispo": {"advantage": "deviation", "loss": "cispo", "ratio": "token", "average": "token",
                   "clip_low": 1.0, "clip_high": 4.0},
+        "sapo": {"advantage": "deviation", "loss": "soft", "ratio": "token", "average": "reply"},
         "rloo": {"advantage": "leave-one-out", "loss": "clip", "ratio": "product", "average": "reply"},
         "remax": {"advantage": "greedy", "loss": "reinforce", "average": "constant"},
         "reinforce": {"advantage": "batch", "loss": "reinforce", "average": "token"},
@@ -107,8 +113,8 @@ class Config(RunConfig):
         "passk": {"advantage": "pass", "loss": "reinforce", "average": "constant"},
     }
     # a method by its name: nothing but the flags in the table above; those that are given beside it count
-    preset: Literal["", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "rloo", "remax", "reinforce", "maxrl",
-                    "passk"] = ""
+    preset: Literal["", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "remax", "reinforce",
+                    "maxrl", "passk"] = ""
     # files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     data: str = "runs/toy/prompts.jsonl"
     # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
@@ -150,11 +156,13 @@ class Config(RunConfig):
     advantage: Literal["none", "mean", "leave-one-out", "greedy", "batch", "deviation", "success",
                        "success-fail", "pass"] = "mean"
     pass_k: Count = 4  # k of --advantage pass
-    loss: Literal["clip", "cispo", "reinforce"] = "clip"  # of a token, see above
+    loss: Literal["clip", "cispo", "soft", "reinforce"] = "clip"  # of a token, see above
     ratio: Literal["token", "product", "mean"] = "token"  # of what the probability ratio is
     average: Literal["token", "reply", "constant"] = "constant"  # over what the loss is averaged
     clip_low: Annotated[float, "> 0", "<= 1"] = 0.2  # the ratio counts down to 1 - this
     clip_high: Positive = 0.2  # and up to 1 + this
+    soft_positive: Positive = 1.0  # how fast --loss soft lets go of a ratio that leaves 1, where A > 0
+    soft_negative: Positive = 1.05  # and where A <= 0
     # groups of equal scores: they count in the averages; or not; or other prompts are drawn in their place
     flat: Literal["keep", "drop", "resample"] = "keep"
     resample_rounds: Count = 3  # how often --flat resample samples --rollout-batch prompts for one update
@@ -281,11 +289,13 @@ def token_weights(lengths, average, replies, tokens, limit):
     return weights[:, None]
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, weights, kind, ratio, clip_low, clip_high):
+def policy_loss(logprobs, old_logprobs, advantages, mask, weights, kind, ratio, clip_low, clip_high,
+                soft=(1.0, 1.05)):
     """The loss of the policy: see the top of the file.
 
-    logprobs, old_logprobs, mask (n, W); advantages, weights (n, 1) -> (scalar, {clip_fraction, approx_kl,
-    entropy}), the latter sums over tokens. approx_kl is k3 of KL(old || new).
+    logprobs, old_logprobs, mask (n, W); advantages, weights (n, 1); soft: tau where A > 0, and elsewhere.
+    Returns (scalar, {clip_fraction, approx_kl, entropy}), the latter sums over tokens. approx_kl is k3 of
+    KL(old || new).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # (n, W)
     held = log_ratio.detach().clamp(-20, 20)
@@ -303,6 +313,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, weights, kind, ratio, 
         losses = torch.maximum(-advantages * rho, -advantages * clamped)
     elif kind == "cispo":
         losses = -clamped.detach() * advantages * logprobs
+    elif kind == "soft":
+        tau = torch.where(advantages > 0, *(advantages.new_tensor(number) for number in soft))
+        losses = -advantages * torch.sigmoid(tau * (rho - 1)) * 4 / tau
     elif kind == "reinforce":
         losses = -advantages * logprobs
     else:
@@ -511,9 +524,11 @@ def update(run, config, models, groups, old, advantages, trained, kept, generato
                 logprobs, _ = models.policy(part.ids, part.where, config.temperature)  # (n, W)
             old_logprobs = logprobs.detach() if old.logprobs is None else part.of(old.logprobs)
             mask = part.mask & part.of(trained)
-            weights = token_weights(lengths[part.rows], config.average, replies, tokens, config.max_new_tokens)
-            loss, sums = policy_loss(logprobs, old_logprobs, advantages[part.rows], mask, weights, config.loss,
-                                     config.ratio, config.clip_low, config.clip_high)
+            weights = token_weights(lengths[part.rows], config.average, replies, tokens,
+                                    config.max_new_tokens)  # (n, 1)
+            loss, sums = policy_loss(logprobs, old_logprobs, advantages[part.rows], mask, weights,
+                                     config.loss, config.ratio, config.clip_low, config.clip_high,
+                                     (config.soft_positive, config.soft_negative))
             totals.add({"policy_loss": loss} | {name: total / tokens for name, total in sums.items()})
             if old.ref_logprobs is not None:
                 ref_logprobs = part.of(old.ref_logprobs)

@@ -89,7 +89,7 @@ def draw(config, ps, weights):
     axes.set_title(f"What is optimised, groups of {config.group} replies, scores 0 or 1", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", frameon=False, fontsize=9)
+    axes.legend(loc="upper center", frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(config.out, dpi=150)
 

@@ -67,8 +67,9 @@ def diagnose(history, config, judges=()):
     """
     found, last = {}, history[-1]
     if last.get("kl", 0) > config.kl_limit:
+        raised = switches(config, "kl_coef", "kl_target")
         found["kl"] = (f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit "
-                       f"{config.kl_limit:g}: raise {switches(config, 'kl_coef', 'kl_target')}, or lower --lr")
+                       f"{config.kl_limit:g}: raise {raised}, or lower --lr")
     if len(history) >= 2 * WINDOW:
         found |= diagnose_trends(history, config)
     if len(history) >= 3 * WINDOW:
