@@ -6,7 +6,8 @@ one CPU thread.
 
 Nothing of theirs is copied or imitated; their own code runs:
     transformers   opens the folders that save_model writes
-    TRL, current   DPOTrainer and RewardTrainer, from text to the loss and its gradient
+    TRL, current   DPOTrainer and RewardTrainer, from text to the loss and its gradient; the losses of
+                   GRPOTrainer and RLOOTrainer on given replies, advantages and old log-probabilities
     TRL 1.12.0     the last with PPO: PPOTrainer.train() itself, its generation included, for one rollout and
                    two epochs on it. Its local variables are read each time it calls accelerator.backward; our
                    functions get its tokens alone, and for the second epoch its updated weights. It runs in a
@@ -18,6 +19,7 @@ Where our default is another, what restores theirs stands beside the quantity. A
 Legend: B rows, T tokens of a row, P of its prompt, R of its reply, V vocabulary.
 """
 import copy
+import dataclasses
 import inspect
 import json
 import os
@@ -54,6 +56,7 @@ except ModuleNotFoundError as error:
           file=sys.stderr)
     sys.exit(2)
 
+import grpo
 from data import collate, encode_group, encode_prompt, pad_rows, ranked_pairs
 from dpo import preference_loss
 from formats.families import TRANSPOSED
@@ -304,6 +307,135 @@ def reward_rows(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# GRPO and its kin: the current TRL
+
+class Case(NamedTuple):
+    """A loss of theirs, the flags that make it here, and what ours is to be multiplied with."""
+    loss_type: str
+    ratio: str  # their importance_sampling_level
+    loss: str
+    our_ratio: str
+    average: str
+    factor: float = 1.0
+    beta: float = 0.0
+
+
+LIMIT = 24  # their max_completion_length, our --max-new-tokens
+# Theirs is the sum over a reply's tokens, ours that over LIMIT.
+GRPO_CASES = (
+    Case("grpo", "token", "clip", "token", "reply"),
+    Case("grpo", "token", "clip", "token", "reply", beta=0.3),
+    Case("grpo", "sequence", "clip", "mean", "reply"),
+    Case("bnpo", "token", "clip", "token", "token"),
+    Case("dr_grpo", "token", "clip", "token", "constant"),
+    Case("dapo", "token", "clip", "token", "token", beta=0.3),
+    Case("cispo", "token", "cispo", "token", "token"),
+    Case("sapo", "token", "soft", "token", "reply"),
+    Case("luspo", "sequence", "clip", "mean", "constant", factor=LIMIT),
+)
+LOW, HIGH = 0.1, 0.15
+
+
+class Replies:
+    """The replies of PAIRS with advantages, and log-probabilities of before an update.
+
+    All behind one prompt: theirs are padded on the left, and their loss counts positions from the padding.
+    """
+
+    def __init__(self, folder):
+        rows = [dataclasses.replace(row, prompt=pair_rows()[0].prompt) for row in pair_rows()]
+        examples = encoded(rows)
+        self.ids, self.mask, _ = collate(examples, TOKENIZER.pad, "cpu")  # (B, T)
+        prompts, replies = [], []
+        for ids, mask in examples:
+            start = mask.index(True)
+            prompts.append(ids[:start])
+            replies.append(ids[start:])
+        self.lengths = torch.tensor([len(reply) for reply in replies])
+        self.starts = torch.tensor([len(prompt) for prompt in prompts])
+        generator = torch.Generator().manual_seed(0)
+        self.advantages = torch.randn(len(replies), generator=generator)
+        with torch.no_grad():
+            now, _ = ours(folder, "policy")(self.ids, self.mask)  # (B, T)
+            self.ref_logprobs, _ = ours(folder, "reference")(self.ids, self.mask)
+        noise = torch.randn(now.shape, generator=generator)
+        self.old_logprobs = torch.where(self.mask, now + 0.2 * noise, 0.0)
+        self.prompt_ids = torch.tensor(prompts)
+        self.reply_ids, _ = pad_rows(replies, TOKENIZER.pad)  # (B, R)
+        self.reply_mask = torch.arange(self.reply_ids.shape[1]) < self.lengths[:, None]  # (B, R)
+
+    def of_replies(self, x):
+        """x (B, T) in their columns (B, R), zero behind a reply."""
+        columns = self.starts[:, None] + torch.arange(self.reply_ids.shape[1])  # (B, R)
+        return torch.where(self.reply_mask, x.gather(1, columns.clamp(max=x.shape[1] - 1)), 0.0)
+
+    def inputs(self):
+        """What their _compute_loss takes."""
+        old = self.of_replies(self.old_logprobs)
+        return {
+            "prompt_ids": self.prompt_ids, "prompt_mask": torch.ones_like(self.prompt_ids),
+            "completion_ids": self.reply_ids, "completion_mask": self.reply_mask.long(),
+            "advantages": self.advantages, "old_per_token_logps": old, "old_logps": old.sum(1),
+            "ref_per_token_logps": self.of_replies(self.ref_logprobs),
+            "num_items_in_batch": self.reply_mask.sum()}
+
+
+def group_trainer(kind, arguments, folder, **options):
+    """A GRPOTrainer or RLOOTrainer on the policy, as far as its loss needs one."""
+    args = arguments(**trainer_settings(folder), num_generations=2, max_completion_length=LIMIT,
+                     per_device_train_batch_size=8, **options)
+    prompts = datasets.Dataset.from_dict({"prompt": ["<65>"] * 8})
+    trainer = kind(theirs(folder, "policy"), lambda completions, **_: [0.0] * len(completions), args=args,
+                   train_dataset=prompts, processing_class=their_tokenizer())
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer
+
+
+def our_group_loss(policy, replies, loss, ratio, average, high, beta):
+    logprobs, _ = policy(replies.ids, replies.mask)  # (B, T)
+    weights = grpo.token_weights(replies.lengths, average, len(replies.lengths), replies.mask.sum(), LIMIT)
+    total, _ = grpo.policy_loss(logprobs, replies.old_logprobs, replies.advantages[:, None], replies.mask,
+                                weights, loss, ratio, 1.0 if loss == "cispo" else LOW, high)
+    if beta > 0:
+        total = total + beta * grpo.kl_loss(
+            logprobs, replies.old_logprobs, replies.ref_logprobs, replies.mask, "k3", weights)
+    return total
+
+
+def grpo_rows(folder):
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+    table = Table(f"TRL {trl.__version__}")
+    replies = Replies(folder)
+    for case in GRPO_CASES:
+        # Their cispo holds the ratio below epsilon_high, ours below 1 + --clip-high.
+        high = 0.1 if case.loss_type == "cispo" else HIGH
+        theirs_high = 1 + high if case.loss_type == "cispo" else high
+        trainer = group_trainer(
+            GRPOTrainer, GRPOConfig, folder, loss_type=case.loss_type, beta=case.beta, epsilon=LOW,
+            epsilon_high=theirs_high, importance_sampling_level=case.ratio, use_bias_correction_kl=True)
+        other = trainer._compute_loss(trainer.model, replies.inputs())
+        other.backward()
+        policy = ours(folder, "policy")
+        mine = case.factor * our_group_loss(policy, replies, case.loss, case.our_ratio, case.average, high,
+                                            case.beta)
+        mine.backward()
+        note = f"{case.loss_type}, {case.ratio}" + (", KL in the loss" if case.beta else "")
+        table.add(f"GRPO loss, {note}", mine, other)
+        table.add(f"GRPO gradient, {note}", *gradients(policy, trainer.model))
+
+    trainer = group_trainer(RLOOTrainer, RLOOConfig, folder, beta=0.0, epsilon=LOW, epsilon_high=HIGH)
+    other = trainer._compute_loss(trainer.model, replies.inputs())
+    other.backward()
+    policy = ours(folder, "policy")
+    mine = our_group_loss(policy, replies, "clip", "product", "reply", HIGH, 0.0)
+    mine.backward()
+    table.add("RLOO loss (--ratio product --average reply)", mine, other)
+    table.add("RLOO gradient", *gradients(policy, trainer.model))
+    return table.rows
+
+
+# ---------------------------------------------------------------------------------------------------------
 # PPO: TRL 1.12.0
 
 def snapshot(model):
@@ -510,6 +642,7 @@ def main(words):
         rows += ppo_in_its_own_process(folder)
         rows += dpo_rows(folder)
         rows += reward_rows(folder)
+        rows += grpo_rows(folder)
     width = max(len(quantity) for quantity, _, _ in rows)
     print(f"{'quantity':{width}} | {'peer':19} | largest difference | tolerance | ok")
     beyond = 0
