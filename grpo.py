@@ -411,7 +411,8 @@ class Groups(NamedTuple):
     batch: Rollout  # of B = N * G replies
     source_scores: torch.Tensor  # (sources, B) by each reward model and function
     scores: torch.Tensor  # (B,) their weighted sum
-    baseline: torch.Tensor  # (N,) scores of the likeliest replies; zeros unless --advantage greedy
+    likeliest: Rollout | None  # of N replies, one to each prompt, for --advantage greedy
+    likeliest_scores: torch.Tensor  # (N,) zeros unless there are any
 
 
 def sample_groups(run, config, models, functions, weights, prompts, order, generator, tokenizer):
@@ -427,24 +428,23 @@ def sample_groups(run, config, models, functions, weights, prompts, order, gener
     batch = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, config.temperature,
                    generator, config.rollout_rows, per_prompt=config.group)  # ids, mask (B, T)
     source_scores, scores = scored(batch)
-    baseline = torch.zeros(len(drawn), device=run.device)
+    likeliest, likeliest_scores = None, torch.zeros(len(drawn), device=run.device)
     if config.advantage == "greedy":
         likeliest = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, 0.0, generator,
                            config.rollout_rows)
-        _, baseline = scored(likeliest)
+        _, likeliest_scores = scored(likeliest)
     repeated = [i for i in drawn for _ in range(config.group)]
-    if not run.finite("the score", scores, repeated):
+    if not run.finite("the score", torch.cat([scores, likeliest_scores]), repeated + drawn):
         return None
-    return Groups(drawn, batch, source_scores, scores, baseline)
+    return Groups(drawn, batch, source_scores, scores, likeliest, likeliest_scores)
 
 
 def join_groups(rounds):
     """Several `Groups` as one."""
-    drawn = sum((groups.drawn for groups in rounds), [])
-    batch = join([groups.batch for groups in rounds])
-    source_scores = torch.cat([groups.source_scores for groups in rounds], 1)
-    scores = torch.cat([groups.scores for groups in rounds])
-    return Groups(drawn, batch, source_scores, scores, torch.cat([groups.baseline for groups in rounds]))
+    drawn, batches, source_scores, scores, likeliest, likeliest_scores = zip(*rounds)
+    return Groups(
+        sum(drawn, []), join(batches), torch.cat(source_scores, 1), torch.cat(scores),
+        join(likeliest) if likeliest[0] else None, torch.cat(likeliest_scores))
 
 
 def of_all_ranks(run, own):
@@ -478,6 +478,18 @@ def forward(run, model, batch, config):
             own, _ = model(part.ids, part.where, config.temperature)  # (n, W)
         logprobs[part.rows, :part.width] = own
     return logprobs
+
+
+def shaped_scores(config, batch, scores, lowest, logprobs, ref_logprobs):
+    """Scores (B,) of a rollout after --overlong and, where it stands in the reward, the KL of each reply.
+
+    lowest: score of the whole rollout; logprobs, ref_logprobs (B, T), needed for the KL alone.
+    """
+    scores = overlong_scores(scores, batch.ended, batch.mask.sum(1), config.overlong, config.overlong_penalty,
+                             lowest, config.max_new_tokens, config.overlong_tokens)
+    if config.kl_coef == 0 or config.kl_in == "loss":
+        return scores
+    return scores - config.kl_coef * kl_estimate(logprobs, ref_logprobs, config.kl).sum(1)
 
 
 class Old(NamedTuple):
@@ -592,7 +604,8 @@ def main(config):
     state |= {"drawn": 0, "replies": 0} | state
     order = endless_order(len(prompts), config.seed, state["drawn"])
     updates = config.epochs * config.minibatches
-    G, limit = config.group, config.max_new_tokens
+    kl_in_reward = config.kl_coef > 0 and config.kl_in == "reward"
+    G = config.group
     watch = Watch(run, config, judges)
 
     for step in run.steps(first, config.steps):
@@ -617,30 +630,32 @@ def main(config):
         clock.append(run.clock())
 
         # 2. log-probabilities before the update, where they are needed
-        old_logprobs = ref_logprobs = None
-        if updates > 1 or (config.kl_coef > 0 and config.kl_in == "reward"):
-            old_logprobs = forward(run, models.policy_model, batch, config)  # (B, T)
+        old = Old(None, None)
+        if updates > 1 or kl_in_reward:
+            old = old._replace(logprobs=forward(run, models.policy_model, batch, config))  # (B, T)
         if config.kl_coef > 0 or (config.kl_every and step % config.kl_every == 0):
-            ref_logprobs = forward(run, models.reference, batch, config)  # (B, T)
+            old = old._replace(ref_logprobs=forward(run, models.reference, batch, config))  # (B, T)
 
         # 3. advantages
-        lengths = batch.mask.sum(1)  # (B,)
-        adjusted = overlong_scores(scores, batch.ended, lengths, config.overlong, config.overlong_penalty,
-                                   run.all_min(scores.min()), limit, config.overlong_tokens)
-        if config.kl_coef > 0 and config.kl_in == "reward":
-            kl = kl_estimate(old_logprobs, ref_logprobs, config.kl).sum(1)  # (B,)
-            adjusted = adjusted - config.kl_coef * kl
+        lowest = run.all_min(scores.min())
+        shaped = shaped_scores(config, batch, scores, lowest, *old)  # (B,)
+        baseline = groups.likeliest_scores  # (N,)
+        if groups.likeliest:
+            of_likeliest = [None, None]
+            if kl_in_reward:
+                of_likeliest = [forward(run, model, groups.likeliest, config)
+                                for model in (models.policy_model, models.reference)]
+            baseline = shaped_scores(config, groups.likeliest, baseline, lowest, *of_likeliest)
         flat = flat_groups(scores.view(-1, G))  # (N,)
         kept = torch.ones_like(flat) if config.flat == "keep" else ~flat
-        advantages = group_advantages(adjusted.view(-1, G), config.advantage, config.pass_k, groups.baseline,
-                                      kept, run.all_sum).reshape(-1, 1)  # (B, 1)
+        advantages = group_advantages(shaped.view(-1, G), config.advantage, config.pass_k, baseline, kept,
+                                      run.all_sum).reshape(-1, 1)  # (B, 1)
         trained = batch.mask & batch.ended[:, None] if config.overlong == "mask" else batch.mask
         clock.append(run.clock())
 
         # 4. update
         places = of_all_ranks(run, kept.long()).nonzero().flatten().tolist()[:config.rollout_batch]
-        done = update(run, config, models, groups, Old(old_logprobs, ref_logprobs), advantages, trained,
-                      places, generator)
+        done = update(run, config, models, groups, old, advantages, trained, places, generator)
 
         # 5. log, save
         named = dict(zip(short_names(sources), groups.source_scores)) if len(sources) > 1 else {}
@@ -652,7 +667,7 @@ def main(config):
         replies = state["replies"] + len(rounds) * config.rollout_batch * G
         if run.time_to_log(step):
             row |= {"lr": done.lr, "grad_norm": done.grad_norm, "replies": replies}
-            tokens = run.all_sum(lengths.sum()).item()
+            tokens = run.all_sum(batch.mask.sum()).item()
             row |= shares_of_time(clock, tokens, config.epochs)
             run.log(step + 1, row, show=("score", *judged, *WATCHED))
         if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:

@@ -1,15 +1,15 @@
-"""Do PPO and DPO reach the optimum? A task so small that the answer is known exactly.
+"""Do PPO, GRPO's kin and DPO reach the optimum? A task so small that the answer is known exactly.
 
 Three symbols, replies of at most N tokens, two prompts, a reward table of random numbers. Every reply can be
 listed, so
 
     pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)          (Rafailov et al. 2023, eq. 4)
 
-and the distance of a trained policy to it, total variation averaged over the prompts, are exact. ppo.py and
-dpo.py run as they are, by their own flags.
+and the distance of a trained policy to it, total variation averaged over the prompts, are exact. ppo.py,
+grpo.py and dpo.py run as they are, by their own flags.
 
-    python bench/optimum.py        every KL estimator in both places, and DPO: bench/optimum.png, in 3 minutes
-                                   on 2 cores
+    python bench/optimum.py        every KL estimator in both places, three advantages without a critic, and
+                                   DPO: bench/optimum.png, in 4 minutes on 2 cores
 """
 import contextlib
 import copy
@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo  # noqa: E402
+import grpo  # noqa: E402
 import ppo  # noqa: E402
 from data import encode_prompt, pad_rows  # noqa: E402
 from formats.model_folder import save_model  # noqa: E402
@@ -46,6 +47,8 @@ PROMPTS = ("a", "b")
 PPO = ("--rollout-batch 512 --steps 150 --minibatches 2 --lr 3e-3 --critic-lr 3e-3 --lr-schedule linear "
        "--critic-lr-schedule constant --value-clip 0 --missing-eos subtract --missing-eos-penalty 0 "
        "--log-every 1000 --sample-every 100000")
+GRPO = ("--rollout-batch 128 --group 4 --steps 150 --epochs 2 --minibatches 2 --lr 3e-3 --lr-schedule linear "
+        "--average constant --kl k1 --kl-in reward --overlong keep --log-every 1000 --sample-every 100000")
 DPO = "--val-fraction 0 --steps 50 --batch-tokens 100000 --lr 5e-3 --warmup 5 --log-every 1000"
 
 
@@ -169,16 +172,16 @@ def write_lines(path, rows):
 
 
 def curve(script, folder, length, beta, flags="", every=1000):
-    """Train with ppo or dpo (the module) in a new folder.
+    """Train with ppo, grpo or dpo (the module) in a new folder.
 
     Returns ([step], [distance to pi*]), measured at every save.
     """
     reference, tokenizer = write_reference(folder / "reference", length)
     data = folder / "data.jsonl"
-    if script is ppo:
+    if script in (ppo, grpo):
         replies = replies_of(tokenizer, length)
         write_lines(data, [{"prompt": prompt} for prompt in PROMPTS])
-        own = (f"{PPO} --reward-fn bench.optimum:reward --kl-coef {beta} "
+        own = (f"{PPO if script is ppo else GRPO} --reward-fn bench.optimum:reward --kl-coef {beta} "
                f"--max-new-tokens {length} {flags}")
     else:
         replies = texts_of(tokenizer, length)
@@ -229,6 +232,10 @@ METHODS = (
            {"color": "C1", "ls": "--", "lw": 1.2}),
     Method("PPO, k3 in the loss", ppo, 0.5, "--kl k3 --kl-in loss --whiten none", 10,
            {"color": "C2", "ls": "--", "lw": 1.2}),
+    Method("RLOO", grpo, 0.5, "--advantage leave-one-out", 10, {"color": "C3", "ls": "-", "lw": 1.2}),
+    Method("ReMax", grpo, 0.5, "--advantage greedy", 10, {"color": "C4", "ls": "-", "lw": 1.2}),
+    Method("GRPO, over the deviation", grpo, 0.5, "--advantage deviation", 10,
+           {"color": "C5", "ls": "-", "lw": 1.2}),
     Method("DPO", dpo, 1.0, "", 5, {"color": "k", "ls": ":", "lw": 1.2}),
 )
 TITLES = {1: "replies of one token", 2: "replies of up to two tokens"}
