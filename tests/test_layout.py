@@ -7,7 +7,8 @@ import pytest
 import tools
 
 ALGORITHMS = ("sft", "reward", "ppo", "dpo", "evaluate", "chat", "report", "toy")
-# A file may import from the rooms before its own; in plumbing/ and formats/ files import each other, in no circle.
+# A file may import from the rooms before its own; in plumbing/ and formats/ files import each other, in no
+# circle.
 ROOMS = ("plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "algorithms")
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
 TWINS = {}
@@ -82,5 +83,7 @@ def test_what_stands_in_two_algorithms_is_a_twin_that_is_compared():
 
 @pytest.mark.parametrize("file", tools.sources())
 def test_no_line_is_wider_than_a_page(file):
-    wide = [number for number, line in enumerate(tools.sources()[file].splitlines(), 1) if len(line) > COLUMNS]
+    wide = [
+        number for number, line in enumerate(tools.sources()[file].splitlines(), 1) if len(line) > COLUMNS
+    ]
     assert wide == []
