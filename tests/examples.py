@@ -176,8 +176,10 @@ CASES = [  # want, a row of a file, its format, the Row
     ("demonstrations", ALPACA, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
     ("demonstrations", DOLLY, "instructions", Row(user("Cube it."), ["64"], [0])),
     ("demonstrations", DOLLY | {"context": "4"}, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
-    ("demonstrations", ALPACA | {"text": "Below is an instruction ..."}, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
-    ("demonstrations", HISTORY, "instructions", Row(BRIEF + user("Cube 4.", "64", "Sure?", "Yes", "And 5?"), ["125"], [0])),
+    ("demonstrations", ALPACA | {"text": "Below is an instruction ..."}, "instructions",
+     Row(user("Cube it.\n\n4"), ["64"], [0])),
+    ("demonstrations", HISTORY, "instructions",
+     Row(BRIEF + user("Cube 4.", "64", "Sure?", "Yes", "And 5?"), ["125"], [0])),
     ("demonstrations", SEEDS, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
     ("demonstrations", COMPLETION, "instructions", Row(SHORT, ["64"], [0])),
     ("demonstrations", COMPLETION_TURNS, "instructions", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
@@ -187,12 +189,14 @@ CASES = [  # want, a row of a file, its format, the Row
     ("demonstrations", MESSAGES | {"prompt": "Cube 4.", "label": 1, "score": "A"}, "conversations",
      Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
     ("demonstrations", SHAREGPT, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
-    ("demonstrations", MESSAGES | {"system": "Other."}, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
+    ("demonstrations", MESSAGES | {"system": "Other."}, "conversations",
+     Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
     ("demonstrations", SHAREGPT_NAMES, "conversations", Row(SHORT, ["64"], [0])),
     ("demonstrations", PARTS, "conversations", Row(SHORT, ["64"], [0])),
     ("demonstrations", POLITE | {"output": "Other."}, "preferences", Row(SHORT, ["Other."], [0])),
     ("demonstrations", PAIR, "preferences", Row(SHORT, ["64"], [0], 2.0)),
-    ("demonstrations", RM_STATIC | {"response": " 66"}, "preferences", Row(user("Hi", "Ho", "Cube 4."), ["66"], [0])),
+    ("demonstrations", RM_STATIC | {"response": " 66"}, "preferences",
+     Row(user("Hi", "Ho", "Cube 4."), ["66"], [0])),
     ("demonstrations", RANKING, "rankings", Row(SHORT, ["64"], [0])),
     ("demonstrations", HH, "transcripts", Row(HH_PROMPT, ["I don’t know."], [0])),
     ("demonstrations", KTO, "labelled replies", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
@@ -228,8 +232,10 @@ CASES = [  # want, a row of a file, its format, the Row
     ("preferences", SHP | {"labels": 0}, "preferences", Row(SHORT, ["65", "64"], [0, 1])),
     ("preferences", INPUT_PAIR, "preferences", Row(BRIEF + SHORT, *TWO)),
     ("preferences", WHOLE_PAIR, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
-    ("preferences", WHOLE_PAIR | {"prompt": "Cube 4."}, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
-    ("preferences", RANKING, "rankings", Row(SHORT, ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
+    ("preferences", WHOLE_PAIR | {"prompt": "Cube 4."}, "preferences",
+     Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
+    ("preferences", RANKING, "rankings",
+     Row(SHORT, ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
     ("preferences", HH, "transcripts", Row(HH_PROMPT, ["I don’t know.", "Ask Assistant: him."], [0, 1])),
     ("prompts", {"prompt": "Cube 4.", "chosen": None}, "prompts", Row(SHORT)),
     ("prompts", {"prompt": chat("Cube 4.")}, "prompts", Row(SHORT)),
@@ -276,16 +282,18 @@ MADE = {
     "toy": toy.tokenizer,
     "learned": lambda: Tokenizer("bpe", *train_bpe(ODD_TEXTS * 3 + CORPUS + [*CONTROLS] * 9, 450, ALL_LETTERS)
                                  ),
-    # Abc: no merge makes it.
+    # No merge makes abc.
     "gaps": lambda: Tokenizer("gaps", r"[\s\S]+", {b"a": 0, b"b": 1, b"c": 2, b"abc": 3, b" ": 4, b"\n": 5})
 }
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor "
-    "%}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 HEADERS = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|head|>' ~ m.role ~ '<|/head|>\n\n' ~ (m.content | trim) ~ "
-    "'<|eot|>' }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|head|>' ~ m.role ~ '<|/head|>\n\n' ~ (m.content | trim) ~ '<|eot|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}")
 BRACKETS = """{%- if messages[0].role == 'system' -%}
     {%- set start = '<<' + messages[0].content + '>>\n' -%}{%- set rest = messages[1:] -%}
@@ -293,8 +301,11 @@ BRACKETS = """{%- if messages[0].role == 'system' -%}
     {%- set start = '' -%}{%- set rest = messages -%}
 {%- endif -%}
 {%- for m in rest -%}
-    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('turns must alternate') }}{%- endif -%}
-    {%- if m.role == 'user' -%}{{ bos_token + '[INST] ' + (start if loop.first else '') + m.content + ' [/INST]' }}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('turns must alternate') }}
+    {%- endif -%}
+    {%- if m.role == 'user' -%}
+        {{ bos_token + '[INST] ' + (start if loop.first else '') + m.content + ' [/INST]' }}
     {%- else -%}{{ ' ' + m.content + ' ' + eos_token }}{%- endif -%}
 {%- endfor -%}"""
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<s>", "</s>"]

@@ -117,7 +117,7 @@ def auto(peers, kind):
 
 
 def open_with(peer, folder, **options):
-    """The peer's model, having checked that it found all weights that it wanted and wanted all that it found."""
+    """The peer's model, which found all weights that it wanted and wanted all that it found."""
     model, info = peer.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()

@@ -1,4 +1,4 @@
-"""evaluate.py: its numbers against one reply at a time, and what other judges, temperatures and files change."""
+"""evaluate.py: its numbers against one reply at a time; what other judges, temperatures and files change."""
 import json
 import shutil
 

@@ -70,15 +70,16 @@ def test_a_judge_of_a_name_that_the_logs_have_is_refused(folder):
 
 def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
     words = (
-        "--steps 1 --rollout-batch 4 --minibatches 1 --max-new-tokens 4 --judge toy:gold --kl-in loss --kl "
-        "k2 "
+        "--steps 1 --rollout-batch 4 --minibatches 1 --max-new-tokens 4 --judge toy:gold --kl-in loss "
+        "--kl k2 "
         f"--policy-loss penalty --ptx-coef 1 --ptx-data {TOY}/demonstrations.jsonl --missing-eos subtract")
     assert tools.here("sft", tmp_path, f"--steps 1 --out {tmp_path}/sft --eval-every 100") == 0
     zero = "def zero(replies): return [0.0] * len(replies)\n"
     (tmp_path / "zeros.py").write_text(zero)
     sys.path.insert(0, str(tmp_path))
     try:
-        flags = f"--model {tmp_path}/sft --data {TOY}/prompts.jsonl --reward-fn zeros:zero {words} --out {tmp_path}/ppo"
+        inputs = f"--model {tmp_path}/sft --data {TOY}/prompts.jsonl"
+        flags = f"{inputs} --reward-fn zeros:zero {words} --out {tmp_path}/ppo"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tools, "PLAN", {"ppo": ""})
             assert tools.here("ppo", tmp_path, flags) == 0

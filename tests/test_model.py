@@ -72,7 +72,7 @@ def test_rows_of_any_lengths_in_any_order_get_what_each_gets_alone(seed):
                      for kind in (GPT, ScalarModel))
 
     def outputs(chosen):
-        """Log-probabilities, values and score of each of the chosen rows, in one batch, padded with anything."""
+        """Log-probabilities, values, score of each of the chosen rows, in one batch, padded with anything."""
         ids = torch.randint(VOCAB, (len(chosen), max(lengths[i] for i in chosen)))
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for b, i in enumerate(chosen):

@@ -560,7 +560,8 @@ def test_while_the_disk_is_full_training_goes_on_and_afterwards_nothing_is_missi
     assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 0
     said = capsys.readouterr().out
     for step in (3, 4):
-        assert f"warning: the checkpoint of step {step} can't be written to {tmp_path}/run/checkpoints (" in said
+        warning = f"warning: the checkpoint of step {step} can't be written to {tmp_path}/run/checkpoints ("
+        assert warning in said
     assert said.count("Training goes on") == 2
     assert said.count("rows wait in memory") == 1
     assert "File too large" in said
@@ -682,12 +683,14 @@ def test_overwrite_leaves_nothing_of_the_run_before_even_if_killed_before_its_fi
     ("in use", "another process writes to it"),
     ("in use, resumed", "another process writes to it"),
 ])
-def test_an_output_folder_that_cannot_be_used_is_refused_before_the_first_step(kind, said, root, copy, tmp_path, monkeypatch, capsys):
+def test_an_output_folder_that_cannot_be_used_is_refused_before_the_first_step(
+        kind, said, root, copy, tmp_path, monkeypatch, capsys):
     out = {
         "below a file": tmp_path / "file" / "run", "a file": tmp_path / "file",
         "with a file as checkpoints": tmp_path / "odd", "a link to nowhere": tmp_path / "link"
     }.get(kind, copy)
-    flags = "--resume" if "resumed" in kind or "read-only" in kind else "--overwrite" if kind == "in use" else ""
+    resumed = "resumed" in kind or "read-only" in kind
+    flags = "--resume" if resumed else "--overwrite" if kind == "in use" else ""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "odd").mkdir()

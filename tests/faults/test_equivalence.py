@@ -102,12 +102,16 @@ def plan(uneven):
 @pytest.mark.parametrize("passes", ["many", pytest.param("one", marks=pytest.mark.long)])
 def test_gradients_of_uneven_rows_are_the_same_in_one_pass_row_by_row_on_two_ranks_and_in_shards(
         passes, uneven, plan, tmp_path):
-    """Measured: 3e-7 (PPO: 1.4e-6 of gradients up to 7). Dividing by each pass's own count is wrong by 5e-2."""
+    """Measured: 3e-7 (PPO: 1.4e-6 of gradients up to 7).
+
+    Dividing by each pass's own count is wrong by 5e-2.
+    """
     # So that one rank makes a pass less than the other.
     jobs, budgets = [], dict.fromkeys(TRAINERS, 1) | {"ppo": 50}
 
     def job(script, name, budget, words=""):
-        return script, f"{plan[script]} --micro-batch-tokens {budget} {words} --out {tmp_path}/{script}-{name}", f"{tmp_path}/{script}-{name}.safetensors"
+        out = f"{tmp_path}/{script}-{name}"
+        return script, f"{plan[script]} --micro-batch-tokens {budget} {words} --out {out}", f"{out}.safetensors"
 
     for script in TRAINERS:
         write_gradients(*job(script, "one", 100_000))
@@ -147,7 +151,8 @@ def generate(policy, prompts, limit, tokenizer, temperature, rows, uniform, inte
         for ids, numbers in zip(sequences, uniform):
             for number in numbers:
                 states = policy.transformer(torch.tensor([ids]))[:, -1]
-                ids.append(model.sample_token(policy.logits(states), temperature, 0, 1.0, number[None]).item())
+                token = model.sample_token(policy.logits(states), temperature, 0, 1.0, number[None])
+                ids.append(token.item())
                 if ids[-1] in tokenizer.stops:
                     break
             ended.append(ids[-1] in tokenizer.stops)

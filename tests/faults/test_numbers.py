@@ -25,7 +25,7 @@ import tools
 from tools import TOY, TRAINERS, same_tensors
 import toy
 
-# Which differ least.
+# Those that differ least run with --faults alone.
 FEW = ["sft", "ppo", *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "dpo"))]
 OPTIMIZER = {name: "policy_optimizer" if name == "ppo" else "optimizer" for name in TRAINERS}
 ROWS = {"sft": "--data {root}/preferences.jsonl " f"--tokenizer {TOY}"}
@@ -229,7 +229,8 @@ def test_rewards_that_are_always_nan_end_the_run_with_what_was_good_saved(root, 
 def test_a_rollout_that_is_skipped_leaves_nothing_behind_that_resuming_would_lack(
         root, tmp_path, monkeypatch):
     """PPO-ptx draws its batches by the number of the step, as everything else does."""
-    words = f"--reward-fn flawed:score --steps 4 --ptx-coef 0.5 --ptx-data {TOY}/demonstrations.jsonl --ptx-tokens 128"
+    ptx = f"--ptx-coef 0.5 --ptx-data {TOY}/demonstrations.jsonl --ptx-tokens 128"
+    words = f"--reward-fn flawed:score --steps 4 {ptx}"
     flawed({2}, monkeypatch)  # rollout 2
     assert here("ppo", root, words, f"--out {tmp_path}/whole") == 0
     flawed({2}, monkeypatch)
@@ -278,10 +279,8 @@ def test_gradients_of_ten_thousand_times_the_size_are_clipped_to_the_same_step_a
             assert before > 0.01
             assert after == pytest.approx(before * (1e4 if calm["step"] == 3 else 1), rel=1e-3)
         if calm["step"] == 3:  # the losses of this batch were multiplied, too
-            calm, wild = ({key: value
-                           for key, value in row.items()
-                           if "loss" not in key}
-                          for row in (calm, wild))
+            calm = {key: value for key, value in calm.items() if "loss" not in key}
+            wild = {key: value for key, value in wild.items() if "loss" not in key}
         assert wild == pytest.approx(calm, rel=1e-3, abs=1e-4)
     assert not (tmp_path / "wild" / "skipped.jsonl").exists()
 
@@ -290,8 +289,10 @@ def test_gradients_of_ten_thousand_times_the_size_are_clipped_to_the_same_step_a
 @pytest.mark.parametrize("script, first", [("sft", 20), ("ppo", 5)])
 def test_spikes_of_the_gradient_norm_are_skipped_if_asked_for_each_optimizer_by_its_own_norms(
         script, first, root, tmp_path, monkeypatch, capsys):
-    # Four steps of each optimiser per rollout.
-    words = "--steps 26 --eval-every 100 --lr 1e-5" if script == "sft" else "--steps 8 --lr 1e-5 --critic-lr 1e-5"
+    words = "--steps 26 --eval-every 100 --lr 1e-5"
+    if script == "ppo":
+        # A rollout has four steps of each optimiser.
+        words = "--steps 8 --lr 1e-5 --critic-lr 1e-5"
     spikes, states = dict.fromkeys(range(first, first + 4), 30.0), {}
     wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run:
          (states.setdefault(run.step, state_of(run)), original(run)) and None)
@@ -343,12 +344,12 @@ def test_ppo_warns_of_a_kl_that_blows_up_and_ends_with_all_saved_if_asked_to(roo
     assert tools.metrics(tmp_path / "warned") == rows
     assert here("ppo", root, words, f"--out {tmp_path}/run --kl-limit-stop") == 1
     assert re.match(
-        rf"error: step 2: the KL per reply, .* is beyond --kl-limit {limit:g}, and --kl-limit-stop was asked "
-        rf"for",
+        rf"error: step 2: the KL per reply, .* is beyond --kl-limit {limit:g}, and "
+        rf"--kl-limit-stop was asked for",
         last_line(capsys.readouterr()))
     assert finite_checkpoints(tmp_path / "run") == ["step_000002"]
     assert tools.metrics(tmp_path / "run") == rows[:2]
-    # Goes on if told to.
+    # It goes on if told to.
     assert here("ppo", root, words,
                 f"--out {tmp_path}/run --kl-limit-stop --resume --override --kl-limit 1e9") == 0
     assert tools.metrics(tmp_path / "run") == rows and tools.same(tmp_path / "run", tmp_path / "warned")
@@ -365,10 +366,12 @@ def test_ppo_warns_of_a_kl_that_blows_up_and_ends_with_all_saved_if_asked_to(roo
 ])
 def test_no_memory_is_one_line_that_says_where_and_which_flags_help_and_the_run_can_go_on(
         script, owner, root, tmp_path, monkeypatch, capsys):
-    words = f"--out {tmp_path}/run --steps 4 --save-every 2 --micro-batch-tokens 100" + " --eval-every 100" * (
-        script != "ppo")
-    error = RuntimeError("DefaultCPUAllocator: can't allocate memory") if script in (
-        "sft", "ppo") else torch.OutOfMemoryError("CUDA out of memory")
+    words = f"--out {tmp_path}/run --steps 4 --save-every 2 --micro-batch-tokens 100"
+    if script != "ppo":
+        words += " --eval-every 100"
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    if script in ("sft", "ppo"):
+        error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     calls = []
 
     def forward(original, *args, **options):
@@ -382,8 +385,10 @@ def test_no_memory_is_one_line_that_says_where_and_which_flags_help_and_the_run_
         wrap(patch, *((rollout, "generate") if owner is None else (owner, "forward")), forward)
         assert here(script, root, words) == 1
     where = "sampling 16 replies at once" if owner is None else r"pass 2 of \d+ \(of \d+ examples\)"
-    advice = r"lower --micro-batch-tokens \(now 100\), " + r"bound --rollout-rows \(now 0\), " * (
-        script == "ppo") + "add --checkpoint-activations, "
+    advice = r"lower --micro-batch-tokens \(now 100\), "
+    if script == "ppo":
+        advice += r"bound --rollout-rows \(now 0\), "
+    advice += "add --checkpoint-activations, "
     assert re.fullmatch(rf"error: out of memory in step 3, {where}; {advice}.*--lora-rank.*",
                         last_line(capsys.readouterr()))
     assert finite_checkpoints(tmp_path / "run") == ["step_000002"]
@@ -403,17 +408,11 @@ def limited(self, *args, **options):
     return begun
 runtime.Run.begin = limited
 """
-    said = tools.run(
-        "sft",
-        root,
-        f"--out {tmp_path}/run --steps 4 --batch-tokens 1000000 --micro-batch-tokens 1000000 --eval-every "
-        f"100",
-        hook=hook,
-        code=1)
-    assert re.search(
-        r"^error: out of memory in step \d, pass 1 of 1 \(of \d+ examples\); lower --micro-batch-tokens "
-        r"\(now 1000000\)",
-        said, re.M)
+    words = "--steps 4 --batch-tokens 1000000 --micro-batch-tokens 1000000 --eval-every 100"
+    said = tools.run("sft", root, f"--out {tmp_path}/run", words, hook=hook, code=1)
+    expected = (r"^error: out of memory in step \d, pass 1 of 1 \(of \d+ examples\); "
+                r"lower --micro-batch-tokens \(now 1000000\)")
+    assert re.search(expected, said, re.M)
     assert "Traceback" not in said
 
 
@@ -551,7 +550,7 @@ def test_in_float16_a_spike_of_the_gradient_is_skipped_and_leaves_the_scale(floa
     states = {}
     wrap(monkeypatch, runtime.Run, "safe_point", lambda original, run:
          (states.setdefault(run.step, state_of(run)), original(run)) and None)
-    # So that it doesn't overflow.
+    # This scale doesn't overflow.
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**10))
     multiply_gradients(monkeypatch, {22: 30.0})
     assert here("sft", root,

@@ -142,7 +142,8 @@ def test_a_rank_that_is_lost_ends_the_job_soon_is_named_and_costs_only_the_steps
     # Torchrun takes 30 s to give up one that sleeps.
     assert time.time() - (tmp_path / "run" / "lost").stat().st_mtime < (20 if "exit" in what else 55)
     line, = [line for line in said.splitlines() if line.startswith("error: ")]
-    expected = "error: rank 0 has lost the others in step 4 (--rank-timeout 10 s); the rank that died or stalled: 1. --resume goes on from the last checkpoint"
+    expected = ("error: rank 0 has lost the others in step 4 (--rank-timeout 10 s); "
+                "the rank that died or stalled: 1. --resume goes on from the last checkpoint")
     assert line == expected
     assert tools.latest(tmp_path / "run").name == "step_000002"
     contents(tmp_path / "run")
@@ -176,7 +177,10 @@ import sys, types
 seen = []
 def score(prompts, replies):
     seen.append(len(replies))
-    return [float("nan") if len(seen) == 4 and i == 1 and runtime.Run.current.rank == 1 else float(len(reply)) for i, reply in enumerate(replies)]
+    scores = [float(len(reply)) for reply in replies]
+    if len(seen) == 4 and runtime.Run.current.rank == 1:
+        scores[1] = float("nan")
+    return scores
 sys.modules["flawed"] = types.SimpleNamespace(score=score)
 """
 INFINITE = """
@@ -191,7 +195,8 @@ def optimizer_step(self, *args, original=runtime.Run.optimizer_step):
     if self.step == 1:
         with torch.no_grad():
             weight = next(iter(self.modules.values())).transformer.h[0].mlp.c_fc.weight
-            getattr(weight, "_local_tensor", weight)[-1] = float("nan") if self.rank == 1 or self.mesh is None else 1.0
+            bad = self.rank == 1 or self.mesh is None
+            getattr(weight, "_local_tensor", weight)[-1] = float("nan") if bad else 1.0
     return norm
 runtime.Run.optimizer_step = optimizer_step
 """

@@ -109,7 +109,8 @@ def test_a_reply_that_the_prompt_does_not_lead_to_cannot_be_trained_on(tmp_path,
         encode_dialogue(ours, TALK[:3])
 
 
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}" + CHATML
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+NO_SYSTEM = REFUSES + CHATML
 
 
 @pytest.mark.parametrize("template", [
@@ -176,10 +177,10 @@ HOSTILE = {
     "multiplication": "{{ 'x' * 99999999999 }}",
     "a list": "{{ [0] * 99999999999 }}",
     "powers": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "squares": "{% set n = namespace(x=99999999) %}{% for a in range(60) %}{% set n.x = n.x * n.x %}{% "
-               "endfor %}",
-    "doubling": "{% set n = namespace(x='xxxxxxxx') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% "
-                "endfor %}",
+    "squares": "{% set n = namespace(x=99999999) %}{% for a in range(60) "
+               "%}{% set n.x = n.x * n.x %}{% endfor %}",
+    "doubling": "{% set n = namespace(x='xxxxxxxx') %}{% for a in "
+                "range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "a format": "{{ '%99999999999d' % 1 }}",
     "a method": "{{ 'x'.ljust(99999999999) }}",
     "a filter": "{{ 'x' | center(99999999999) }}",

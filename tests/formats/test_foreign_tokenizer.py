@@ -30,7 +30,9 @@ def test_a_missing_package_is_named_with_how_to_get_it(tmp_path, tokenizers, mon
 @pytest.mark.case(23)
 @pytest.mark.parametrize("template, special, words, generation, eos, stops, pad, document", [
     (CHATML, SPECIAL, BOS_EOS, None, "<|im_end|>", ["<|im_end|>", "</s>"], "<|head|>", "<|endoftext|>"),
-    (CHATML, SPECIAL, {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"}, None,
+    (CHATML, SPECIAL,
+     {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>", "unk_token": "<|endoftext|>",
+      "pad_token": "<|im_end|>"}, None,
      "<|im_end|>", ["<|im_end|>"], "<|endoftext|>", "<|endoftext|>"),  # as SmolLM2
     (HEADERS, SPECIAL,
      {"eos_token": {"__type": "AddedToken", "content": "</s>", "special": True}, "bos_token": "<s>"}, [2, 7],
@@ -44,10 +46,12 @@ def test_a_missing_package_is_named_with_how_to_get_it(tmp_path, tokenizers, mon
     (None, ["<s>", "</s>", "[PAD]"], BOS_EOS | {"pad_token": "[PAD]"}, [1, 2], "</s>", ["</s>", "[PAD]"],
      "<|pad|>", "<s>"),
     (None, ["</s>"], {}, 0, "</s>", ["</s>"], "<|pad|>", "</s>"),
-    (None, ["<|endoftext|>"], {key: "<|endoftext|>" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}, None,
+    (None, ["<|endoftext|>"],
+     {key: "<|endoftext|>" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}, None,
      "<|endoftext|>", ["<|endoftext|>"], "<|pad|>", "<|endoftext|>"),  # as GPT-2
 ])
-def test_eos_stops_pad_and_document_are_chosen(tmp_path, tokenizers, transformers, template, special, words, generation, eos, stops, pad, document):
+def test_eos_stops_pad_and_document_are_chosen(tmp_path, tokenizers, transformers, template, special, words,
+                                               generation, eos, stops, pad, document):
     files = {} if generation is None else {"generation_config": {"eos_token_id": generation}}
     ours = open_folder(tmp_path / "a", template, special=special, words=words, **files)
     assert [ours.show(i) for i in (ours.eos, ours.pad, ours.document)] == [eos, pad, document]
@@ -127,7 +131,7 @@ def test_vocab_and_merges_alone_are_opened_as_gpt2s(tmp_path, tokenizers, transf
 
 
 def spaced(tokenizers, scheme):
-    """A sentencepiece-like BPE, which puts a space before text: before every text, or before the first alone."""
+    """A sentencepiece-like BPE, which puts a space before every text, or before the first alone."""
     library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
     library.train_from_iterator(
         [text.replace(" ", "▁") for text in CORPUS],

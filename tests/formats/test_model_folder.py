@@ -298,7 +298,7 @@ def test_a_learned_vocabulary_is_the_runs_own_to_the_end(tmp_path):
 # -- adapters' folders
 
 def peft_folder(tmp_path, kind=GPT, name="gpt2", **changes):
-    """A base, and an adapter of it in the layout of PEFT. Returns (base folder, adapter folder, the model)."""
+    """(Base folder, folder of an adapter of it in the layout of PEFT, the model)."""
     base, folder, model = tmp_path / "base", tmp_path / "adapter", adapted(kind, name, **changes)
     trunk = tiny_of(kind, name)
     whole = tiny_of(GPT, name)

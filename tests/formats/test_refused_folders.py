@@ -101,7 +101,8 @@ REFUSED = [
     ("opt", edit_weights(lambda tensors: tensors.update({"score.weight": torch.ones(1, 32)})),
      r"no place for: score\.weight"),
     ("gpt2",
-     edit_weights(lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(32, dtype=torch.int8)})),
+     edit_weights(
+         lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(32, dtype=torch.int8)})),
      r"model\.safetensors: .*ln_f\.weight is int8"),
     # shards
     ("llama3", shards(kept=False), r"lacks model-00001-of-00001\.safetensors"),
@@ -117,8 +118,8 @@ REFUSED = [
     ("gpt2", edit_config(model_type=["gpt2"]), r"config\.json: models of type"),
     ("gpt2", edit_config(remove=["model_type"]), r"config\.json: models of type 'None'"),
     ("gpt2", edit_config(architectures=["GPT2DoubleHeadsModel"]),
-     r"config\.json: the architecture 'GPT2DoubleHeadsModel' is not supported, only GPT2LMHeadModel and "
-     r"GPT2For"),
+     r"config\.json: the architecture 'GPT2DoubleHeadsModel' is not supported, "
+     r"only GPT2LMHeadModel and GPT2For"),
     ("llama3", edit_config(architectures=["LlamaForTokenClassification"]),
      r"config\.json: the architecture 'LlamaForTokenClassification'"),
     ("llama3", edit_config(architectures=["MistralForCausalLM"]),
@@ -146,7 +147,8 @@ REFUSED = [
     ("gpt2", edit_config(add_cross_attention=True), r"config\.json: add_cross_attention True"),
     *[("opt", edit_config(**{name: value}), rf"config\.json: {name} {value} is not "
                                             rf"supported") for name, value in (
-        ("activation_function", "gelu"), ("enable_bias", False), ("layer_norm_elementwise_affine", False), ("_remove_final_layer_norm", True))],
+        ("activation_function", "gelu"), ("enable_bias", False), ("layer_norm_elementwise_affine", False),
+        ("_remove_final_layer_norm", True))],
     # numbers
     ("gpt2", edit_config(n_head=3), r"config\.json: .*width 32 is not divisible by 3 heads"),
     ("llama3", edit_config(num_key_value_heads=3),
@@ -217,7 +219,8 @@ HOSTILE = {
     "a field that comes twice": hostile(raw=b'{"a": {"dtype": "F32", "shape": [1], "shape": [2], '
                                             b'"data_offsets": [0, 8]}}'),
     "NaN for a size": hostile({"a": tensor(math.nan)}),
-    "a number with 5000 digits": hostile(raw=json.dumps({"a": tensor("@")}).replace('"@"', "9" * 5000).encode()),
+    "a number with 5000 digits":
+        hostile(raw=json.dumps({"a": tensor("@")}).replace('"@"', "9" * 5000).encode()),
     "an unknown dtype": hostile({"a": tensor(2, dtype="F128")}),
     "a nested header": hostile(raw=b'{"a": ' + b"[" * 10**6),
     "a header of 101 MiB": hostile({}, size=101 << 20),

@@ -84,7 +84,7 @@ def misfits():
 
 
 def copy_repository(folder):
-    """A copy of what the tests need in folder/repository, and a folder for their temporary files beside it."""
+    """A copy of what the tests need in folder/repository, and a folder for temporary files beside it."""
     (folder / "repository").mkdir(parents=True)
     (folder / "tmp").mkdir()
     rooms = {file.parent for file in ROOT.glob("*/__init__.py")}

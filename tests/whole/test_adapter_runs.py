@@ -29,7 +29,8 @@ DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "ppo": "prom
 
 def run(name, root, out, *flags, model="sft"):
     """Run a trainer on a folder's models and files; its metrics without timings."""
-    words = f"--model {root}/{model} --data {root}/{DATA[name]}.json --lr 0.01 --warmup 1 --steps 3 --threads 1 --out {out} {PLAN[name]}"
+    inputs = f"--model {root}/{model} --data {root}/{DATA[name]}.json"
+    words = f"{inputs} --lr 0.01 --warmup 1 --steps 3 --threads 1 --out {out} {PLAN[name]}"
     with contextlib.redirect_stdout(io.StringIO()):
         run_here(name, words, f"--reward {root}/reward" * (name == "ppo"), *flags)
     return tools.metrics(out)
@@ -83,7 +84,9 @@ def test_a_run_with_adapters_changes_matrices_by_their_rank_and_nothing_else(nam
 @pytest.mark.parametrize("name", ["dpo", "ppo"])
 def test_a_reference_that_is_the_model_without_its_adapters_equals_one_of_its_own(
         name, root, tmp_path, monkeypatch):
-    words = "--lora-rank 4 --lora-alpha 32 --kl-coef 0.5 --critic-init sft" if name == "ppo" else "--lora-rank 4 --lora-alpha 32"
+    words = "--lora-rank 4 --lora-alpha 32"
+    if name == "ppo":
+        words += " --kl-coef 0.5 --critic-init sft"
     shared = run(name, root, tmp_path / "shared", words)
     for owner in (model_file, SCRIPTS[name]):
         if hasattr(owner, "shares_frozen"):

@@ -47,15 +47,16 @@ def test_a_side_that_dies_is_shown_and_the_other_one_ended(tmp_path):
 
 def test_an_unknown_comparison_ends_in_one_line():
     done = run("sft", "speed")
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.splitlines() == [
-        "error: speed: there is only sft, nanogpt, reward, dpo, ppo, generate16, generate64"]
+    assert (done.returncode, done.stdout) == (2, "")
+    said, = done.stderr.splitlines()
+    assert said == "error: speed: there is only sft, nanogpt, reward, dpo, ppo, generate16, generate64"
 
 
 def test_operations_and_least_seconds_by_hand():
     config = bench.Config(layers=2, width=8, vocabulary=100, tokens=32)
-    # a token meets 2 blocks of 8 x 24 + 8 x 8 + 8 x 32 + 32 x 8 = 768 weights: 2 x 1536 operations each; of
-    # 10 tokens, 4 are scored by a head of
-    # 8 x 100; Q K^T and the sum of V: half of 10 x 10 pairs, 8 wide, in 2 blocks, twice, 2 operations each
+    # A token meets 2 blocks of 8 x 24 + 8 x 8 + 8 x 32 + 32 x 8 = 768 weights: 2 x 1536 operations each.
+    # Of 10 tokens, 4 are scored by a head of 8 x 100.
+    # Q K^T and the sum of V: half of 10 x 10 pairs, 8 wide, in 2 blocks, twice, 2 operations each.
     assert bench.forward_flops(config, 10) == 10 * 2 * 1536 + 2 * 2 * 2 * 50 * 8
     assert bench.forward_flops(config, 10, 4) == bench.forward_flops(config, 10) + 4 * 2 * 800
     pair = {"prompt": 6, "ids": [[0] * 10, [0] * 12]}
@@ -64,12 +65,12 @@ def test_operations_and_least_seconds_by_hand():
     expected = pytest.approx((passes - 3 * 10 * 2 * 800) / 1e6)
     assert bench.least_seconds("reward", config, [pair], 1e6, 1.0) == expected
     # 16 new tokens to one prompt of 8: then 15 steps, each reads 4 bytes of every weight and of the keys and
-    # values (2 blocks, 8 wide) seen so far
+    # values (2 blocks, 8 wide) seen so far.
     prompt = [{"prompt": 8, "ids": [[0] * 8]}]
     read = 4 * (15 * (1536 + 800) + sum(2 * 2 * 8 * (8 + step) for step in range(1, 16)))
     assert bench.least_seconds("generate16", config, prompt, 1e30, 1e6) == pytest.approx(read / 1e6)
-    done = 2 * 15 * (1536 + 800) + sum(2 * 2 * 2 * 8 * (8 + step)
-                                       for step in range(1, 16)) + bench.forward_flops(config, 8, 1)
+    attended = sum(2 * 2 * 2 * 8 * (8 + step) for step in range(1, 16))
+    done = 2 * 15 * (1536 + 800) + attended + bench.forward_flops(config, 8, 1)
     assert bench.least_seconds("generate16", config, prompt, 1e6, 1e30) == pytest.approx(done / 1e6)
 
 
@@ -96,7 +97,7 @@ def test_scaling_measures_every_panel_and_draws_it(tmp_path, capsys, monkeypatch
             for name in ("parameters", "seconds", "tokens_per_second", "memory_mib", "gemm_gflops", last))
         expected = pytest.approx(line["rows"] * (line["new"] or line["length"]) / line["seconds"])
         assert line["tokens_per_second"] == expected
-    # embeddings of 300 tokens and 1024 positions, 2 blocks of 12 x 32^2 weights, 9 x 32 biases and two norms,
+    # Embeddings of 300 tokens and 1024 positions, 2 blocks of 12 x 32^2 weights, 9 x 32 biases and two norms,
     # and one norm at the end
     expected = {(300 + 1024) * 32 + 2 * (12 * 32**2 + 9 * 32 + 4 * 32) + 2 * 32}
     assert {line["parameters"] for line in lines} == expected

@@ -90,7 +90,8 @@ from tools import DATA, ROOT, SCRIPTS, TOY, TRAINERS, command, readme_commands
     ("toy", "--model {root}/sft --out {root}/preferences", "already holds preferences"),
     ("report", "--demo {tmp}", "is missing: run the stage that writes it"),
 ])
-def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, tmp_path, monkeypatch, capsys):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, tmp_path, monkeypatch,
+                                                    capsys):
     for package in ("wandb", "torch.utils.tensorboard"):  # as if it were not installed
         monkeypatch.setitem(sys.modules, package, None)
     said = said.format(root=chain[0])
@@ -133,7 +134,8 @@ def test_run_sh_refuses_wrong_arguments():
 def test_help_explains_every_flag_and_every_field_is_read(name):
     config_class = SCRIPTS[name].Config
     comments = field_comments(config_class)
-    sources = inspect.getsource(SCRIPTS[name]) + "".join(text for file, text in tools.sources().items() if file.removesuffix(".py") not in SCRIPTS)
+    sources = inspect.getsource(SCRIPTS[name]) + "".join(
+        text for file, text in tools.sources().items() if file.removesuffix(".py") not in SCRIPTS)
     for field in dataclasses.fields(config_class):
         assert len(comments.get(field.name, "")) > 8, f"--{field.name} has no help"
         assert re.search(rf"(config|flags)\.{field.name}\b", sources), f"--{field.name} is never read"
