@@ -83,7 +83,10 @@ def test_last_only_masks_the_last_reply(tokenizer):
 
 def masked(tokenizer, ids, mask):
     """The texts of the runs that a mask selects, which all end with the end token."""
-    runs = [[i for i, _ in run] for chosen, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if chosen]
+    runs = [[i
+             for i, _ in run]
+            for chosen, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
+            if chosen]
     assert all(run[-1] == tokenizer.eos for run in runs)
     return [tokenizer.decode(run) for run in runs]
 
@@ -97,7 +100,8 @@ def test_masks_select_the_replies_of_every_format(tmp_path, want, source, form, 
         group = data.encode_group(tokenizer, row)
         assert [masked(tokenizer, *example) for example in group] == [[reply] for reply in expected.replies]
         prompts = [[i for i, chosen in zip(*example) if not chosen] for example in group]
-        assert all(prompt == encode_prompt(tokenizer, row.prompt) == ids[:len(prompt)] for prompt, (ids, _) in zip(prompts, group))
+        assert all(prompt == encode_prompt(tokenizer, row.prompt) == ids[:len(prompt)]
+                   for prompt, (ids, _) in zip(prompts, group))
     else:
         ids, mask = data.encode_demonstration(tokenizer, row)
         said = [turn["content"] for turn in expected.prompt if turn["role"] == "assistant"] + expected.replies
@@ -137,7 +141,8 @@ def test_plain_text_is_cut_into_pieces_that_count_every_token_once(limit):
 def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
     tokenizer = toy.tokenizer()
     rows = [Row(user("a", "b", "c"), ["d"], [0]), Row(user("e"), ["f"], [0])]
-    assert data.encode_demonstrations(tokenizer, rows, 50, SILENT) == [data.encode_demonstration(tokenizer, row) for row in rows]
+    assert data.encode_demonstrations(tokenizer, rows, 50,
+                                      SILENT) == [data.encode_demonstration(tokenizer, row) for row in rows]
     assert data.encode_demonstrations(tokenizer, [], 50, SILENT) == []
     with pytest.raises(UserError, match="every row is longer"):
         data.encode_demonstrations(tokenizer, rows, 3, SILENT)
@@ -145,15 +150,26 @@ def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
 
 def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     tokenizer, said = toy.tokenizer(), []
-    path = write_rows(tmp_path / "a.jsonl", [PAIR | {"prompt": f"Cube {i}."} for i in range(300)] + [PAIR | {"prompt": "Cube 4." * 99}])
-    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="1/2:2", seed=0)
+    path = write_rows(tmp_path / "a.jsonl", [PAIR | {"prompt": f"Cube {i}."}
+                                             for i in range(300)] + [PAIR | {"prompt": "Cube 4." * 99}])
+    config = SimpleNamespace(data=str(path),
+                             val_data="",
+                             val_fraction=0.2,
+                             skip_bad=False,
+                             part="1/2:2",
+                             seed=0)
     train, val = data.preference_groups(config, tokenizer, 60, said.append)
     rows = [row for row, _ in train + val]
     assert 160 < len(rows) < 240
     assert 20 < len(val) < 60
     assert not {row.text for row, _ in train} & {row.text for row, _ in val}
     assert all(group == data.encode_group(tokenizer, row) for row, group in train + val)
-    assert {row.text for row in rows} == {row.text for row in sources_file.read_rows(path, "preferences", SILENT, "1/2:2") if len(row.text) < 99}
+    assert {row.text
+            for row in rows} == {
+                row.text
+                for row in sources_file.read_rows(path, "preferences", SILENT, "1/2:2")
+                if len(row.text) < 99
+            }
     config.val_data, config.part = str(path), ""
     assert [len(groups) for groups in data.preference_groups(config, tokenizer, 60, said.append)] == [
         300, 300

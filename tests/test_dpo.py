@@ -54,7 +54,8 @@ def test_dpo_says_that_margins_count_for_nothing_and_the_reward_model_uses_them(
     rows = [{"prompt": f"Cube {i}.", "chosen": "Yes.", "rejected": "No.", "margin": 0.5 * (i % 2)}
             for i in range(8)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = f"--model {small}/sft --data {tmp_path}/rows.json --val-fraction 0 --steps 1 --batch-tokens 500 --threads 1"
+    inputs = f"--model {small}/sft --data {tmp_path}/rows.json"
+    words = f"{inputs} --val-fraction 0 --steps 1 --batch-tokens 500 --threads 1"
     for name, said in (("dpo", True), ("reward", False)):
         run_here(name, words, f"--out {tmp_path}/{name}")
         assert ("warning: 4 rows have a margin, which only reward.py uses" in capsys.readouterr().out) == said

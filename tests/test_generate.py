@@ -1,4 +1,5 @@
-"""generate.py: replies against slow decoding, row by row, and samples against the distribution that they are of."""
+"""generate.py: replies against slow decoding, row by row, and samples against the distribution that they are
+of."""
 import itertools
 import math
 from types import SimpleNamespace
@@ -19,7 +20,16 @@ CPU = torch.device("cpu")
 
 # -- replies
 
-PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9, 7, 9, 3], [2, 3], [8, 4, 6, 2, 6, 4], [11, 0], [7, 7, 7, 1]]
+PROMPTS = [
+    [3, 1, 4],
+    [1],
+    [5, 9, 2, 6, 5, 3, 5],
+    [8, 9, 7, 9, 3],
+    [2, 3],
+    [8, 4, 6, 2, 6, 4],
+    [11, 0],
+    [7, 7, 7, 1],
+]
 
 
 def slow_greedy(model, prompt, number):
@@ -59,7 +69,10 @@ def test_cached_batched_greedy_equals_each_row_alone_without_a_cache(options):
 
 
 class Countdown(GPT):
-    """After token n it says n - 1, down to 0, the end token. passes: (whether over prompts, ids) of each pass of its trunk."""
+    """After token n it says n - 1, down to 0, the end token.
+
+    passes: (whether over prompts, ids) of each pass of its trunk.
+    """
 
     def __init__(self):
         super().__init__(GPTConfig(64, 64, 1, 1, 1, 64, tied=False))
@@ -89,17 +102,20 @@ def test_ids_mask_lengths_and_ended_where_the_answer_is_known(device):
         model = Countdown().to(device)
         prompts = [[50 + i] * (i * 3 % 5) + [n] for i, n in enumerate(starts)]
         out = generate(model, prompts, limit, ends(0, 63))
-        replies = [list(range(n - 1, -1, -1))[:limit] for n in starts]  # the end token comes n-th, unless the limit is first
+        # The end token comes n-th, unless the limit is first.
+        replies = [list(range(n - 1, -1, -1))[:limit] for n in starts]
         longest = max(len(p) + len(r) for p, r in zip(prompts, replies))
         rest = [longest - len(p) - len(r) for p, r in zip(prompts, replies)]
         assert out.ids.tolist() == [p + r + [63] * n for p, r, n in zip(prompts, replies, rest)]
-        assert out.mask.tolist() == [[0] * len(p) + [1] * len(r) + [0] * n for p, r, n in zip(prompts, replies, rest)]
+        expected = [[0] * len(p) + [1] * len(r) + [0] * n for p, r, n in zip(prompts, replies, rest)]
+        assert out.mask.tolist() == expected
         assert out.lengths.tolist() == [len(p) + len(r) for p, r in zip(prompts, replies)]
         assert out.ended.tolist() == [n <= limit for n in starts]
         if device == "cpu":
             steps = model.decoded()
             assert len(steps) == max(map(len, replies))  # stops with the last row
-            for step, rows in enumerate(steps):  # rows that are done leave the batch when they are a quarter of it
+            # Rows that are done leave the batch when they are a quarter of it.
+            for step, rows in enumerate(steps):
                 assert 3 * len(rows) < 4 * sum(len(reply) > step for reply in replies)
 
 
@@ -123,8 +139,10 @@ def test_replies_are_the_same_however_few_rows_are_decoded_at_once(options):
 def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is_decoded_after_the_last(rows, device):
     starts = torch.randint(1, 20, (30,), generator=torch.Generator().manual_seed(rows)).tolist()
     model = Countdown().to(device)
-    out = generate(model, [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)], 20, ends(0, 63), rows=rows)  # no two are equal
-    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [list(range(n - 1, -1, -1)) for n in starts]
+    # No two are equal.
+    out = generate(model, [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)], 20, ends(0, 63), rows=rows)
+    expected = [list(range(n - 1, -1, -1)) for n in starts]
+    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == expected
     assert out.ended.all() and out.lengths.tolist() == [i % 4 + 2 + n for i, n in enumerate(starts)]
     if device == "cpu":
         admitted, waiting = 0, []  # of each step: how many prompts wait
@@ -143,7 +161,8 @@ def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is
 def test_equal_prompts_are_passed_over_once_and_get_samples_of_their_own():
     model = Countdown()
     out = generate(model, [[9], [50, 4], [9], [9], [50, 4], [3]], 12, ends(0, 63))
-    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [list(range(n - 1, -1, -1)) for n in (9, 4, 9, 9, 4, 3)]
+    expected = [list(range(n - 1, -1, -1)) for n in (9, 4, 9, 9, 4, 3)]
+    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == expected
     over_prompts = [ids for prompts, ids in model.passes if prompts]
     assert over_prompts == [[[9, 63], [50, 4], [3, 63]]]
     model = tiny()
@@ -177,7 +196,10 @@ class Decoded:
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.35)])
 @pytest.mark.parametrize("options", [{}, LLAMA, OPT, NORM_AFTER])
 def test_decoding_computes_the_log_probabilities_of_training(monkeypatch, options, dtype, bound):
-    """At every token of the vocabulary, along sampled replies. Measured: up to 9e-6 apart, in bfloat16 0.12, a third of the bound."""
+    """At every token of the vocabulary, along sampled replies.
+
+    Measured: up to 9e-6 apart, in bfloat16 0.12, a third of the bound.
+    """
     model, number = tiny(seed=5, block_size=64, n_layer=3, **options), 40
     with monkeypatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         decoded = Decoded(patch)
@@ -227,7 +249,8 @@ def test_generation_leaves_the_model_as_it_was_even_when_it_fails(monkeypatch, b
         generate(model, PROMPTS, 4, ends(VOCAB, 0))
     assert len(inside) == 8 and all(inside)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert model.state_dict().keys() == weights.keys() and all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
     assert torch.equal(model(*batch)[0], before)
 
 
@@ -267,14 +290,16 @@ def test_greedy_under_bf16_autocast_equals_full_passes_under_autocast():
 
 @pytest.mark.parametrize("rows", [0, 300])
 def test_samples_of_rows_that_wait_follow_the_model_too(rows):
-    """As below: minus the mean log-probability of samples is their mean entropy, whichever row they came from."""
+    """As below: minus the mean log-probability of samples is their mean entropy, whichever row they came
+    from."""
     model, n, generator = tiny(vocab_size=12), 2000, torch.Generator().manual_seed(0)
     prompts = [[3, 1, 4], [2], [5, 6]] * (n // 3)
     out = generate(model, prompts, 6, ends(7, 0), generator=generator, rows=rows)
     with torch.no_grad():
         logprobs, entropy = model(out.ids, out.mask, with_entropy=True)
     difference = (logprobs + entropy)[out.mask]
-    assert len(set(out.lengths.tolist())) >= 6 and difference.mean().abs() < 4 * difference.std() / math.sqrt(len(difference))
+    assert len(set(out.lengths.tolist())) >= 6
+    assert difference.mean().abs() < 4 * difference.std() / math.sqrt(len(difference))
 
 
 def test_a_seed_repeats_the_sample_and_another_seed_does_not():
@@ -297,9 +322,13 @@ def slow_samples(model, prompts, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @pytest.mark.case(24)
-@pytest.mark.parametrize("options, sampling", [*[(options, {}) for options in DIALECTS], ({}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9})])
+@pytest.mark.parametrize("options, sampling", [
+    *[(options, {}) for options in DIALECTS],
+    ({}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}),
+])
 def test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone(options, sampling):
-    """Not on what else is in the batch, in which order, on how many rows are decoded at once, on a cache, or on when those before it end."""
+    """Not on what else is in the batch, in which order, on how many rows are decoded at once, on a cache, or
+    on when those before it end."""
     number, model = 10, tiny(vocab_size=12, seed=3, **options)
     prompts = [*PROMPTS, [1], [3, 1, 4]]  # two of them twice
     uniform = uniforms(len(prompts), number, torch.Generator().manual_seed(4), CPU)
@@ -311,7 +340,8 @@ def test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone(options
         for rows in (0, 1, 2, 3):
             order = list(order)
             out = generate(model, [prompts[i] for i in order], number, ends(eos, 0), rows=rows, uniform=uniform[order], **sampling)
-            assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [expected[i] for i in order]
+            wanted = [expected[i] for i in order]
+            assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == wanted
 
 
 def test_a_generator_stands_for_the_uniform_numbers_that_it_draws():
@@ -334,7 +364,8 @@ def test_generation_leaves_it_at_the_tokens_that_are_there_when_it_is_interrupte
     assert len(asked) == tokens + 1 and not cut.ended.any() and cut.lengths.max() == cut.ids.shape[1]
     for b, prompt in enumerate(PROMPTS):  # a row for each, or the first ones alone have one
         reply = cut.ids[b][cut.mask[b]].tolist()
-        assert reply == whole.ids[b][whole.mask[b]].tolist()[:tokens if rows == 0 or b < rows else 0] and cut.lengths[b] == len(prompt) + len(reply)
+        assert reply == whole.ids[b][whole.mask[b]].tolist()[:tokens if rows == 0 or b < rows else 0]
+        assert cut.lengths[b] == len(prompt) + len(reply)
 
 
 @pytest.mark.parametrize("options, temperature", [({}, 1.0), ({"temperature": 0.7}, 0.7)])
@@ -356,7 +387,8 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 
 def truncated(probs, top_k, top_p):
-    """Slow: walk down the tokens in order of probability, stop after top_k or once what remains of them has top_p."""
+    """Slow: walk down the tokens in order of probability, stop after top_k or once what remains of them has
+    top_p."""
     order = sorted(range(len(probs)), key=lambda i: -probs[i])[:top_k or None]
     total, kept, reached = sum(probs[i] for i in order), [], 0.0
     for i in order:
@@ -367,8 +399,14 @@ def truncated(probs, top_k, top_p):
     return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 3, 1.0), (1.0, 0, 0.8),
-                                                        (0.8, 6, 0.7), (1.0, 50, 0.01)])
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0),
+    (0.6, 0, 1.0),
+    (1.7, 3, 1.0),
+    (1.0, 0, 0.8),
+    (0.8, 6, 0.7),
+    (1.0, 50, 0.01),
+])
 def test_sample_frequencies_equal_the_truncated_softmax(temperature, top_k, top_p):
     n, logits = 20000, 1.5 * torch.randn(2, 12, generator=torch.Generator().manual_seed(4))
     tokens = sample(logits.repeat(n, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(n, 2)
@@ -382,7 +420,8 @@ def test_sample_frequencies_equal_the_truncated_softmax(temperature, top_k, top_
 
 
 def chi_square(counts, expected):
-    """Pearson's statistic of counts against expected ones as a standard normal number (Wilson & Hilferty 1931); cells below 5 in one."""
+    """Pearson's statistic of counts against expected ones as a standard normal number (Wilson & Hilferty
+    1931); cells below 5 in one."""
     few = expected < 5
     counts, expected = (torch.cat([x[~few], x[few].sum()[None]]).double() for x in (counts, expected))
     counts, expected = counts[expected > 0], expected[expected > 0]
@@ -391,7 +430,13 @@ def chi_square(counts, expected):
 
 
 @pytest.mark.parametrize("vocabulary", [12, 256, 257, 1000])
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 9, 1.0), (1.3, 0, 0.9), (0.8, 200, 0.8)])
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0),
+    (0.7, 0, 1.0),
+    (1.0, 9, 1.0),
+    (1.3, 0, 0.9),
+    (0.8, 200, 0.8),
+])
 def test_samples_pass_a_chi_square_test_in_one_group_of_tokens_and_in_several(vocabulary, temperature, top_k, top_p):
     n, generator = 40000, torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(vocabulary, generator=generator)
@@ -414,22 +459,34 @@ def test_a_token_of_probability_zero_is_never_drawn():
 def test_the_smallest_and_the_largest_random_number_draw_tokens_that_can_be_drawn(vocabulary):
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
     allowed[1::2] = True
-    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)).masked_fill(~allowed, -math.inf)
+    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)).masked_fill(
+        ~allowed, -math.inf)
     for number, token in ((0.0, 1), (1 - 2.0**-53, allowed.nonzero().max().item())):
-        assert sample_token(logits, 1.0, 0, 1.0, torch.full((50, 2), number, dtype=torch.double)).tolist() == [token] * 50
+        assert sample_token(logits, 1.0, 0, 1.0, torch.full((50, 2), number,
+                                                            dtype=torch.double)).tolist() == [token] * 50
 
 
 def test_a_draw_takes_the_group_from_one_number_and_the_token_in_it_from_the_other():
-    """Where all of 1000 tokens are as likely, what the two numbers draw can be written down: three groups of 256 and one of 232."""
+    """Where all of 1000 tokens are as likely, what the two numbers draw can be written down: three groups of
+    256 and one of 232."""
     numbers = uniforms(1, 500, torch.Generator().manual_seed(7), CPU)[0]  # (500, 2)
-    expected = [256 * group + int(b * min(256, 1000 - 256 * group)) for a, b in numbers.tolist() for group in [int(a * 1000 / 256)]]
-    assert sample_token(torch.zeros(500, 1000), 1.0, 0, 1.0, numbers).tolist() == expected and len(set(expected)) > 350
+    expected = [
+        256 * group + int(b * min(256, 1000 - 256 * group))
+        for a, b in numbers.tolist()
+        for group in [int(a * 1000 / 256)]
+    ]
+    assert sample_token(torch.zeros(500, 1000), 1.0, 0, 1.0, numbers).tolist() == expected
+    assert len(set(expected)) > 350
 
 
 def test_the_uniform_numbers_are_uniform_repeat_by_seed_and_are_two_per_token():
     numbers = uniforms(50, 40, torch.Generator().manual_seed(1), CPU)
-    assert numbers.shape == (50, 40, 2) and numbers.dtype == torch.float64 and 0 <= numbers.min() and numbers.max() < 1
-    assert abs(chi_square((numbers * 20).long().flatten().bincount(minlength=20), torch.full((20,), 200.0))) < 3.5
+    assert numbers.shape == (50, 40, 2)
+    assert numbers.dtype == torch.float64
+    assert 0 <= numbers.min()
+    assert numbers.max() < 1
+    assert abs(chi_square((numbers * 20).long().flatten().bincount(minlength=20), torch.full((20, ),
+                                                                                             200.0))) < 3.5
     assert torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(1), CPU))
     assert not torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(2), CPU))
 
@@ -440,4 +497,6 @@ def test_rows_of_a_sample_are_independent_and_so_are_group_and_token():
     logits = torch.full((512,), -math.inf)
     logits[[3, 200, 300, 511]] = torch.tensor([0.0, 1.0, 0.5, -0.5])
     a, b = sample(logits.expand(2 * n, -1), 1.0, 0, 1.0, generator).view(n, 2).T
-    assert abs(chi_square((512 * a + b).bincount(minlength=512 * 512), n * torch.outer(*[logits.softmax(-1)] * 2).flatten())) < 3.5
+    assert abs(
+        chi_square((512 * a + b).bincount(minlength=512 * 512),
+                   n * torch.outer(*[logits.softmax(-1)] * 2).flatten())) < 3.5

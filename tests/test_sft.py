@@ -18,7 +18,10 @@ from tools import ALL_AT_ONCE, reply_logprob, run_here
 
 def test_the_held_out_loss_is_a_mean_over_reply_tokens(small):
     network, tokenizer = load_model(small / "sft", model.GPT)
-    examples = [encode_group(tokenizer, row)[0] for row in read_rows(small / "demonstrations.json", "demonstrations", str)]
+    examples = [
+        encode_group(tokenizer, row)[0]
+        for row in read_rows(small / "demonstrations.json", "demonstrations", str)
+    ]
     run = object.__new__(runtime.Run)
     run.rank = 0
     run.world_size = 1
@@ -27,7 +30,9 @@ def test_the_held_out_loss_is_a_mean_over_reply_tokens(small):
     run.step = 0
     run.clean = False
     with torch.no_grad():
-        expected = -sum(reply_logprob(network.eval(), torch.tensor(ids), torch.tensor(mask)) for ids, mask in examples) / sum(sum(mask) for _, mask in examples)
+        expected = -sum(
+            reply_logprob(network.eval(), torch.tensor(ids), torch.tensor(mask))
+            for ids, mask in examples) / sum(sum(mask) for _, mask in examples)
     for budget in (80, 100_000):
         loss = sft.validation_loss(run, network, examples, SimpleNamespace(micro_batch_tokens=budget),
                                    tokenizer.pad)

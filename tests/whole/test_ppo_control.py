@@ -153,10 +153,8 @@ def test_what_looks_at_how_far_an_update_has_gone_needs_more_than_one_step(flag,
 
 # -- resuming
 
-STATEFUL = (
-    "--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty --penalty-target 0.001 "
-    "--ema 0.8 --ptx-coef 0.5 "
-    "--critic-warmup 1 --steps 4 " + PTX)
+STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty "
+            "--penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 --critic-warmup 1 --steps 4 " + PTX)
 
 
 @pytest.fixture(scope="module")
@@ -311,12 +309,9 @@ def test_two_ranks_agree_on_weights_averages_moments_and_when_to_stop(root, tmp_
     (tmp_path / "agreeing.py").write_text(AGREEING)
     (tmp_path / "mine.py").write_text(
         "import os\n\ndef rank(prompts, replies):\n    return [float(os.environ['RANK'])] * len(replies)\n")
-    flags = (
-        "--reward {root}/reward --reward-fn mine:rank --reward-norm standard --kl-target 0.1 --policy-loss "
-        "penalty --penalty-target 0.001 "
-        "--ema 0.8 --ptx-coef 0.5 --ptx-data {root}/demonstrations.json --ptx-tokens 20 --kl-stop 0.002 --lr "
-        "0.02 --save-every 1"
-    )
+    flags = ("--reward {root}/reward --reward-fn mine:rank --reward-norm standard --kl-target 0.1 "
+             "--policy-loss penalty --penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 "
+             "--ptx-data {root}/demonstrations.json --ptx-tokens 20 --kl-stop 0.002 --lr 0.02 --save-every 1")
     words = shlex.split(f"{PPO_RUN} {flags} --out {tmp_path}/run".format(root=root))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, str(tmp_path / "agreeing.py"), *words],
@@ -361,8 +356,8 @@ def test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them(ran
                                                                              monkeypatch):
     """Every reply is once in an epoch, every rank has as many in a minibatch, and which are together hangs on
     no rank."""
-    rows = json.loads(
-        (root / "prompts.json").read_text()) + [{"prompt": f"Say {word} and {word}."} for word in MORE_WORDS]
+    rows = json.loads((root / "prompts.json").read_text())
+    rows += [{"prompt": f"Say {word} and {word}."} for word in MORE_WORDS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))  # 16 of them: none comes twice in a rollout
     # All play the same policy, nearly.
     flags = f"--data {tmp_path}/prompts.json --epochs 3 --minibatches 4 --lr 1e-9 --critic-lr 1e-9"
@@ -374,8 +369,8 @@ def test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them(ran
                  for run in (one, *parts)]
         assert [len(prompts) for prompts in dealt] == [16] + [16 // ranks] * ranks
         # By length, one after the other.
-        assert dealt[0] == sorted(dealt[0],
-                                  key=len) == [prompt for together in zip(*dealt[1:]) for prompt in together]
+        assert dealt[0] == sorted(dealt[0], key=len)
+        assert dealt[0] == [prompt for together in zip(*dealt[1:]) for prompt in together]
         replies = [{
             tuple(ids[~mask][:len(prompt)].tolist()): ids[mask].tolist()
             for ids, mask, prompt in zip(generated.ids, generated.mask, prompts)
@@ -562,11 +557,8 @@ def test_ppo_takes_its_part_of_the_prompts_and_evaluation_those_that_no_stage_ha
     run = train(root, tmp_path / "run", flags, "--steps 1 --rollout-batch 64")
     assert f"{len(kept)} prompts, for instance" in run.said
     tokenizer = load_model(root / "sft", GPT)[1]
-    assert {tuple(ids)
-            for ids in run.calls["generate"][0].prompts} == {
-                tuple(encode_prompt(tokenizer, row.prompt))
-                for row in kept
-            }
+    expected = {tuple(encode_prompt(tokenizer, row.prompt)) for row in kept}
+    assert {tuple(ids) for ids in run.calls["generate"][0].prompts} == expected
     with quietly():
         run_here("evaluate",
                  f"{flags} --models {root}/sft --reward {root}/reward --out {tmp_path}/evaluation.json")
