@@ -275,8 +275,7 @@ CORPUS = [
     "def f(x):\n    return x ** 2\n"
 ] * 4
 MADE = {
-    "bytes": lambda: Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b
-                                                     for b in range(256)}),
+    "bytes": lambda: Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(256)}),
     "trained": lambda: Tokenizer(
         "trained", *train_bpe(ODD_TEXTS * 3 + list(CONTROLS) * 9 + ["low lower lowest newer"] * 9, 420)),
     "toy": toy.tokenizer,

@@ -157,8 +157,7 @@ def shards(shard="model-00001-of-00001.safetensors", index=None, kept=True):
     return damage
 
 
-KINDS = [(kind, name)
-         for kind in (GPT, ScalarModel)
+KINDS = [(kind, name) for kind in (GPT, ScalarModel)
          for name in ("gpt2", "llama3", "opt")] + [(GPT, "qwen3"), (ScalarModel, "opt-350m")]
 kinds = pytest.mark.parametrize("kind, name", KINDS)
 

@@ -83,9 +83,7 @@ def test_last_only_masks_the_last_reply(tokenizer):
 
 def masked(tokenizer, ids, mask):
     """The texts of the runs that a mask selects, which all end with the end token."""
-    runs = [[i
-             for i, _ in run]
-            for chosen, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
+    runs = [[i for i, _ in run] for chosen, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
             if chosen]
     assert all(run[-1] == tokenizer.eos for run in runs)
     return [tokenizer.decode(run) for run in runs]
@@ -141,8 +139,8 @@ def test_plain_text_is_cut_into_pieces_that_count_every_token_once(limit):
 def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
     tokenizer = toy.tokenizer()
     rows = [Row(user("a", "b", "c"), ["d"], [0]), Row(user("e"), ["f"], [0])]
-    assert data.encode_demonstrations(tokenizer, rows, 50,
-                                      SILENT) == [data.encode_demonstration(tokenizer, row) for row in rows]
+    expected = [data.encode_demonstration(tokenizer, row) for row in rows]
+    assert data.encode_demonstrations(tokenizer, rows, 50, SILENT) == expected
     assert data.encode_demonstrations(tokenizer, [], 50, SILENT) == []
     with pytest.raises(UserError, match="every row is longer"):
         data.encode_demonstrations(tokenizer, rows, 3, SILENT)
@@ -150,30 +148,21 @@ def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
 
 def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     tokenizer, said = toy.tokenizer(), []
-    path = write_rows(tmp_path / "a.jsonl", [PAIR | {"prompt": f"Cube {i}."}
-                                             for i in range(300)] + [PAIR | {"prompt": "Cube 4." * 99}])
-    config = SimpleNamespace(data=str(path),
-                             val_data="",
-                             val_fraction=0.2,
-                             skip_bad=False,
-                             part="1/2:2",
-                             seed=0)
+    pairs = [PAIR | {"prompt": f"Cube {i}."} for i in range(300)]
+    path = write_rows(tmp_path / "a.jsonl", [*pairs, PAIR | {"prompt": "Cube 4." * 99}])
+    config = SimpleNamespace(
+        data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="1/2:2", seed=0)
     train, val = data.preference_groups(config, tokenizer, 60, said.append)
     rows = [row for row, _ in train + val]
     assert 160 < len(rows) < 240
     assert 20 < len(val) < 60
     assert not {row.text for row, _ in train} & {row.text for row, _ in val}
     assert all(group == data.encode_group(tokenizer, row) for row, group in train + val)
-    assert {row.text
-            for row in rows} == {
-                row.text
-                for row in sources_file.read_rows(path, "preferences", SILENT, "1/2:2")
-                if len(row.text) < 99
-            }
+    expected = sources_file.read_rows(path, "preferences", SILENT, "1/2:2")
+    assert {row.text for row in rows} == {row.text for row in expected if len(row.text) < 99}
     config.val_data, config.part = str(path), ""
-    assert [len(groups) for groups in data.preference_groups(config, tokenizer, 60, said.append)] == [
-        300, 300
-    ]
+    train, val = data.preference_groups(config, tokenizer, 60, said.append)
+    assert len(train) == len(val) == 300
     few = write_rows(tmp_path / "few.jsonl", [PAIR, PAIR | {"prompt": "Cube 5."}])
     config.data, config.val_data, config.val_fraction, config.part = str(few), "", 1e-6, ""
     data.preference_groups(config, tokenizer, 60, said.append)
@@ -187,9 +176,7 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
     limit = rng.choice([12, 20, 30])
     text = lambda: " ".join(rng.choice(["a", "river", "of", "12"]) for _ in range(rng.randint(1, limit // 2)))
     rows = [
-        Row(user(*(text()
-                   for _ in range(rng.choice([1, 1, 3])))), [text()
-                                                             for _ in range(2)], [0, 1])
+        Row(user(*(text() for _ in range(rng.choice([1, 1, 3])))), [text() for _ in range(2)], [0, 1])
         for _ in range(200)
     ]
     lengths = [len(data.encode_demonstration(tokenizer, row)[0]) for row in rows]
@@ -203,17 +190,17 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
     assert examples[:kept] == [
         data.encode_demonstration(tokenizer, row) for row, length in zip(rows, lengths) if length <= limit
     ]
-    path = write_rows(tmp_path / "a.jsonl", [{
-        "prompt": chat(*(turn["content"]
-                         for turn in row.prompt)), "chosen": row.replies[0], "rejected": row.replies[1] + " !"
-    }
-                                             for row in rows[:200]])
+    pairs = []
+    for row in rows[:200]:
+        prompt = chat(*(turn["content"] for turn in row.prompt))
+        pairs.append({"prompt": prompt, "chosen": row.replies[0], "rejected": row.replies[1] + " !"})
+    path = write_rows(tmp_path / "a.jsonl", pairs)
     config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="", seed=0)
     train, val = data.preference_groups(config, tokenizer, limit, SILENT)
     assert all(len(ids) <= limit and any(mask) for _, group in train + val for ids, mask in group)
     fitting = [
-        row.text for row in sources_file.read_rows(path, "preferences", SILENT) if max(
-            len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit
+        row.text for row in sources_file.read_rows(path, "preferences", SILENT)
+        if max(len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit
     ]
     assert sorted(row.text for row, _ in train + val) == sorted(fitting) and 0 < len(fitting) < 200
 
@@ -224,15 +211,12 @@ def test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one():
     rng = random.Random(0)
     sizes = [0, 1, 2, 5, 7] * 4
     rows = [
-        Row([], [], [rng.randrange(4)
-                     for _ in range(k)] + [0, 9], margin=float(i))
+        Row([], [], [rng.randrange(4) for _ in range(k)] + [0, 9], margin=float(i))
         for i, k in enumerate(sizes)
     ]
     expected, position = [], 0
     for row in rows:
-        pairs = [(a, b)
-                 for a in range(len(row.ranks))
-                 for b in range(len(row.ranks))
+        pairs = [(a, b) for a in range(len(row.ranks)) for b in range(len(row.ranks))
                  if row.ranks[a] < row.ranks[b]]
         expected += [(position + a, position + b, 1 / len(pairs), row.margin) for a, b in pairs]
         position += len(row.ranks)
@@ -276,7 +260,7 @@ def test_one_long_prompt_costs_an_accuracy_no_memory():
 
 @pytest.mark.parametrize("prompts, right, k", [(34, 0.97, 2), (40, 0.85, 4), (100, 0.6, 2)])
 def test_the_interval_of_an_accuracy_holds_the_truth_in_19_of_20_cases(prompts, right, k):
-    """Prompts differ in how hard they are, and have one to three rows each; the pairs of a row hang together."""
+    """Prompts differ in how hard they are, and have one to three rows each; a row's pairs hang together."""
     rng = np.random.default_rng(0)
     hit = 0
     for _ in range(400):
@@ -315,8 +299,8 @@ def test_token_batches_hold_every_example_once_within_the_budget(seed):
         assert len(batch) * max(lengths[i] for i in batch) <= 256 or len(batch) == 1
     assert batches == data.token_batches(lengths, 256, seed, 3)
     if len(lengths) > 300:  # several windows: another epoch or seed puts others together
-        for other in (data.token_batches(lengths, 256, seed + 1, 3), data.token_batches(
-                lengths, 256, seed, 4)):
+        others = [data.token_batches(lengths, 256, seed + 1, 3), data.token_batches(lengths, 256, seed, 4)]
+        for other in others:
             assert len(set(map(frozenset, batches)) & set(map(frozenset, other))) < len(batches) / 2
 
 

@@ -84,7 +84,8 @@ class Countdown(GPT):
             self.lm_head.weight.copy_(1e4 * torch.eye(64).roll(1, 1))  # token n - 1 looks at n
             self.lm_head.weight[0, 0] = 1e4
         self.passes = []
-        self.transformer.register_forward_pre_hook(lambda _, args: self.passes.append((args[1].positions is None, args[0].tolist())))
+        self.transformer.register_forward_pre_hook(lambda _, args: self.passes.append(
+            (args[1].positions is None, args[0].tolist())))
 
     def decoded(self):
         """The tokens that went into each step of decoding, one per row; a row that is done says 0."""
@@ -92,7 +93,8 @@ class Countdown(GPT):
 
 
 STARTS = [(1,), (1, 1, 1), (9,), (8, 20), (1, 2, 3, 8, 9, 20), (20, 3, 8, 2, 1, 1, 2, 30, 7, 4), (5, 5, 5, 5)]
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, where generate asks less often who has ended")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(),
+                            reason="no GPU, where generate asks less often who has ended")
 
 
 @pytest.mark.case(23)
@@ -136,11 +138,15 @@ def test_replies_are_the_same_however_few_rows_are_decoded_at_once(options):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 10, 40])
-def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is_decoded_after_the_last(rows, device):
+def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is_decoded_after_the_last(
+        rows, device):
     starts = torch.randint(1, 20, (30,), generator=torch.Generator().manual_seed(rows)).tolist()
     model = Countdown().to(device)
     # No two are equal.
-    out = generate(model, [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)], 20, ends(0, 63), rows=rows)
+    out = generate(model, [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)],
+                   20,
+                   ends(0, 63),
+                   rows=rows)
     expected = [list(range(n - 1, -1, -1)) for n in starts]
     assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == expected
     assert out.ended.all() and out.lengths.tolist() == [i % 4 + 2 + n for i, n in enumerate(starts)]
@@ -166,7 +172,11 @@ def test_equal_prompts_are_passed_over_once_and_get_samples_of_their_own():
     over_prompts = [ids for prompts, ids in model.passes if prompts]
     assert over_prompts == [[[9, 63], [50, 4], [3, 63]]]
     model = tiny()
-    out = generate(model, [[3, 1, 4]] * 8 + [[2]] * 8, 6, ends(VOCAB, 0), generator=torch.Generator().manual_seed(0), rows=5)
+    out = generate(model, [[3, 1, 4]] * 8 + [[2]] * 8,
+                   6,
+                   ends(VOCAB, 0),
+                   generator=torch.Generator().manual_seed(0),
+                   rows=5)
     replies = [tuple(ids[mask].tolist()) for ids, mask in zip(out.ids, out.mask)]
     assert len(set(replies[:8])) == 8 and len(set(replies[8:])) == 8
 
@@ -225,10 +235,13 @@ def test_decoding_with_adapters_is_decoding_with_the_merged_weights(options, red
     plain = [generate(network, PROMPTS, 12, ends(VOCAB, 0), temperature=0).ids for network in (merged, model)]
     merged.load_state_dict(model_file.merged_weights(model))
     with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-        a, b = (generate(network, PROMPTS, 12, ends(VOCAB, 0), temperature=0, rows=3).ids for network in (merged, model))
+        a, b = (generate(network, PROMPTS, 12, ends(VOCAB, 0), temperature=0, rows=3).ids
+                for network in (merged, model))
     assert torch.equal(a, b) and not torch.equal(*plain)
     if not reduced:
-        assert [ids[len(p):len(p) + 12].tolist() for ids, p in zip(b, PROMPTS)] == [slow_greedy(model, p, 12) for p in PROMPTS]
+        assert [ids[len(p):len(p) + 12].tolist() for ids, p in zip(b, PROMPTS)] == [
+            slow_greedy(model, p, 12) for p in PROMPTS
+        ]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -240,7 +253,9 @@ def test_generation_leaves_the_model_as_it_was_even_when_it_fails(monkeypatch, b
     inside = []
 
     def fail(*_):
-        inside.extend("forward" in vars(module) for module in model.transformer.modules() if isinstance(module, torch.nn.Linear))
+        inside.extend("forward" in vars(module)
+                      for module in model.transformer.modules()
+                      if isinstance(module, torch.nn.Linear))
         raise KeyboardInterrupt
 
     generate(model, PROMPTS, 4, ends(VOCAB, 0))
@@ -304,7 +319,8 @@ def test_samples_of_rows_that_wait_follow_the_model_too(rows):
 
 def test_a_seed_repeats_the_sample_and_another_seed_does_not():
     model, end = tiny(), ends(256, 257)
-    a, b, c = (generate(model, PROMPTS, 12, end, generator=torch.Generator().manual_seed(seed)).ids for seed in (1, 1, 2))
+    a, b, c = (generate(model, PROMPTS, 12, end, generator=torch.Generator().manual_seed(seed)).ids
+               for seed in (1, 1, 2))
     assert torch.equal(a, b) and a.tolist() != c.tolist()
 
 
@@ -339,14 +355,20 @@ def test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone(options
     for order in (range(10), range(9, -1, -1), [3], [8, 1], [4, 0, 9, 7, 2]):
         for rows in (0, 1, 2, 3):
             order = list(order)
-            out = generate(model, [prompts[i] for i in order], number, ends(eos, 0), rows=rows, uniform=uniform[order], **sampling)
+            out = generate(model, [prompts[i] for i in order],
+                           number,
+                           ends(eos, 0),
+                           rows=rows,
+                           uniform=uniform[order],
+                           **sampling)
             wanted = [expected[i] for i in order]
             assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == wanted
 
 
 def test_a_generator_stands_for_the_uniform_numbers_that_it_draws():
     model, uniform = tiny(vocab_size=12), uniforms(len(PROMPTS), 9, torch.Generator().manual_seed(6), CPU)
-    drawn, given = (generate(model, PROMPTS, 9, ends(7, 0), **how).ids for how in ({"generator": torch.Generator().manual_seed(6)}, {"uniform": uniform}))
+    drawn, given = (generate(model, PROMPTS, 9, ends(7, 0), **how).ids
+                    for how in ({"generator": torch.Generator().manual_seed(6)}, {"uniform": uniform}))
     assert torch.equal(drawn, given)
 
 
@@ -359,8 +381,13 @@ def test_generation_leaves_it_at_the_tokens_that_are_there_when_it_is_interrupte
         asked.append(1)
         return len(asked) > tokens
 
-    whole, cut = (generate(model, PROMPTS, 12, ends(12, 0), generator=torch.Generator().manual_seed(0), rows=rows, interrupted=ask)
-                  for ask in (lambda: False, interrupted))
+    whole, cut = (generate(model,
+                           PROMPTS,
+                           12,
+                           ends(12, 0),
+                           generator=torch.Generator().manual_seed(0),
+                           rows=rows,
+                           interrupted=ask) for ask in (lambda: False, interrupted))
     assert len(asked) == tokens + 1 and not cut.ended.any() and cut.lengths.max() == cut.ids.shape[1]
     for b, prompt in enumerate(PROMPTS):  # a row for each, or the first ones alone have one
         reply = cut.ids[b][cut.mask[b]].tolist()
@@ -409,7 +436,8 @@ def truncated(probs, top_k, top_p):
 ])
 def test_sample_frequencies_equal_the_truncated_softmax(temperature, top_k, top_p):
     n, logits = 20000, 1.5 * torch.randn(2, 12, generator=torch.Generator().manual_seed(4))
-    tokens = sample(logits.repeat(n, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(n, 2)
+    tokens = sample(logits.repeat(n, 1), temperature, top_k, top_p,
+                    torch.Generator().manual_seed(0)).view(n, 2)
     for column in (0, 1):
         weights = [math.exp(x / temperature) for x in logits[column].tolist()]
         expected = torch.tensor(truncated([w / sum(weights) for w in weights], top_k, top_p))
@@ -426,7 +454,8 @@ def chi_square(counts, expected):
     counts, expected = (torch.cat([x[~few], x[few].sum()[None]]).double() for x in (counts, expected))
     counts, expected = counts[expected > 0], expected[expected > 0]
     k = len(counts) - 1
-    return (((((counts - expected) ** 2 / expected).sum() / k) ** (1 / 3) - 1 + 2 / (9 * k)) / math.sqrt(2 / (9 * k))).item()
+    return (((((counts - expected) ** 2 / expected).sum() / k) ** (1 / 3) - 1 + 2 /
+             (9 * k)) / math.sqrt(2 / (9 * k))).item()
 
 
 @pytest.mark.parametrize("vocabulary", [12, 256, 257, 1000])
@@ -437,10 +466,12 @@ def chi_square(counts, expected):
     (1.3, 0, 0.9),
     (0.8, 200, 0.8),
 ])
-def test_samples_pass_a_chi_square_test_in_one_group_of_tokens_and_in_several(vocabulary, temperature, top_k, top_p):
+def test_samples_pass_a_chi_square_test_in_one_group_of_tokens_and_in_several(
+        vocabulary, temperature, top_k, top_p):
     n, generator = 40000, torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(vocabulary, generator=generator)
-    tokens = torch.cat([sample(logits.expand(n // 8, -1), temperature, top_k, top_p, generator) for _ in range(8)])
+    tokens = torch.cat(
+        [sample(logits.expand(n // 8, -1), temperature, top_k, top_p, generator) for _ in range(8)])
     probs = torch.tensor(truncated((logits.double() / temperature).softmax(-1).tolist(), top_k, top_p))
     counts = tokens.bincount(minlength=vocabulary)
     assert len(counts) == vocabulary and not counts[probs == 0].any()

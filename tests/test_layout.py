@@ -7,8 +7,8 @@ import pytest
 import tools
 
 ALGORITHMS = ("sft", "reward", "ppo", "dpo", "evaluate", "chat", "report", "toy")
-# A file may import from the rooms before its own; in plumbing/ and formats/ files import each other, in no
-# circle.
+# A file may import from the rooms before its own.
+# In plumbing/ and formats/ files import each other, in no circle.
 ROOMS = ("plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "algorithms")
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
 TWINS = {}

@@ -57,7 +57,8 @@ def test_a_missing_end_token_is_judged_by_its_rule_and_replies_that_ended_keep_t
     scores, ended = torch.tensor([3.0, 1.0, -1.0, -2.0]), torch.tensor([True, False, True, False])
     got = missing_eos_scores(scores, ended, rule, penalty=0.5, lowest=torch.tensor(-2.0))
     assert got.tolist() == [3.0, cut_off[0], -1.0, cut_off[1]]
-    assert torch.equal(missing_eos_scores(scores, torch.ones(4, dtype=torch.bool), rule, 0.5, scores.min()), scores)
+    assert torch.equal(missing_eos_scores(scores, torch.ones(4, dtype=torch.bool), rule, 0.5, scores.min()),
+                       scores)
     # Another rank's reply was worse.
     lower = missing_eos_scores(scores, ended, "floor", 0.0, torch.tensor(-7.0))
     assert lower.tolist() == [3.0, -7.0, -1.0, -7.0]
@@ -113,7 +114,8 @@ def test_scores_that_are_all_equal_are_not_blown_up():
     scores = torch.ones(4)
     expected = pytest.approx([1.0] * 4)
     assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "scale", 0.0).tolist() == expected
-    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "standard", 0.0).tolist() == [0.0] * 4
+    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "standard",
+                            0.0).tolist() == [0.0] * 4
 
 
 @pytest.mark.case(31)
@@ -150,7 +152,8 @@ def test_the_step_after_the_last_token_exists_for_all_but_the_longest_replies():
     assert steps_mask(MASK, "eos") is MASK
     assert torch.equal(steps_mask(MASK, "next"), responses((2, 7), (1, 9), (4, 6), (3, 3)))
     # Whatever their prompts.
-    assert torch.equal(steps_mask(responses((5, 7), (0, 2), (4, 5)), "next"), responses((5, 7), (0, 2), (4, 6)))
+    assert torch.equal(steps_mask(responses((5, 7), (0, 2), (4, 5)), "next"), responses((5, 7), (0, 2),
+                                                                                        (4, 6)))
 
 
 @pytest.mark.parametrize("lam", [0.95, 0.5, 0.0, 1.0])
@@ -169,7 +172,8 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
         for b, (start, end) in enumerate(SPANS):
             last = end - 1 + (at == "next" and end - start < 8)
             for t in range(9):
-                expected = -0.5 * kl[b, t].item() * (start <= t < end) + scores[b].item() * (end > start and t == last)
+                expected = -0.5 * kl[b, t].item() * (start <= t < end) + scores[b].item() * (end > start
+                                                                                             and t == last)
                 assert rewards[b, t].item() == pytest.approx(expected, abs=1e-6)
         advantages[at], returns = gae(rewards, values, steps, 1.0, lam)
         assert not advantages[at][~steps].any() and not returns[~steps].any()
@@ -178,13 +182,16 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
             assert returns[0, 6] == scores[0] and returns[2, 5] == scores[2]
     for b, (start, end) in enumerate(SPANS):
         for t in range(start, end):
-            later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end] - scores[b]).item() if end - start < 8 else 0.0
+            later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end]
+                                                        - scores[b]).item() if end - start < 8 else 0.0
             assert (advantages["next"] - advantages["eos"])[b, t].item() == pytest.approx(later, abs=1e-5)
 
 
 # -- KL estimators
 
-LOGITS = torch.tensor([[1.0, 0.2, -0.7, 0.4, -1.5, 0.9], [0.1, 0.8, 0.3, -0.4, 0.5, -0.2], [-0.6, 0.5, 1.1, 0.0, 0.7, -0.9]], dtype=torch.float64)
+LOGITS = torch.tensor(
+    [[1.0, 0.2, -0.7, 0.4, -1.5, 0.9], [0.1, 0.8, 0.3, -0.4, 0.5, -0.2], [-0.6, 0.5, 1.1, 0.0, 0.7, -0.9]],
+    dtype=torch.float64)
 
 
 def kl_between(p, q):
@@ -193,7 +200,10 @@ def kl_between(p, q):
 
 def test_kl_estimators_have_their_known_expectations_by_enumeration():
     log_pi, log_ref = LOGITS[:2].log_softmax(-1)
-    expected = {kind: (log_pi.exp() * kl_estimate(log_pi, log_ref, kind)).sum() for kind in ("k1", "k2", "k3")}
+    expected = {
+        kind: (log_pi.exp() * kl_estimate(log_pi, log_ref, kind)).sum()
+        for kind in ("k1", "k2", "k3")
+    }
     torch.testing.assert_close(expected["k1"], kl_between(log_pi, log_ref))
     torch.testing.assert_close(expected["k3"], kl_between(log_pi, log_ref))
     assert abs(expected["k2"] - kl_between(log_pi, log_ref)) > 0.01  # biased
@@ -211,7 +221,10 @@ def test_policy_gradient_of_each_estimator_in_the_reward_by_enumeration():
 
     log_pi = logits.log_softmax(-1)
     forward, backward = gradient(kl_between(log_pi, log_ref)), gradient(kl_between(log_ref, log_pi))
-    score_function = {kind: gradient((log_pi.detach().exp() * log_pi * kl_estimate(log_pi, log_ref, kind).detach()).sum()) for kind in ("k1", "k2", "k3")}
+    score_function = {
+        kind: gradient((log_pi.detach().exp() * log_pi * kl_estimate(log_pi, log_ref, kind).detach()).sum())
+        for kind in ("k1", "k2", "k3")
+    }
     torch.testing.assert_close(score_function["k1"], forward)
     torch.testing.assert_close(score_function["k3"], forward - backward)
     assert (score_function["k2"] - forward).abs().max() > 1e-3
@@ -247,7 +260,9 @@ def test_gradient_of_each_kl_estimator_in_the_loss_by_enumeration(off_policy):
     true, = torch.autograd.grad(kl_between(log_pi, log_ref), logits, retain_graph=True)
 
     def loss(kind):
-        return expectation(log_old, lambda a: kl_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), log_ref[a].view(1, 1), ONE, kind, 1))
+        return expectation(
+            log_old, lambda a: kl_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), log_ref[a].view(1, 1),
+                                       ONE, kind, 1))
 
     for kind in ("k2", "k3"):
         torch.testing.assert_close(torch.autograd.grad(loss(kind), logits, retain_graph=True)[0], true)
@@ -264,7 +279,8 @@ def test_kl_loss_is_a_sum_over_reply_tokens_divided_by_the_count_given(kind):
     torch.manual_seed(3)
     logprobs, old, ref = torch.randn(3, 4, 9) * MASK
     weight = torch.ones(4, 9) if kind == "k1" else (logprobs - old).exp()
-    expected = sum((weight * kl_estimate(logprobs, ref, kind))[b, t].item() for b, t in MASK.nonzero().tolist()) / 20
+    expected = sum(
+        (weight * kl_estimate(logprobs, ref, kind))[b, t].item() for b, t in MASK.nonzero().tolist()) / 20
     assert kl_loss(logprobs, old, ref, MASK, kind, 20).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -272,7 +288,9 @@ def test_gradient_of_the_penalty_is_that_of_the_kl_from_the_old_policy_by_enumer
     logits, log_old = LOGITS[0].clone().requires_grad_(), LOGITS[1].log_softmax(-1)
     log_pi, zero = logits.log_softmax(-1), torch.zeros(1, 1, dtype=torch.float64)
     true, = torch.autograd.grad(0.7 * kl_between(log_old, log_pi), logits, retain_graph=True)
-    loss = expectation(log_old, lambda a: policy_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), zero, ONE, 0.2, 1, "penalty", 0.0, 0.7)[0])
+    loss = expectation(
+        log_old, lambda a: policy_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), zero, ONE, 0.2, 1,
+                                       "penalty", 0.0, 0.7)[0])
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], true)
     torch.testing.assert_close(loss, 0.7 * kl_between(log_old, log_pi.detach()), check_dtype=False)
 
@@ -291,15 +309,20 @@ def test_gae_equals_the_double_sum_of_its_definition(gamma, lam):
         for t in inside:
             for s in [s for s in inside if s >= t]:
                 following = values[b, s + 1].item() if s + 1 in inside else 0.0
-                expected[b, t] += (gamma * lam) ** (s - t) * (rewards[b, s].item() + gamma * following - values[b, s].item())
+                expected[b, t] += (gamma * lam) ** (s - t) * (rewards[b, s].item() + gamma * following
+                                                              - values[b, s].item())
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(returns, torch.where(MASK, expected + values, torch.zeros(())), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(returns,
+                               torch.where(MASK, expected + values, torch.zeros(())),
+                               rtol=1e-4,
+                               atol=1e-5)
 
 
 def test_gae_with_lambda_1_is_return_minus_value_and_with_0_the_temporal_difference():
     torch.manual_seed(3)
     rewards, values, mask = torch.randn(1, 4), torch.randn(1, 4), torch.ones(1, 4, dtype=torch.bool)
-    monte_carlo = torch.tensor([[sum(0.9 ** (s - t) * rewards[0, s].item() for s in range(t, 4)) for t in range(4)]])
+    monte_carlo = torch.tensor(
+        [[sum(0.9 ** (s - t) * rewards[0, s].item() for s in range(t, 4)) for t in range(4)]])
     torch.testing.assert_close(gae(rewards, values, mask, 0.9, 1.0)[0], monte_carlo - values)
     following = torch.cat([values[:, 1:], torch.zeros(1, 1)], 1)
     torch.testing.assert_close(gae(rewards, values, mask, 0.9, 0.0)[0], rewards + 0.9 * following - values)
@@ -338,12 +361,17 @@ def test_whitening_divides_by_the_variance_it_names_over_all_ranks(variance):
 def test_variance_is_that_of_all_tokens_of_all_ranks(ranks):
     torch.manual_seed(3)
     x = torch.randn(ranks, 4, 9) * 5 + torch.arange(ranks)[:, None, None] * 4 + 3  # the ranks' means differ
-    masks = torch.stack([MASK.roll(rank, 0) if rank != 1 else responses((0, 3), (0, 0), (0, 0), (5, 6)) for rank in range(ranks)])
+    masks = torch.stack([
+        MASK.roll(rank, 0) if rank != 1 else responses((0, 3), (0, 0), (0, 0), (5, 6))
+        for rank in range(ranks)
+    ])
     found = on_ranks(ranks, lambda rank, all_sum: variance(x[rank], masks[rank], all_sum).item())
     assert len(set(found)) == 1
     assert found[0] == pytest.approx(torch.var(x[masks].double(), correction=0).item(), rel=1e-5)
     shuffled = torch.where(masks, x, 1e4 * torch.randn(x.shape))  # what padding holds doesn't count
-    assert on_ranks(ranks, lambda rank, all_sum: variance(shuffled[rank], masks[rank], all_sum).item()) == pytest.approx(found)
+    assert on_ranks(
+        ranks,
+        lambda rank, all_sum: variance(shuffled[rank], masks[rank], all_sum).item()) == pytest.approx(found)
 
 
 @pytest.mark.case(31)
@@ -366,15 +394,18 @@ def test_nothing_is_explained_of_returns_that_do_not_vary(value):
 # -- losses
 
 @pytest.mark.parametrize("call", [
-    lambda: preference_loss(torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1, kind="new"),
-    lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "new"),
-    lambda: policy_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
-    lambda: kl_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), "new", 2),
+    lambda: preference_loss(
+        torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1, kind="new"),
+    lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "new"), lambda: policy_loss(
+        torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
+    lambda: kl_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2),
+                    torch.ones(1, 2).bool(), "new", 2),
     lambda: whiten(torch.randn(2, 3), torch.ones(2, 3).bool(), variance="new"),
     lambda: normalise_scores(torch.zeros(2), [2, 0.0, 1.0], "new", 0.0),
-    lambda: missing_eos_scores(torch.zeros(2), torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
-    lambda: steps_mask(torch.ones(1, 2).bool(), "new"),
-    lambda: scheduled_lr(5, 10, 1, 1.0, "new")])
+    lambda: missing_eos_scores(torch.zeros(2),
+                               torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
+    lambda: steps_mask(torch.ones(1, 2).bool(), "new"), lambda: scheduled_lr(5, 10, 1, 1.0, "new")
+])
 def test_a_choice_that_has_no_branch_is_an_error_and_nothing_else_instead(call):
     with pytest.raises((ValueError, KeyError), match="new"):
         call()

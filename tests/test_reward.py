@@ -32,9 +32,7 @@ def test_ranking_loss_equals_all_pairs_forwarded_apart_in_value_and_gradient():
     trunk.weight.grad = None
     slow, start = 0.0, 0
     for row in rows:  # every pair with two forwards of its own
-        pairs = [(i, j)
-                 for i in range(len(row.ranks))
-                 for j in range(len(row.ranks))
+        pairs = [(i, j) for i in range(len(row.ranks)) for j in range(len(row.ranks))
                  if row.ranks[i] < row.ranks[j]]
         for i, j in pairs:
             gap = trunk(features[start + i]) - trunk(features[start + j]) - row.margin

@@ -45,7 +45,10 @@ TESTS = ROOT / "tests"
 
 
 def toy_files():
-    """The folder that `python toy.py` writes, with few preferences. One for this process and those that it starts."""
+    """The folder that `python toy.py` writes, with few preferences.
+
+    One for this process and those that it starts.
+    """
     if "TOY_FILES" not in os.environ:
         folder = tempfile.mkdtemp(prefix="toy-")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -58,7 +61,8 @@ def toy_files():
 TOY = toy_files()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = "--layers 1 --heads 2 --width 32 --block-size 64"
-PLAN = {  # flags of a run of each script that takes a second or two; {root} has sft/ and reward/ from `models`
+# Flags of a run of each script that takes a second or two; {root} has sft/ and reward/ from `models`.
+PLAN = {
     "sft": f"{TINY} --data {TOY}/demonstrations.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
     "reward": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4",
     "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
@@ -68,7 +72,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"
 
 
 def sources():
-    """{path from the root: text} of the project's own Python files, those in rooms (folders with an __init__.py) too."""
+    """{path from the root: text} of the project's own Python files, those in rooms (folders with an
+    __init__.py) too."""
     rooms = [file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name not in ("bench", "tests")]
     files = [*ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]
     return {file.relative_to(ROOT).as_posix(): file.read_text("utf-8") for file in sorted(files)}
@@ -79,7 +84,10 @@ def words(script, root, *flags):
 
 
 def start(script, root, *flags, hook="", launcher=(sys.executable,), **options):
-    """Popen of a script's run. hook: Python that is executed before the script's main, to break things; {script} is imported by then."""
+    """Popen of a script's run.
+
+    hook: Python that is executed before the script's main, to break things; {script} is imported by then.
+    """
     if hook:
         file = Path(root) / f"hook{abs(hash((script, hook))):x}.py"
         file.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(TESTS)]}\nfrom plumbing import run as runtime\nimport {script}\n{hook}\n"
@@ -201,7 +209,8 @@ PUBLISHED = list(STAGES)[4:]  # those where the new checkpoint counts
 
 
 def at_stage(stage, step, act, patch=setattr):
-    """From now on, the save of a step calls act at one of STAGES, while what is written or deleted there is half done."""
+    """From now on, the save of a step calls act at one of STAGES, while what is written or deleted there is
+    half done."""
     owner, name, contained, before = STAGES[stage]
     original = getattr(owner, name)
 
@@ -223,14 +232,32 @@ def at_stage(stage, step, act, patch=setattr):
 
 # -- runs of a few steps on the toy task's files
 
-SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
+SCRIPTS = {
+    "sft": sft,
+    "reward": reward,
+    "ppo": ppo,
+    "dpo": dpo,
+    "evaluate": evaluate,
+    "chat": chat,
+    "toy": toy,
+    "report": report,
+}
 TRAINERS = ("sft", "reward", "ppo", "dpo")
-DATA = {"sft": f"{TOY}/demonstrations.jsonl", "reward": f"{TOY}/preferences.jsonl", "dpo": f"{TOY}/preferences.jsonl",
-        "ppo": f"{TOY}/prompts.jsonl", "evaluate": f"{TOY}/prompts_heldout.jsonl"}
+DATA = {
+    "sft": f"{TOY}/demonstrations.jsonl",
+    "reward": f"{TOY}/preferences.jsonl",
+    "dpo": f"{TOY}/preferences.jsonl",
+    "ppo": f"{TOY}/prompts.jsonl",
+    "evaluate": f"{TOY}/prompts_heldout.jsonl",
+}
 DEMONSTRATIONS = f"--data {TOY}/demonstrations.jsonl"
 TINY_RUN = f"{TINY} --threads 1"
-QUICK = {"sft": "--batch-tokens 512 --eval-every 2", "reward": "--batch-tokens 512 --eval-every 2", "dpo": "--batch-tokens 512 --eval-every 2",
-        "ppo": "--rollout-batch 16 --minibatches 2 --max-new-tokens 12 --sample-every 2"}
+QUICK = {
+    "sft": "--batch-tokens 512 --eval-every 2",
+    "reward": "--batch-tokens 512 --eval-every 2",
+    "dpo": "--batch-tokens 512 --eval-every 2",
+    "ppo": "--rollout-batch 16 --minibatches 2 --max-new-tokens 12 --sample-every 2",
+}
 WORDS = ("river", "stone", "apple", "window", "garden", "pencil")
 ALL_AT_ONCE = "--threads 1 --val-fraction 0 --batch-tokens 100000 --warmup 1"
 
@@ -314,11 +341,14 @@ def readme_commands():
 # -- runs of ppo.py with everything that they compute
 
 MORE_WORDS = (*WORDS, "candle", "bridge")
-PPO_RUN = ("--model {root}/sft --data {root}/prompts.json --threads 1 --rollout-batch 16 --minibatches 2 --max-new-tokens 10 --steps 2 "
-       "--warmup 1 --lr 0.005 --critic-lr 0.005")
+PPO_RUN = (
+    "--model {root}/sft --data {root}/prompts.json --threads 1 --rollout-batch 16 --minibatches 2 --max-new-tokens 10 --steps 2 "
+    "--warmup 1 --lr 0.005 --critic-lr 0.005")
 PTX = "--ptx-data {root}/demonstrations.json --ptx-tokens 100"
-RECORDED = ("generate", "missing_eos_scores", "update_moments", "normalise_scores", "steps_mask", "shaped_rewards", "gae", "whiten", "policy_loss",
-            "kl_loss", "value_loss", "adapt_kl_coef", "adapt_penalty", "diagnose")
+RECORDED = (
+    "generate", "missing_eos_scores", "update_moments", "normalise_scores", "steps_mask", "shaped_rewards",
+    "gae", "whiten", "policy_loss", "kl_loss", "value_loss", "adapt_kl_coef", "adapt_penalty", "diagnose",
+)
 
 
 @contextlib.contextmanager
@@ -346,9 +376,10 @@ def steps_of(run, name):
 def train(root, out, *flags, reward="--reward {root}/reward"):
     """A run of ppo.main with everything it computes.
 
-    rows: its metrics, without timings; said: what it printed; calls[name]: the arguments and results of ppo.py's functions, with the
-    numbers of the rollout and the minibatch (from 0); start: weights before training; steps: every optimiser step with its network,
-    learning rate, gradient and the weights before and after.
+    rows: its metrics, without timings; said: what it printed; calls[name]: the arguments and results of
+    ppo.py's functions, with the numbers of the rollout and the minibatch (from 0); start: weights before
+    training; steps: every optimiser step with its network, learning rate, gradient and the weights before and
+    after.
     """
     run = SimpleNamespace(calls={name: [] for name in RECORDED}, start={}, steps=[], out=out)
     trained = {}  # optimiser: name and network
@@ -359,7 +390,9 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         def recorded(*args, **options):
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
-            call = SimpleNamespace(**copied(bound.arguments), rollout=len(run.calls["generate"]) - 1, minibatch=len(steps_of(run, "critic")))
+            call = SimpleNamespace(**copied(bound.arguments),
+                                   rollout=len(run.calls["generate"]) - 1,
+                                   minibatch=len(steps_of(run, "critic")))
             result = function(*args, **options)
             call.result = copied(result)
             run.calls[function.__name__].append(call)
@@ -367,7 +400,8 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         return recorded
 
     def adamw(network, *args, **options):
-        optimizer, name = steps_file.adamw(network, *args, **options), "policy" if isinstance(network, GPT) else "critic"
+        optimizer = steps_file.adamw(network, *args, **options)
+        name = "policy" if isinstance(network, GPT) else "critic"
         trained[optimizer], run.start[name] = (name, network), copied(dict(network.state_dict()))
         return optimizer
 
@@ -376,8 +410,14 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         gradient = {key: copied(p.grad) for key, p in network.named_parameters()}
         before = copied(dict(network.state_dict()))
         norm = original_step(self, optimizer, lr, max_grad_norm, batch)
-        run.steps.append(SimpleNamespace(of=name, rollout=len(run.calls["generate"]) - 1, lr=lr, gradient=gradient, before=before, batch=batch,
-                                         after=copied(dict(network.state_dict()))))
+        run.steps.append(
+            SimpleNamespace(of=name,
+                            rollout=len(run.calls["generate"]) - 1,
+                            lr=lr,
+                            gradient=gradient,
+                            before=before,
+                            batch=batch,
+                            after=copied(dict(network.state_dict()))))
         return norm
 
     words = " ".join([PPO_RUN, reward, *flags, f"--out {out}"]).format(root=root)
@@ -414,7 +454,11 @@ def reply_tokens(policy, ids, mask, temperature=1.0):
 def ptx_logprobs(root, policy, number, budget=100):
     """Log-probabilities (n,) of the reply tokens in the minibatch's batch of demonstrations."""
     _, tokenizer = load_model(root / "sft", GPT)
-    examples = [encode_group(tokenizer, row)[0] for row in read_rows(root / "demonstrations.json", "demonstrations", str)]
-    batch = next(itertools.islice(endless_batches([len(ids) for ids, _ in examples], budget, 0), number, None))
+    examples = [
+        encode_group(tokenizer, row)[0]
+        for row in read_rows(root / "demonstrations.json", "demonstrations", str)
+    ]
+    batch = next(itertools.islice(endless_batches([len(ids) for ids, _ in examples], budget, 0), number,
+                                  None))
     ids, mask, _ = collate([examples[i] for i in batch], tokenizer.pad, "cpu")
     return reply_tokens(policy, ids, mask)[0]

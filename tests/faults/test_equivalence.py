@@ -111,7 +111,8 @@ def test_gradients_of_uneven_rows_are_the_same_in_one_pass_row_by_row_on_two_ran
 
     def job(script, name, budget, words=""):
         out = f"{tmp_path}/{script}-{name}"
-        return script, f"{plan[script]} --micro-batch-tokens {budget} {words} --out {out}", f"{out}.safetensors"
+        words = f"{plan[script]} --micro-batch-tokens {budget} {words} --out {out}"
+        return script, words, f"{out}.safetensors"
 
     for script in TRAINERS:
         write_gradients(*job(script, "one", 100_000))
@@ -230,8 +231,7 @@ def test_thirty_steps_are_one_trajectory_without_drift_however_they_are_computed
     assert compared > {"grad_norm"} | ({"score", "kl", "policy_loss", "value_loss", "critic_grad_norm"}
                                        if script == "ppo" else {"loss"})
     for key in compared:
-        changes = [(other[key] - row[key]) / max(1, abs(row[key]))
-                   for row, other in zip(rows, others)
+        changes = [(other[key] - row[key]) / max(1, abs(row[key])) for row, other in zip(rows, others)
                    if key in row]
         largest, mean = max(map(abs, changes)), statistics.mean(changes)
         limits = (1e-4, 5e-6) if script == "ppo" and "norm" in key else (3e-5, 3e-6) if script == "ppo" else (

@@ -58,8 +58,7 @@ def finite_checkpoints(folder):
     found = sorted(path for path in (folder / "checkpoints").iterdir() if path.is_dir())
     for checkpoint in found:
         assert checkpoints.find_damage(checkpoint) == ""
-        assert all(tensor.isfinite().all()
-                   for file in checkpoint.glob("*.safetensors")
+        assert all(tensor.isfinite().all() for file in checkpoint.glob("*.safetensors")
                    for tensor in load_file(file).values())
     return [path.name for path in found]
 

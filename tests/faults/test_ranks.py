@@ -46,8 +46,7 @@ def contents(out):
 
 
 def equal(one, other):
-    return all(a.keys() == b.keys() and len(a) and all(torch.equal(a[name], b[name])
-                                                       for name in a)
+    return all(a.keys() == b.keys() and len(a) and all(torch.equal(a[name], b[name]) for name in a)
                for a, b in zip(one, other))
 
 
@@ -344,8 +343,7 @@ def test_a_checkpoint_goes_from_shards_to_one_process_and_back_without_losing_a_
         assert (tools.latest(tmp_path / str(number)) / "shards").is_dir() == (kind == "fsdp")
         assert equal(contents(tmp_path / str(number)),
                      contents(tmp_path / "0")), f"{kind} has changed something"
-    assert sum(tensor.abs().sum() > 0
-               for name, tensor in contents(tmp_path / "0")[0].items()
+    assert sum(tensor.abs().sum() > 0 for name, tensor in contents(tmp_path / "0")[0].items()
                if "exp_avg" in name) > 20
 
 

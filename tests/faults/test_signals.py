@@ -116,9 +116,7 @@ def test_a_signal_at_any_moment_loses_nothing(script, root, unbroken, tmp_path, 
     chance, survived, places = random.Random(script), 0, collections.Counter()
     kinds = list(dict.fromkeys(events))
     moments = [
-        chance.choice([i
-                       for i, event in enumerate(events)
-                       if event == kind])
+        chance.choice([i for i, event in enumerate(events) if event == kind])
         for kind in chance.sample(kinds, 15)
     ]
     record_property("tries", len(moments))

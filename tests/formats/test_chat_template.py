@@ -156,8 +156,7 @@ def test_no_content_ever_becomes_a_special_token(tmp_path, tokenizers, name):
         assert not set(ours.encode(text)) & set(ours.specials.values())
         shown = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         assert ours.decode(ours.encode(text)) == shown
-        talks = [[{"role": r, "content": t if r == role else "x"}
-                  for r, t in zip(ROLES, [text] * 3)]
+        talks = [[{"role": r, "content": t if r == role else "x"} for r, t in zip(ROLES, [text] * 3)]
                  for role in ROLES]
         harmless = [{"role": r, "content": "x"} for r in ROLES]
         for talk in talks:

@@ -275,8 +275,7 @@ def test_saving_copies_every_file_as_it_was_where_nothing_changed(tmp_path, toke
                    generation_config={"eos_token_id": 2, "pad_token_id": 3, "top_p": 0.9})
     (tmp_path / "a/tokenizer.model").write_bytes(b"\x00\xff")
     open_tokenizer(tmp_path / "a").save(tmp_path / "b")
-    assert {p.name: p.read_bytes()
-            for p in (tmp_path / "a").iterdir()} == {
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
                 p.name: p.read_bytes()
                 for p in (tmp_path / "b").iterdir()
             }

@@ -313,10 +313,8 @@ def test_a_peft_folder_has_the_names_and_shapes_of_peft(tmp_path, targets):
     base, folder, model = peft_folder(tmp_path, name="llama3", lora_targets=targets)
     attention = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
     mlp = {"gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}
-    parts = {f"self_attn.{name}": shape
-             for name, shape in attention.items()
-             } | ({f"mlp.{name}": shape
-                   for name, shape in mlp.items()} if targets == "all" else {})
+    parts = {f"self_attn.{name}": shape for name, shape in attention.items()
+             } | ({f"mlp.{name}": shape for name, shape in mlp.items()} if targets == "all" else {})
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {
         key: tuple(p.shape)

@@ -28,9 +28,7 @@ def edit_config(remove=(), **changes):
     def damage(folder):
         written = json.loads((folder / "config.json").read_text()) | changes
         (folder / "config.json").write_text(
-            json.dumps({key: value
-                        for key, value in written.items()
-                        if key not in remove}))
+            json.dumps({key: value for key, value in written.items() if key not in remove}))
     return damage
 
 

@@ -559,8 +559,7 @@ def test_a_share_of_less_than_a_row_is_refused(tmp_path):
 
 def test_parts_are_disjoint_cover_everything_and_know_nothing_of_the_held_out_prompts(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", questions("a", 4000) + questions("a", 500))
-    parts = [[row.text
-              for row in sources_file.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")]
+    parts = [[row.text for row in sources_file.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")]
              for i in (1, 2, 3)]
     assert sorted(sum(parts,
                       [])) == sorted(row["prompt"] for row in questions("a", 4000) + questions("a", 500))
@@ -593,8 +592,7 @@ def test_a_malformed_part_is_shown_the_form(tmp_path, part):
 
 def test_a_part_of_a_mixture_keeps_its_shares(tmp_path):
     a, b = (write_rows(tmp_path / name, questions(name, 1000)) for name in ("a.jsonl", "b.jsonl"))
-    parts = [[row.text
-              for row in sources_file.read_rows(f"{a}:3,{b}:1", "prompts", SILENT, f"1/1:{i}")]
+    parts = [[row.text for row in sources_file.read_rows(f"{a}:3,{b}:1", "prompts", SILENT, f"1/1:{i}")]
              for i in (1, 2)]
     for part in parts:
         expected = pytest.approx(3 * sum("b" in text[:1] for text in part), abs=3)

@@ -12,9 +12,7 @@ def test_every_step_and_rank_draws_from_a_seed_of_its_own_and_the_generator_from
             SimpleNamespace(config=SimpleNamespace(seed=seed), rank=rank, device=torch.device("cpu")), step)
         return torch.rand(1, generator=generator).item(), torch.rand(1).item()
 
-    draws = {(seed, step, rank): draw(seed, step, rank)
-             for seed in range(3)
-             for step in range(5)
+    draws = {(seed, step, rank): draw(seed, step, rank) for seed in range(3) for step in range(5)
              for rank in range(4)}
     assert len({b for _, b in draws.values()}) == 60 and draw(2, 4, 3) == draws[2, 4, 3]
     # The generator is for all ranks.

@@ -40,8 +40,7 @@ def test_ranks_get_every_example_once_and_as_many_pieces_each_however_few_there_
         counts = [sum(len(piece) for piece, weight in share if weight) for share in shares]
         assert max(counts) - min(counts) <= 1 and all(piece for share in shares for piece, _ in share)
         assert all(
-            len(piece) * max(lengths[i]
-                             for i in piece) <= budget or len(piece) == 1
+            len(piece) * max(lengths[i] for i in piece) <= budget or len(piece) == 1
             for share in shares
             for piece, _ in share)
 

@@ -14,8 +14,7 @@ def root(tmp_path_factory):
     prompts = [f"Say {'please ' * (i % 3)}{word}." for i, word in enumerate(MORE_WORDS)]
     files = {
         "prompts": [{"prompt": p} for p in prompts],
-        "demonstrations": [{"instruction": p, "output": reply}
-                           for p in prompts
+        "demonstrations": [{"instruction": p, "output": reply} for p in prompts
                            for reply in ("It is good.", "No.", "It is sad, and so it is.")],
         "pairs": [{"prompt": p, "chosen": "It is good.", "rejected": "No."} for p in prompts],
     }

@@ -19,8 +19,7 @@ def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
         assert latest.name == "step_000003"
         assert {path.name for path in latest.parent.iterdir()} == {"latest.json", latest.name}
         assert {"training.safetensors", "state.json",
-                "manifest.json"} <= {path.name
-                                     for path in latest.iterdir()}
+                "manifest.json"} <= {path.name for path in latest.iterdir()}
         assert {"metrics.jsonl", "run.json"} <= {path.name for path in (root / stage).iterdir()}
         assert not list((root / stage).rglob("*.tmp"))
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -29,8 +28,7 @@ def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
             held_out: [
                 row["step"]
                 for row in rows_of(root / stage)
-                if any(key.startswith("val_")
-                       for key in row) == held_out
+                if any(key.startswith("val_") for key in row) == held_out
             ]
             for held_out in (False, True)
         }
@@ -69,8 +67,7 @@ def test_the_pipeline_learns_what_is_preferred(tmp_path):
     """Demonstrations say yes or no at even odds, people prefer yes: PPO and DPO say yes, and stop."""
     words = ["river", "stone", "apple", "window", "garden", "pencil", "candle", "bridge"]
     prompts = [f"Say {word}." for word in words]
-    demonstrations = [{"instruction": p, "output": reply}
-                      for p in prompts
+    demonstrations = [{"instruction": p, "output": reply} for p in prompts
                       for reply in ("It is good.", "It is sad.")]
     pairs = [{"prompt": p, "chosen": "It is good.", "rejected": "It is sad."} for p in prompts]
     for name, rows in (("sft", demonstrations), ("pairs", pairs)):

@@ -364,8 +364,7 @@ def test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them(ran
     one = train(root, tmp_path / "one", flags)
     parts = [rank_of(ranks, monkeypatch, rank, root, tmp_path / str(rank), flags) for rank in range(ranks)]
     for rollout in (0, 1):
-        dealt = [[tuple(prompt)
-                  for prompt in run.calls["generate"][rollout].prompts]
+        dealt = [[tuple(prompt) for prompt in run.calls["generate"][rollout].prompts]
                  for run in (one, *parts)]
         assert [len(prompts) for prompts in dealt] == [16] + [16 // ranks] * ranks
         # By length, one after the other.
@@ -378,9 +377,7 @@ def test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them(ran
                    for generated, prompts in zip((rollout_of(run, rollout) for run in (one, *parts)), dealt)]
         assert replies[0] == {prompt: reply for part in replies[1:] for prompt, reply in part.items()}
         assert len(replies[0]) == 16
-        batches = [[step.batch
-                    for step in steps_of(run, "critic")
-                    if step.rollout == rollout]
+        batches = [[step.batch for step in steps_of(run, "critic") if step.rollout == rollout]
                    for run in (one, *parts)]
         assert [[len(batch) for batch in run] for run in batches] == [[4] * 12] + [[4 // ranks] * 12] * ranks
         for number, whole in enumerate(batches[0]):

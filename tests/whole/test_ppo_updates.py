@@ -43,11 +43,9 @@ def test_ppo_feeds_its_losses_what_one_row_at_a_time_gives(chain, tmp_path, monk
     root = chain[0]
     run_here(
         "ppo",
-        f"--data {TOY}/prompts.jsonl --model {root}/sft --reward {root}/reward --threads 1 --steps 1 "
-        f"--rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 10 "
-        f"--temperature 0.7 --kl-coef 0.5 --whiten none --missing-eos-penalty 0 --micro-batch-tokens 10000 "
-        f"--out {tmp_path}/run"
-    )
+        f"--data {TOY}/prompts.jsonl --model {root}/sft --reward {root}/reward --out {tmp_path}/run",
+        "--threads 1 --steps 1 --rollout-batch 8 --minibatches 1 --epochs 1 --max-new-tokens 10",
+        "--temperature 0.7 --kl-coef 0.5 --whiten none --missing-eos-penalty 0 --micro-batch-tokens 10000")
     policy, _ = load_model(root / "sft", model.GPT)
     scorer, _ = load_model(root / "reward", model.ScalarModel)
     rollout = seen["generate"][1]
@@ -76,9 +74,9 @@ def test_ppo_trains_on_each_reply_once_an_epoch_and_logs_and_adapts_to_the_kl_of
     calls = recorded(monkeypatch, ppo, "kl_estimate", "policy_loss", "adapt_kl_coef")
     run_here(
         "ppo",
-        f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --threads 1 --steps 2 "
-        f"--rollout-batch 8 --epochs 2 --minibatches 4 "
-        f"--lr 0.01 --warmup 1 --max-new-tokens 12 --kl-target 1 --out {tmp_path}/run")
+        f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --out {tmp_path}/run",
+        "--threads 1 --steps 2 --rollout-batch 8 --epochs 2 --minibatches 4",
+        "--lr 0.01 --warmup 1 --max-new-tokens 12 --kl-target 1")
     # Of each rollout: old and reference log-probabilities.
     estimates = [args for args, _ in calls["kl_estimate"] if args[2] == "k1"]
     assert len(estimates) == 2 and len(calls["policy_loss"]) == 16
@@ -97,9 +95,8 @@ def test_ppo_samples_at_its_temperature(small, tmp_path, monkeypatch):
     rollouts = recorded(monkeypatch, rollout_file, "generate")["generate"]
     run_here(
         "ppo",
-        f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward {QUICK['ppo']} --threads 1 "
-        f"--steps 1 --temperature 0.001 --out {tmp_path}/run"
-    )
+        f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --out {tmp_path}/run",
+        f"{QUICK['ppo']} --threads 1 --steps 1 --temperature 0.001")
     policy, tokenizer = load_model(small / "sft", model.GPT)
     rollout = rollouts[0][1]
     prompts = [ids[:mask.nonzero()[0]].tolist() for ids, mask in zip(rollout.ids, rollout.mask)]
@@ -116,8 +113,8 @@ def test_the_kl_term_stands_where_it_is_told_and_a_wrong_gradient_is_warned_of(k
     rollout, shaped = rollout_of(run, 1), run.calls["shaped_rewards"][1]
     with torch.no_grad():
         ref, _ = reply_tokens(network(GPT, root / "sft"), rollout.ids, rollout.mask)
-        old, _ = reply_tokens(network(GPT, root / "sft",
-                                      steps_of(run, "policy")[3].after), rollout.ids, rollout.mask)
+        policy = network(GPT, root / "sft", steps_of(run, "policy")[3].after)
+        old, _ = reply_tokens(policy, rollout.ids, rollout.mask)
     log_ratio = old - ref
     expected = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": (-log_ratio).exp() - 1 + log_ratio}[kind]
     assert log_ratio.abs().max() > 0.01
@@ -149,12 +146,10 @@ def test_beta_adapts_to_the_kl_of_each_rollout_and_is_used_in_the_next(root, tmp
 # -- advantages
 
 def in_first_minibatch(run, values):
-    """Rows of values that belong to the first minibatch, found by their old values (which no two rows share)."""
+    """Rows of values that belong to the first minibatch, found by old values, which no two rows share."""
     first = run.calls["value_loss"][0].old_values
     whole = run.calls["gae"][0].values[:, :first.shape[1]]
-    return values[[next(i
-                        for i, row in enumerate(whole)
-                        if torch.equal(row, wanted))
+    return values[[next(i for i, row in enumerate(whole) if torch.equal(row, wanted))
                    for wanted in first], :first.shape[1]]
 
 
@@ -186,8 +181,8 @@ def test_advantages_are_whitened_over_the_rollout_and_then_clipped(kind, clip, r
     inside = advantages[mask].double()
     if kind != "none":
         inside = (inside - inside.mean()) / inside.std(correction=kind == "sample")
-    expected = torch.zeros(mask.shape).masked_scatter(mask,
-                                                      (inside.clamp(-clip, clip) if clip else inside).float())
+    inside = inside.clamp(-clip, clip) if clip else inside
+    expected = torch.zeros(mask.shape).masked_scatter(mask, inside.float())
     assert inside.abs().max() > 0.6
     for call in run.calls["policy_loss"]:
         torch.testing.assert_close(call.advantages, in_training_order(run, expected), rtol=1e-5, atol=1e-5)
@@ -212,10 +207,10 @@ def kl_term(kind):
 OBJECTIVES = {
     "": clipped,
     "--clip 0.05": lambda q: clipped(q, 0.05),
-    "--dual-clip 1.01": lambda q: torch.where(q.advantages < 0, torch.minimum(
-        clipped(q), -1.01 * q.advantages), clipped(q)),
-    "--policy-loss penalty --penalty-coef 0.7": lambda q: -q.ratio * q.advantages + 0.7 *
-    (q.ratio - 1 - q.ratio.log()),
+    "--dual-clip 1.01":
+        lambda q: torch.where(q.advantages < 0, torch.minimum(clipped(q), -1.01 * q.advantages), clipped(q)),
+    "--policy-loss penalty --penalty-coef 0.7":
+        lambda q: -q.ratio * q.advantages + 0.7 * (q.ratio - 1 - q.ratio.log()),
     "--entropy-coef 0.3": lambda q: clipped(q) - 0.3 * q.entropy,
     "--kl-in loss --kl k1 --kl-coef 0.4": kl_term("k1"),
     "--kl-in loss --kl k2 --kl-coef 0.4": kl_term("k2"),

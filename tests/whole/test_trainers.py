@@ -24,8 +24,7 @@ def formula(name, network, reference, tokenizer, folder):
     """The loss of a whole data file, every reply alone."""
     rows = read_rows(folder / ("demonstrations.json" if name == "sft" else "rankings.json"),
                      "demonstrations" if name == "sft" else "preferences", str)
-    groups = [[(torch.tensor(ids), torch.tensor(mask))
-               for ids, mask in encode_group(tokenizer, row)]
+    groups = [[(torch.tensor(ids), torch.tensor(mask)) for ids, mask in encode_group(tokenizer, row)]
               for row in rows]
     if name == "sft":
         return -sum(reply_logprob(network, *group[0]) for group in groups) / sum(group[0][1].sum()
