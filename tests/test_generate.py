@@ -1,5 +1,4 @@
-"""generate.py: replies against slow decoding, row by row, and samples against the distribution that they are
-of."""
+"""generate.py: replies against slow decoding, row by row; samples against the distribution they are of."""
 import itertools
 import math
 from types import SimpleNamespace
@@ -143,10 +142,8 @@ def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is
     starts = torch.randint(1, 20, (30,), generator=torch.Generator().manual_seed(rows)).tolist()
     model = Countdown().to(device)
     # No two are equal.
-    out = generate(model, [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)],
-                   20,
-                   ends(0, 63),
-                   rows=rows)
+    prompts = [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)]
+    out = generate(model, prompts, 20, ends(0, 63), rows=rows)
     expected = [list(range(n - 1, -1, -1)) for n in starts]
     assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == expected
     assert out.ended.all() and out.lengths.tolist() == [i % 4 + 2 + n for i, n in enumerate(starts)]
@@ -172,11 +169,8 @@ def test_equal_prompts_are_passed_over_once_and_get_samples_of_their_own():
     over_prompts = [ids for prompts, ids in model.passes if prompts]
     assert over_prompts == [[[9, 63], [50, 4], [3, 63]]]
     model = tiny()
-    out = generate(model, [[3, 1, 4]] * 8 + [[2]] * 8,
-                   6,
-                   ends(VOCAB, 0),
-                   generator=torch.Generator().manual_seed(0),
-                   rows=5)
+    generator = torch.Generator().manual_seed(0)
+    out = generate(model, [[3, 1, 4]] * 8 + [[2]] * 8, 6, ends(VOCAB, 0), generator=generator, rows=5)
     replies = [tuple(ids[mask].tolist()) for ids, mask in zip(out.ids, out.mask)]
     assert len(set(replies[:8])) == 8 and len(set(replies[8:])) == 8
 
@@ -325,7 +319,7 @@ def test_a_seed_repeats_the_sample_and_another_seed_does_not():
 
 
 def slow_samples(model, prompts, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """What the uniform numbers (B, tokens, 2) draw, each reply alone and without a cache; no token ends it."""
+    """What the uniform numbers (B, tokens, 2) draw, each reply alone, without a cache; no token ends it."""
     replies = []
     for prompt, numbers in zip(prompts, uniform):
         ids = list(prompt)
@@ -355,12 +349,8 @@ def test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone(options
     for order in (range(10), range(9, -1, -1), [3], [8, 1], [4, 0, 9, 7, 2]):
         for rows in (0, 1, 2, 3):
             order = list(order)
-            out = generate(model, [prompts[i] for i in order],
-                           number,
-                           ends(eos, 0),
-                           rows=rows,
-                           uniform=uniform[order],
-                           **sampling)
+            chosen = [prompts[i] for i in order]
+            out = generate(model, chosen, number, ends(eos, 0), rows=rows, uniform=uniform[order], **sampling)
             wanted = [expected[i] for i in order]
             assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == wanted
 
@@ -381,13 +371,11 @@ def test_generation_leaves_it_at_the_tokens_that_are_there_when_it_is_interrupte
         asked.append(1)
         return len(asked) > tokens
 
-    whole, cut = (generate(model,
-                           PROMPTS,
-                           12,
-                           ends(12, 0),
-                           generator=torch.Generator().manual_seed(0),
-                           rows=rows,
-                           interrupted=ask) for ask in (lambda: False, interrupted))
+    def replies(ask):
+        generator = torch.Generator().manual_seed(0)
+        return generate(model, PROMPTS, 12, ends(12, 0), generator=generator, rows=rows, interrupted=ask)
+
+    whole, cut = replies(lambda: False), replies(interrupted)
     assert len(asked) == tokens + 1 and not cut.ended.any() and cut.lengths.max() == cut.ids.shape[1]
     for b, prompt in enumerate(PROMPTS):  # a row for each, or the first ones alone have one
         reply = cut.ids[b][cut.mask[b]].tolist()
@@ -454,8 +442,8 @@ def chi_square(counts, expected):
     counts, expected = (torch.cat([x[~few], x[few].sum()[None]]).double() for x in (counts, expected))
     counts, expected = counts[expected > 0], expected[expected > 0]
     k = len(counts) - 1
-    return (((((counts - expected) ** 2 / expected).sum() / k) ** (1 / 3) - 1 + 2 /
-             (9 * k)) / math.sqrt(2 / (9 * k))).item()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return (((statistic / k) ** (1 / 3) - 1 + 2 / (9 * k)) / math.sqrt(2 / (9 * k))).item()
 
 
 @pytest.mark.parametrize("vocabulary", [12, 256, 257, 1000])
@@ -490,11 +478,11 @@ def test_a_token_of_probability_zero_is_never_drawn():
 def test_the_smallest_and_the_largest_random_number_draw_tokens_that_can_be_drawn(vocabulary):
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
     allowed[1::2] = True
-    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)).masked_fill(
-        ~allowed, -math.inf)
+    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits = logits.masked_fill(~allowed, -math.inf)
     for number, token in ((0.0, 1), (1 - 2.0**-53, allowed.nonzero().max().item())):
-        assert sample_token(logits, 1.0, 0, 1.0, torch.full((50, 2), number,
-                                                            dtype=torch.double)).tolist() == [token] * 50
+        numbers = torch.full((50, 2), number, dtype=torch.double)
+        assert sample_token(logits, 1.0, 0, 1.0, numbers).tolist() == [token] * 50
 
 
 def test_a_draw_takes_the_group_from_one_number_and_the_token_in_it_from_the_other():
@@ -516,8 +504,8 @@ def test_the_uniform_numbers_are_uniform_repeat_by_seed_and_are_two_per_token():
     assert numbers.dtype == torch.float64
     assert 0 <= numbers.min()
     assert numbers.max() < 1
-    assert abs(chi_square((numbers * 20).long().flatten().bincount(minlength=20), torch.full((20, ),
-                                                                                             200.0))) < 3.5
+    counts = (numbers * 20).long().flatten().bincount(minlength=20)
+    assert abs(chi_square(counts, torch.full((20,), 200.0))) < 3.5
     assert torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(1), CPU))
     assert not torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(2), CPU))
 
@@ -528,6 +516,6 @@ def test_rows_of_a_sample_are_independent_and_so_are_group_and_token():
     logits = torch.full((512,), -math.inf)
     logits[[3, 200, 300, 511]] = torch.tensor([0.0, 1.0, 0.5, -0.5])
     a, b = sample(logits.expand(2 * n, -1), 1.0, 0, 1.0, generator).view(n, 2).T
-    assert abs(
-        chi_square((512 * a + b).bincount(minlength=512 * 512),
-                   n * torch.outer(*[logits.softmax(-1)] * 2).flatten())) < 3.5
+    counts = (512 * a + b).bincount(minlength=512 * 512)
+    expected = n * torch.outer(*[logits.softmax(-1)] * 2).flatten()
+    assert abs(chi_square(counts, expected)) < 3.5

@@ -1,5 +1,4 @@
-"""head.py: log-probabilities, entropies and their gradients against brute force and float64, and the memory
-they take."""
+"""head.py: log-probabilities, entropies and gradients against brute force and float64, and their memory."""
 import math
 import weakref
 
@@ -81,7 +80,8 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, at_once):
     got = token_logprobs(states, weight, targets, 0.7, with_entropy=True)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
     for use_logprobs, use_entropy in ((1, 0), (0, 1), (1, 1)):
-        losses = [(use_logprobs * a * logprobs + use_entropy * b * entropy).sum() for logprobs, entropy in (expected, got)]
+        losses = [(use_logprobs * a * logprobs + use_entropy * b * entropy).sum()
+                  for logprobs, entropy in (expected, got)]
         exact, found = (torch.autograd.grad(loss, (states, weight), retain_graph=True) for loss in losses)
         torch.testing.assert_close(found, exact, atol=5e-5, rtol=1e-4)
     alone, nothing = token_logprobs(states, weight, targets, 0.7)
@@ -118,19 +118,26 @@ def test_all_logits_exist_at_once_only_without_chunks(monkeypatch, chunked):
 
 def head_inputs(n, vocabulary=VOCAB, width=32):
     torch.manual_seed(n)
-    return torch.randn(n, width), 0.4 * torch.randn(vocabulary, width), torch.randint(vocabulary, (n,)), torch.randn(n), torch.randn(n)
+    states = torch.randn(n, width)
+    weight = 0.4 * torch.randn(vocabulary, width)
+    targets = torch.randint(vocabulary, (n,))
+    return states, weight, targets, torch.randn(n), torch.randn(n)
 
 
 def head_loss(logprobs, entropy, way, a, b):
-    """What the gradient is taken of: all log-probabilities weighing the same, or weighted sums of them, of
-    the entropies, of both."""
-    return {"sum": lambda: 3 * logprobs.sum(), "logprobs": lambda: (a * logprobs).sum(), "entropy": lambda: (b * entropy).sum(),
-            "both": lambda: (a * logprobs + b * entropy).sum()}[way]()
+    """What the gradient is of: the sum of all log-probabilities, or weighted ones, of entropies, of both."""
+    if way == "sum":
+        return 3 * logprobs.sum()
+    if way == "logprobs":
+        return (a * logprobs).sum()
+    if way == "entropy":
+        return (b * entropy).sum()
+    assert way == "both"
+    return (a * logprobs + b * entropy).sum()
 
 
 def head_in_float64(states, weight, targets, temperature):
-    """Log-probabilities, entropies (N,) and the leaves that they come from: log_softmax of all logits,
-    differentiated by autograd."""
+    """Log-probabilities, entropies (N,) by log_softmax of all logits, and the leaves they come from."""
     leaves = states.double().requires_grad_(), weight.double().requires_grad_()
     full = (leaves[0] @ leaves[1].T / temperature).log_softmax(-1)
     return full.gather(1, targets[:, None]).squeeze(1), -(full.exp() * full).sum(-1), leaves
@@ -139,15 +146,24 @@ def head_in_float64(states, weight, targets, temperature):
 @pytest.mark.parametrize("at_once", [1 << 26, 5 * VOCAB, 1], ids=["kept", "chunks", "rows"])
 @pytest.mark.parametrize("way", ["summed", "sum", "logprobs", "entropy", "both"])
 @pytest.mark.parametrize("n", [0, 1, 23])
-def test_the_heads_gradient_is_that_of_float64_autograd_however_it_is_computed_and_whatever_is_frozen(monkeypatch, n, way, at_once):
+def test_the_heads_gradient_is_that_of_float64_autograd_however_it_is_computed_and_whatever_is_frozen(
+        monkeypatch, n, way, at_once):
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     states, weight, targets, a, b = head_inputs(n)
     logprobs, entropy, leaves = head_in_float64(states, weight, targets, 0.7)
-    expected = torch.autograd.grad(head_loss(logprobs, entropy, "sum" if way == "summed" else way, a.double(), b.double()), leaves)
+    loss = head_loss(logprobs, entropy, "sum" if way == "summed" else way, a.double(), b.double())
+    expected = torch.autograd.grad(loss, leaves)
     for trained in ((True, True), (True, False), (False, True)):
         leaves = [t.clone().requires_grad_(need) for t, need in zip((states, weight), trained)]
-        got, got_entropy = token_logprobs(*leaves, targets, 0.7, with_entropy=way in ("entropy", "both"), summed=way == "summed")
-        torch.testing.assert_close(got, logprobs.float().sum() if way == "summed" else logprobs.float(), atol=1e-5 * max(1, n if way == "summed" else 1), rtol=1e-6)
+        got, got_entropy = token_logprobs(*leaves,
+                                          targets,
+                                          0.7,
+                                          with_entropy=way in ("entropy", "both"),
+                                          summed=way == "summed")
+        torch.testing.assert_close(got,
+                                   logprobs.float().sum() if way == "summed" else logprobs.float(),
+                                   atol=1e-5 * max(1, n if way == "summed" else 1),
+                                   rtol=1e-6)
         if got_entropy is not None:
             torch.testing.assert_close(got_entropy, entropy.float(), atol=1e-5, rtol=0)
         (3 * got if way == "summed" else head_loss(got, got_entropy, way, a, b)).backward()
@@ -163,7 +179,8 @@ def test_a_second_backward_pass_repeats_the_first_or_is_refused(monkeypatch, at_
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     for summed, with_entropy in ((True, False), (False, True), (False, False)):
         states, weight, targets, a, _ = head_inputs(23)
-        logprobs, _ = token_logprobs(states.requires_grad_(), weight.requires_grad_(), targets, 1.0, with_entropy, summed)
+        logprobs, _ = token_logprobs(states.requires_grad_(), weight.requires_grad_(), targets, 1.0,
+                                     with_entropy, summed)
         loss = (logprobs * (1 if summed else a)).sum()
         first = torch.autograd.grad(loss, (states, weight), retain_graph=True)
         try:

@@ -77,7 +77,7 @@ def test_running_moments_are_those_of_the_whole_stream_however_it_is_cut(sizes):
 
 
 def test_running_moments_of_two_ranks_are_those_of_both_their_scores():
-    # Rollouts, ranks, replies.
+    # (Rollouts, ranks, replies).
     scores = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)) + torch.tensor([[[0.0], [4.0]]])
 
     def stream(rank, all_sum):
@@ -114,8 +114,8 @@ def test_scores_that_are_all_equal_are_not_blown_up():
     scores = torch.ones(4)
     expected = pytest.approx([1.0] * 4)
     assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "scale", 0.0).tolist() == expected
-    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "standard",
-                            0.0).tolist() == [0.0] * 4
+    moments = update_moments([0, 0.0, 0.0], scores)
+    assert normalise_scores(scores, moments, "standard", 0.0).tolist() == [0.0] * 4
 
 
 @pytest.mark.case(31)
@@ -152,8 +152,8 @@ def test_the_step_after_the_last_token_exists_for_all_but_the_longest_replies():
     assert steps_mask(MASK, "eos") is MASK
     assert torch.equal(steps_mask(MASK, "next"), responses((2, 7), (1, 9), (4, 6), (3, 3)))
     # Whatever their prompts.
-    assert torch.equal(steps_mask(responses((5, 7), (0, 2), (4, 5)), "next"), responses((5, 7), (0, 2),
-                                                                                        (4, 6)))
+    found = steps_mask(responses((5, 7), (0, 2), (4, 5)), "next")
+    assert torch.equal(found, responses((5, 7), (0, 2), (4, 6)))
 
 
 @pytest.mark.parametrize("lam", [0.95, 0.5, 0.0, 1.0])
@@ -172,8 +172,9 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
         for b, (start, end) in enumerate(SPANS):
             last = end - 1 + (at == "next" and end - start < 8)
             for t in range(9):
-                expected = -0.5 * kl[b, t].item() * (start <= t < end) + scores[b].item() * (end > start
-                                                                                             and t == last)
+                expected = -0.5 * kl[b, t].item() if start <= t < end else 0.0
+                if end > start and t == last:
+                    expected += scores[b].item()
                 assert rewards[b, t].item() == pytest.approx(expected, abs=1e-6)
         advantages[at], returns = gae(rewards, values, steps, 1.0, lam)
         assert not advantages[at][~steps].any() and not returns[~steps].any()
@@ -182,8 +183,9 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
             assert returns[0, 6] == scores[0] and returns[2, 5] == scores[2]
     for b, (start, end) in enumerate(SPANS):
         for t in range(start, end):
-            later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end]
-                                                        - scores[b]).item() if end - start < 8 else 0.0
+            later = 0.0
+            if end - start < 8:
+                later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end] - scores[b]).item()
             assert (advantages["next"] - advantages["eos"])[b, t].item() == pytest.approx(later, abs=1e-5)
 
 
@@ -211,8 +213,7 @@ def test_kl_estimators_have_their_known_expectations_by_enumeration():
 
 
 def test_policy_gradient_of_each_estimator_in_the_reward_by_enumeration():
-    """E[grad log pi(a) * estimate(a)]: k1 gives grad KL(pi, ref); k3 gives grad KL(pi, ref) - grad KL(ref,
-    pi)."""
+    """E[grad log pi(a) * estimate(a)]: k1 gives grad KL(pi, ref), k3 that minus grad KL(ref, pi)."""
     logits = LOGITS[0].clone().requires_grad_()
     log_ref = LOGITS[1].log_softmax(-1)
 
@@ -252,8 +253,7 @@ def expectation(drawn_from, value):
 
 @pytest.mark.parametrize("off_policy", [False, True])
 def test_gradient_of_each_kl_estimator_in_the_loss_by_enumeration(off_policy):
-    """k2 and k3 give grad KL(pi || ref) exactly, also where the tokens were drawn from an older policy; k1
-    gives zero on average."""
+    """k2 and k3 give grad KL(pi || ref) exactly, also for tokens of an older policy; k1 zero on average."""
     logits, log_ref = LOGITS[0].clone().requires_grad_(), LOGITS[1].log_softmax(-1)
     log_pi = logits.log_softmax(-1)
     log_old = LOGITS[2].log_softmax(-1) if off_policy else log_pi.detach()
@@ -309,13 +309,11 @@ def test_gae_equals_the_double_sum_of_its_definition(gamma, lam):
         for t in inside:
             for s in [s for s in inside if s >= t]:
                 following = values[b, s + 1].item() if s + 1 in inside else 0.0
-                expected[b, t] += (gamma * lam) ** (s - t) * (rewards[b, s].item() + gamma * following
-                                                              - values[b, s].item())
+                error = rewards[b, s].item() + gamma * following - values[b, s].item()
+                expected[b, t] += (gamma * lam) ** (s - t) * error
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(returns,
-                               torch.where(MASK, expected + values, torch.zeros(())),
-                               rtol=1e-4,
-                               atol=1e-5)
+    expected_returns = torch.where(MASK, expected + values, torch.zeros(()))
+    torch.testing.assert_close(returns, expected_returns, rtol=1e-4, atol=1e-5)
 
 
 def test_gae_with_lambda_1_is_return_minus_value_and_with_0_the_temporal_difference():
@@ -369,9 +367,8 @@ def test_variance_is_that_of_all_tokens_of_all_ranks(ranks):
     assert len(set(found)) == 1
     assert found[0] == pytest.approx(torch.var(x[masks].double(), correction=0).item(), rel=1e-5)
     shuffled = torch.where(masks, x, 1e4 * torch.randn(x.shape))  # what padding holds doesn't count
-    assert on_ranks(
-        ranks,
-        lambda rank, all_sum: variance(shuffled[rank], masks[rank], all_sum).item()) == pytest.approx(found)
+    again = on_ranks(ranks, lambda rank, all_sum: variance(shuffled[rank], masks[rank], all_sum).item())
+    assert again == pytest.approx(found)
 
 
 @pytest.mark.case(31)
@@ -394,17 +391,16 @@ def test_nothing_is_explained_of_returns_that_do_not_vary(value):
 # -- losses
 
 @pytest.mark.parametrize("call", [
-    lambda: preference_loss(
-        torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1, kind="new"),
-    lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "new"), lambda: policy_loss(
-        torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
-    lambda: kl_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2),
-                    torch.ones(1, 2).bool(), "new", 2),
+    lambda: preference_loss(torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1,
+                            kind="new"),
+    lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "new"),
+    lambda: policy_loss(*torch.zeros(3, 1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
+    lambda: kl_loss(*torch.zeros(3, 1, 2), torch.ones(1, 2).bool(), "new", 2),
     lambda: whiten(torch.randn(2, 3), torch.ones(2, 3).bool(), variance="new"),
     lambda: normalise_scores(torch.zeros(2), [2, 0.0, 1.0], "new", 0.0),
-    lambda: missing_eos_scores(torch.zeros(2),
-                               torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
-    lambda: steps_mask(torch.ones(1, 2).bool(), "new"), lambda: scheduled_lr(5, 10, 1, 1.0, "new")
+    lambda: missing_eos_scores(torch.zeros(2), torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
+    lambda: steps_mask(torch.ones(1, 2).bool(), "new"),
+    lambda: scheduled_lr(5, 10, 1, 1.0, "new"),
 ])
 def test_a_choice_that_has_no_branch_is_an_error_and_nothing_else_instead(call):
     with pytest.raises((ValueError, KeyError), match="new"):
@@ -469,13 +465,13 @@ def test_pieces_of_a_minibatch_add_up_to_the_whole():
     torch.manual_seed(7)
     logprobs, old, advantages, values, old_values, returns = torch.randn(6, 4, 9)
     tokens = MASK.sum()
-    whole = policy_loss(logprobs, old, advantages, MASK, 0.2, tokens)[0] + value_loss(
-        values, old_values, returns, MASK, 0.2, tokens)[0]
+    whole = policy_loss(logprobs, old, advantages, MASK, 0.2, tokens)[0]
+    whole = whole + value_loss(values, old_values, returns, MASK, 0.2, tokens)[0]
     pieces = 0.0
     for rows in ([0, 2], [1], [3]):
         pieces = pieces + policy_loss(logprobs[rows], old[rows], advantages[rows], MASK[rows], 0.2, tokens)[0]
-        pieces = pieces + value_loss(values[rows], old_values[rows], returns[rows], MASK[rows], 0.2,
-                                     tokens)[0]
+        parts = (part[rows] for part in (values, old_values, returns, MASK))
+        pieces = pieces + value_loss(*parts, 0.2, tokens)[0]
     torch.testing.assert_close(whole, pieces)
 
 
@@ -516,8 +512,8 @@ def test_policy_losses_equal_a_loop_over_tokens_whatever_padding_holds(kind, cli
 def test_dual_clip_stops_the_gradient_of_a_bad_token_that_became_far_likelier(advantage, ratio, flows):
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     one = torch.ones(1, 1, dtype=torch.bool)
-    policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[float(advantage)]]), one, 0.2, 1,
-                dual_clip=3.0)[0].backward()
+    advantages = torch.tensor([[float(advantage)]])
+    policy_loss(logprobs, torch.zeros(1, 1), advantages, one, 0.2, 1, dual_clip=3.0)[0].backward()
     assert (logprobs.grad.item() != 0) == flows
 
 
@@ -529,8 +525,8 @@ def test_value_loss_equals_a_loop_and_clip_0_is_the_plain_squared_error(clip):
     for b, t in MASK.nonzero().tolist():
         v, o, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
         held = min(max(v, o - clip), o + clip) if clip else v
-        total, outside = total + 0.5 * max((v - r) ** 2,
-                                           (held - r) ** 2), outside + (clip > 0 and abs(v - o) > clip)
+        total += 0.5 * max((v - r) ** 2, (held - r) ** 2)
+        outside += clip > 0 and abs(v - o) > clip
     loss, stats = value_loss(values, old, returns, MASK, clip, 13)
     assert loss.item() == pytest.approx(total / 13, rel=1e-5)
     expected = {"value_clip_fraction": pytest.approx(outside / 13)} if clip else {}
@@ -545,7 +541,7 @@ def test_the_penalty_doubles_halves_or_stays():
 
 
 def history(rollouts=20, **changed):
-    """Rows of metrics of a healthy run; changed: {metric: its value as a function of the rollout's number}."""
+    """Metrics of a healthy run; changed: {metric: its value as a function of the rollout's number}."""
     healthy = {
         "kl": lambda i: min(6, 0.3 * i),
         "explained_variance": lambda i: 0.7 - 1 / (i + 1),

@@ -65,10 +65,16 @@ TINY = "--layers 1 --heads 2 --width 32 --block-size 64"
 PLAN = {
     "sft": f"{TINY} --data {TOY}/demonstrations.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
     "reward": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4",
-    "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
-    "ppo": f"--data {TOY}/prompts.jsonl" " --model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12"}
+    "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 "
+           "--max-new-tokens 8",
+    "ppo": f"--data {TOY}/prompts.jsonl"
+    " --model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12"
+}
 SHORT = "--steps 6 --save-every 1 --micro-batch-tokens 128"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(
+        [str(ROOT), str(TESTS)])
+}
 
 
 def sources():
@@ -80,7 +86,11 @@ def sources():
 
 
 def words(script, root, *flags):
-    return [str(word) for part in (PLAN[script].format(root=root), "--threads 1", *flags) for word in shlex.split(str(part))]
+    return [
+        str(word)
+        for part in (PLAN[script].format(root=root), "--threads 1", *flags)
+        for word in shlex.split(str(part))
+    ]
 
 
 def start(script, root, *flags, hook="", launcher=(sys.executable,), **options):
@@ -90,12 +100,19 @@ def start(script, root, *flags, hook="", launcher=(sys.executable,), **options):
     """
     if hook:
         file = Path(root) / f"hook{abs(hash((script, hook))):x}.py"
-        file.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(TESTS)]}\nfrom plumbing import run as runtime\nimport {script}\n{hook}\n"
-                        f"runtime.run_script({script}.main, {script}.Config, '')\n")
+        file.write_text(
+            f"import sys; sys.path[:0] = {[str(ROOT), str(TESTS)]}\nfrom plumbing import run as "
+            f"runtime\nimport {script}\n{hook}\n"
+            f"runtime.run_script({script}.main, {script}.Config, '')\n")
     else:
         file = ROOT / f"{script}.py"
-    return subprocess.Popen([*launcher, str(file), *words(script, root, *flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=ENVIRONMENT, start_new_session=True, **options)
+    return subprocess.Popen([*launcher, str(file), *words(script, root, *flags)],
+                            stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT,
+                            text=True,
+                            env=ENVIRONMENT,
+                            start_new_session=True,
+                            **options)
 
 
 def run(script, root, *flags, timeout=120, code=0, **options):
@@ -126,7 +143,8 @@ def exit_code(script, *flags):
     runtime.Run.current = None
     with signal_handlers_kept():
         try:
-            runtime.run_script(module.main, module.Config, "", [word for flag in flags for word in shlex.split(str(flag))])
+            runtime.run_script(module.main, module.Config, "",
+                               [word for flag in flags for word in shlex.split(str(flag))])
         except SystemExit as ended:
             return ended.code
         finally:
@@ -144,7 +162,8 @@ def run_here(name, *flags):
     """Run a script's main in this process; what it raises comes through."""
     script = importlib.import_module(name)
     try:
-        script.main(parse_flags(script.Config, "", [word for flag in flags for word in shlex.split(str(flag))]))
+        script.main(
+            parse_flags(script.Config, "", [word for flag in flags for word in shlex.split(str(flag))]))
     finally:
         if runtime.Run.current and runtime.Run.current.lock:
             runtime.Run.current.lock.close()  # as the end of a process does
@@ -170,7 +189,10 @@ def same_tensors(a, b):
 
 def metrics(folder):
     """Rows of metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if not k.endswith(("_per_second", "_share"))} for row in rows_of(folder)]
+    return [{k: v
+             for k, v in row.items()
+             if not k.endswith(("_per_second", "_share"))}
+            for row in rows_of(folder)]
 
 
 def latest(folder):
@@ -201,10 +223,15 @@ def die():
 
 
 STAGES = {  # of a save: (whose function, its name, what its arguments contain, whether just before it)
-    "in the model": (disk, "save_file", "/model.safetensors", False), "in the training state": (disk, "save_file", "/training.safetensors", False),
-    "before the rename": (os, "rename", "step_", True), "before latest.json": (checkpoints, "write_json", "latest.json", True),
-    "before the links": (checkpoints.Checkpoints, "link", "step_", True), "in the links": (os, "link", "", False),
-    "before the deletion": (checkpoints.Checkpoints, "link", "step_", False), "in the deletion": (shutil, "rmtree", "/step_", True)}
+    "in the model": (disk, "save_file", "/model.safetensors",
+                     False), "in the training state": (disk, "save_file", "/training.safetensors", False),
+    "before the rename": (os, "rename", "step_", True), "before latest.json": (checkpoints, "write_json",
+                                                                               "latest.json", True),
+    "before the links": (checkpoints.Checkpoints, "link", "step_", True),
+    "in the links": (os, "link", "", False), "before the deletion": (checkpoints.Checkpoints, "link", "step_",
+                                                                     False),
+    "in the deletion": (shutil, "rmtree", "/step_", True)
+}
 PUBLISHED = list(STAGES)[4:]  # those where the new checkpoint counts
 
 
@@ -215,7 +242,8 @@ def at_stage(stage, step, act, patch=setattr):
     original = getattr(owner, name)
 
     def call(*args, **options):
-        due = runtime.Run.current.step == step and any(contained in str(arg) for arg in args if not isinstance(arg, dict))
+        due = runtime.Run.current.step == step and any(
+            contained in str(arg) for arg in args if not isinstance(arg, dict))
         if due and before:
             if stage == "in the deletion":
                 os.unlink(args[0] / "manifest.json")
@@ -265,7 +293,12 @@ ALL_AT_ONCE = "--threads 1 --val-fraction 0 --batch-tokens 100000 --warmup 1"
 def command(script, *flags, launcher=(sys.executable,), **options):
     """Run a script in a subprocess; flags may be strings of several words."""
     words = [word for flag in flags for word in shlex.split(str(flag))]
-    return subprocess.run([*launcher, str(ROOT / f"{script}.py"), *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=240, **options)
+    return subprocess.run([*launcher, str(ROOT / f"{script}.py"), *words],
+                          capture_output=True,
+                          text=True,
+                          env=ENVIRONMENT,
+                          timeout=240,
+                          **options)
 
 
 @contextlib.contextmanager
@@ -290,7 +323,8 @@ SILENT = lambda text: None
 
 def write_rows(path, rows):
     """A JSON Lines file, or an array if its name says so."""
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+        json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -335,14 +369,19 @@ def reply_logprob(policy, ids, mask, temperature=1.0):
 def readme_commands():
     text = (ROOT / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    return [line.split("#")[0].strip() for line in blocks.splitlines() if re.search(r"\b(python|torchrun|bash)\b", line)]
+    return [
+        line.split("#")[0].strip()
+        for line in blocks.splitlines()
+        if re.search(r"\b(python|torchrun|bash)\b", line)
+    ]
 
 
 # -- runs of ppo.py with everything that they compute
 
 MORE_WORDS = (*WORDS, "candle", "bridge")
 PPO_RUN = (
-    "--model {root}/sft --data {root}/prompts.json --threads 1 --rollout-batch 16 --minibatches 2 --max-new-tokens 10 --steps 2 "
+    "--model {root}/sft --data {root}/prompts.json --threads 1 --rollout-batch 16 --minibatches 2 "
+    "--max-new-tokens 10 --steps 2 "
     "--warmup 1 --lr 0.005 --critic-lr 0.005")
 PTX = "--ptx-data {root}/demonstrations.json --ptx-tokens 100"
 RECORDED = (
