@@ -205,7 +205,7 @@ def rehearsed(root):
 def on_cpu(text, root, out):
     """The same run on the CPU, in this process."""
     script, *flags = words(text, root, out)
-    assert tools.exit_code(script, *flags, "--device cpu") == 0
+    assert tools.exit_code(script, shlex.join(flags), "--device cpu") == 0
 
 
 def weights_of(out):
