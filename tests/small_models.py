@@ -51,10 +51,8 @@ def header(model_type, **changes):
         "max_position_embeddings": 64,
         "bos_token_id": 256,
     }
-    return {
-        "model_type": model_type, "eos_token_id": TOKENIZER.eos, "pad_token_id": TOKENIZER.pad,
-        **{"gpt2": gpt2, "opt": opt}.get(model_type, llama), **changes
-    }
+    common = {"model_type": model_type, "eos_token_id": TOKENIZER.eos, "pad_token_id": TOKENIZER.pad}
+    return common | {"gpt2": gpt2, "opt": opt}.get(model_type, llama) | changes
 
 
 MODELS = {
@@ -97,8 +95,9 @@ def outputs(model, ids=IDS):
     """Of one of ours: logits (N, V) of the batch's real positions, or scores (B,)."""
     with torch.no_grad():
         model.eval()
-        return last_scores(model, ids, LENGTHS) if isinstance(model, ScalarModel) else model.logits(
-            model.transformer(ids))[ATTENTION.bool()]
+        if isinstance(model, ScalarModel):
+            return last_scores(model, ids, LENGTHS)
+        return model.logits(model.transformer(ids))[ATTENTION.bool()]
 
 
 def peer_outputs(peer, kind, ids=IDS):
@@ -150,26 +149,33 @@ def shards(shard="model-00001-of-00001.safetensors", index=None, kept=True):
     """Turn the folder into one of shards. index: its JSON, instead of the right one."""
     def damage(folder):
         names = list(load_file(folder / "model.safetensors"))
-        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors" if kept else folder
-                                              / "elsewhere")
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": dict.fromkeys(names, shard)} if index is None else index))
+        new_name = "model-00001-of-00001.safetensors" if kept else "elsewhere"
+        (folder / "model.safetensors").rename(folder / new_name)
+        written = {"weight_map": dict.fromkeys(names, shard)} if index is None else index
+        (folder / "model.safetensors.index.json").write_text(json.dumps(written))
     return damage
 
 
-KINDS = [(kind, name) for kind in (GPT, ScalarModel)
-         for name in ("gpt2", "llama3", "opt")] + [(GPT, "qwen3"), (ScalarModel, "opt-350m")]
+KINDS = [(kind, name) for kind in (GPT, ScalarModel) for name in ("gpt2", "llama3", "opt")]
+KINDS += [(GPT, "qwen3"), (ScalarModel, "opt-350m")]
 kinds = pytest.mark.parametrize("kind, name", KINDS)
 
 
 def adapter_flags(**changes):
     """What prepare_training and save_model read of a run's flags."""
-    return SimpleNamespace(
-        **{
-            "lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.0, "lora_targets": "all",
-            "checkpoint_activations": False, "compile": False, "seed": 0, "save_dtype": "float32",
-            "lora_save": "merged", "model": "base"
-        } | changes)
+    flags = {
+        "lora_rank": 3,
+        "lora_alpha": 6.0,
+        "lora_dropout": 0.0,
+        "lora_targets": "all",
+        "lora_save": "merged",
+        "checkpoint_activations": False,
+        "compile": False,
+        "seed": 0,
+        "save_dtype": "float32",
+        "model": "base",
+    }
+    return SimpleNamespace(**flags | changes)
 
 
 def adapted(kind=GPT, name="gpt2", fresh=False, **changes):
@@ -187,9 +193,8 @@ def adapted(kind=GPT, name="gpt2", fresh=False, **changes):
 def tiny(kind=GPT, seed=0, **changes):
     """A random model, every weight and bias large enough to matter."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": VOCAB, "block_size": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32
-             } | changes
-    model = kind(GPTConfig(**shape)).eval()
+    shape = {"vocab_size": VOCAB, "block_size": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32}
+    model = kind(GPTConfig(**shape | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)

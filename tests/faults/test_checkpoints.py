@@ -47,8 +47,8 @@ def leftovers(out):
     """What a run's folder should not hold at the end."""
     named = json.loads((out / "checkpoints" / "latest.json").read_text())
     known = {named[key] for key in ("latest", "previous", "best") if key in named} | {"latest.json"}
-    return [path.name for path in (out / "checkpoints").iterdir() if path.name not in known
-            ] + [str(path) for path in out.rglob("*.tmp")]
+    unknown = [path.name for path in (out / "checkpoints").iterdir() if path.name not in known]
+    return unknown + [str(path) for path in out.rglob("*.tmp")]
 
 
 def cut(path, share):
@@ -217,15 +217,16 @@ def test_a_kill_at_any_call_to_the_file_system_leaves_the_old_checkpoint_or_the_
             checkpoints = Checkpoints(out)
             step, said = found(checkpoints)
             steps.append(step)
-            assert said == "" and checkpoints.pointer()["best"] == "step_000001" and find_damage(
-                checkpoints.root / "step_000001") == "", limit
+            assert said == "", limit
+            assert checkpoints.pointer()["best"] == "step_000001", limit
+            assert find_damage(checkpoints.root / "step_000001") == "", limit
             for name in ("model.safetensors", "ema/model.safetensors"):
                 assert (out / name).read_text() in [f"{name} of step {step}" * 100 for step in (2, 3)], limit
             checkpoints.link(checkpoints.root / f"step_{step:06d}")
             write(checkpoints, 3, 0.5, " again")
             write(checkpoints, 4, 0.1)
-            assert checkpoints.all() == ["step_000004", "step_000003", "step_000001"
-                                         ] and not leftovers(out) and found(checkpoints) == (4, ""), limit
+            assert checkpoints.all() == ["step_000004", "step_000003", "step_000001"], limit
+            assert not leftovers(out) and found(checkpoints) == (4, ""), limit
     record_property("tries", limit - 1), record_property("survived", len(steps))
     assert len(steps) > 25 and steps == sorted(steps) and set(steps) == ({2} if again else {2, 3})
 
@@ -337,16 +338,17 @@ def test_kill_9_at_any_moment_costs_nothing_but_the_steps_since_the_last_checkpo
             continue
         assert process.returncode == -9, text
         step, said = found(Checkpoints(out))
-        moments["save" if list(
-            (out / "checkpoints").glob(".writing-*")) else "start" if step is None else "step"] += 1
+        saving = list((out / "checkpoints").glob(".writing-*"))
+        moments["save" if saving else "start" if step is None else "step"] += 1
         assert said == ""
         assert step is None or (out / "model.safetensors").exists() and load_file(out / "model.safetensors")
         survived += 1
         record_property("survived", survived - 1)
     tools.run(script, root, flags, f"--out {out}")
     assert tools.same(tmp_path / "whole", out) and not leftovers(out)
-    assert json.loads((out / "checkpoints/latest.json").read_text()) == json.loads(
-        (tmp_path / "whole/checkpoints/latest.json").read_text())
+    latest, expected = (json.loads((folder / "checkpoints/latest.json").read_text())
+                        for folder in (out, tmp_path / "whole"))
+    assert latest == expected
     record_property("survived", survived)
     print(script, dict(moments))
 
@@ -408,8 +410,10 @@ def test_a_truncated_file_is_noticed_and_the_checkpoint_before_is_taken(name, sh
     cut(path, share)
     step, said = found(Checkpoints(copy))
     assert step == 5 and "step_000006 is damaged" in said
-    assert ("manifest.json or state.json is damaged" if name == "manifest.json" else
-            f"{name} has {int(size * share):,} bytes, should have {size:,}") in said
+    expected = f"{name} has {int(size * share):,} bytes, should have {size:,}"
+    if name == "manifest.json":
+        expected = "manifest.json or state.json is damaged"
+    assert expected in said
 
 
 @pytest.mark.case(8)
@@ -457,10 +461,12 @@ def test_a_manifest_that_is_missing_damaged_or_of_another_version_is_noticed(how
 @pytest.mark.parametrize("how", ["missing", "no JSON", "edited"])
 def test_a_state_that_is_missing_or_damaged_is_noticed(how, copy):
     path = tools.latest(copy) / "state.json"
-    {
-        "missing": path.unlink, "no JSON": lambda: path.write_text("{"), "edited": lambda: change("step", 5)
-        (path)
-    }[how]()
+    if how == "missing":
+        path.unlink()
+    elif how == "no JSON":
+        path.write_text("{")
+    else:
+        change("step", 5)(path)
     step, said = found(Checkpoints(copy))
     assert step == 5 and "step_000006 is damaged (state.json" in said
 
@@ -589,12 +595,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(
 @pytest.mark.parametrize("script", ["sft", "reward", "ppo", "dpo"])
 def test_a_process_that_may_write_no_large_files_trains_to_its_end_and_keeps_the_old_checkpoint(
         script, root, unbroken, tmp_path):
-    tools.run(script,
-              root,
-              tools.SHORT,
-              f"--out {tmp_path}/run",
-              hook=KILLED.format(stage="before the rename"),
-              code=-9)
+    hook = KILLED.format(stage="before the rename")
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook=hook, code=-9)
     text = tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume", code=1,
                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert text.count("Training goes on") == 3 and "Traceback" not in text
@@ -739,9 +741,11 @@ def test_two_processes_never_write_to_one_folder(root, unbroken, tmp_path):
         tools.SHORT,
         f"--out {out}",
         hook="original = sft.validation_loss\n"
-        "def slow(run, *args):\n    import time\n    time.sleep(6 if run.step == 4 else 0)\n    return "
-        "original(run, *args)\nsft.validation_loss = slow"
-    )
+             "def slow(run, *args):\n"
+             "    import time\n"
+             "    time.sleep(6 if run.step == 4 else 0)\n"
+             "    return original(run, *args)\n"
+             "sft.validation_loss = slow")
     tools.wait_for(lambda: (out / "checkpoints" / "step_000003").is_dir(), first)
     for flags in ("--resume", "--overwrite"):
         text = tools.run("sft", root, tools.SHORT, f"--out {out}", flags, code=2)

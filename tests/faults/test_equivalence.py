@@ -45,9 +45,12 @@ def write_gradients(script, words, file):
 
 if __name__ == "__main__":  # one rank of those that the test below starts
     meet = torch.distributed.init_process_group
-    # Once for all jobs.
-    torch.distributed.init_process_group = lambda *args, **options: torch.distributed.is_initialized(
-    ) or meet(*args, **options)
+
+    def meet_once(*args, **options):
+        """The first job meets the other ranks for all jobs."""
+        return torch.distributed.is_initialized() or meet(*args, **options)
+
+    torch.distributed.init_process_group = meet_once
     for job in json.loads(Path(sys.argv[1]).read_text()):
         write_gradients(*job)
     torch.distributed.destroy_process_group()

@@ -39,10 +39,9 @@ def contents(out):
     """All tensors of a run's latest checkpoint, which is whole: (training state, model)."""
     folder = tools.latest(out)
     assert checkpoints.find_damage(folder) == ""
-    return sharded(folder) if (folder
-                               / "shards").is_dir() else load_file(folder
-                                                                   / "training.safetensors"), load_file(
-                                                                       folder / "model.safetensors")
+    in_shards = (folder / "shards").is_dir()
+    training = sharded(folder) if in_shards else load_file(folder / "training.safetensors")
+    return training, load_file(folder / "model.safetensors")
 
 
 def equal(one, other):
@@ -92,10 +91,8 @@ def test_two_ranks_told_to_stop_end_at_one_step_and_go_on_as_if_nothing_had_been
     os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     ends = re.findall(r"rank (\d) ends with (\d+) after step (\d+)", said)
-    assert sorted(
-        (rank, code) for rank, code, _ in ends) == [("0", "143"),
-                                                    ("1", "143")] and len({step
-                                                                           for *_, step in ends}) == 1, said
+    assert sorted((rank, code) for rank, code, _ in ends) == [("0", "143"), ("1", "143")], said
+    assert len({step for *_, step in ends}) == 1, said
     step = int(ends[0][2])
     assert 3 < step < 24
     assert process.returncode
@@ -127,12 +124,11 @@ runtime.Run.backward = backward
 @pytest.mark.case(6)
 @pytest.mark.parametrize("script, parallel, what", [
     ("sft", "ddp", "os._exit(3)"),
-    *[
-        pytest.param(*values, marks=pytest.mark.long)
-        for values in (("sft", "fsdp", "os._exit(3)"), ("ppo", "ddp", "os._exit(3)"),
-                       ("sft", "ddp", "time.sleep(600)"), ("sft", "fsdp", "time.sleep(600)"),
-                       ("ppo", "ddp", "time.sleep(600)"))
-    ],
+    pytest.param("sft", "fsdp", "os._exit(3)", marks=pytest.mark.long),
+    pytest.param("ppo", "ddp", "os._exit(3)", marks=pytest.mark.long),
+    pytest.param("sft", "ddp", "time.sleep(600)", marks=pytest.mark.long),
+    pytest.param("sft", "fsdp", "time.sleep(600)", marks=pytest.mark.long),
+    pytest.param("ppo", "ddp", "time.sleep(600)", marks=pytest.mark.long),
 ])
 def test_a_rank_that_is_lost_ends_the_job_soon_is_named_and_costs_only_the_steps_since_the_last_checkpoint(
         script, parallel, what, root, tmp_path):
@@ -155,16 +151,11 @@ def test_a_rank_that_is_lost_ends_the_job_soon_is_named_and_costs_only_the_steps
 @pytest.mark.long
 def test_a_rank_that_runs_out_of_memory_says_so_and_the_other_names_it(root, tmp_path):
     hook = LOST.format(what="import torch; raise torch.OutOfMemoryError('CUDA out of memory')")
-    said = tools.run("sft",
-                     root,
-                     f"--out {tmp_path}/run --steps 6 --save-every 2 --rank-timeout 10",
-                     hook=hook,
-                     launcher=tools.TORCHRUN,
-                     code=1)
+    words = f"--out {tmp_path}/run --steps 6 --save-every 2 --rank-timeout 10"
+    said = tools.run("sft", root, words, hook=hook, launcher=tools.TORCHRUN, code=1)
     lines = sorted(line for line in said.splitlines() if line.startswith("error: "))
-    assert len(lines) == 2 and re.match(
-        r"error: out of memory in step 4, pass 1 of 1 \(of \d+ examples\); lower --micro-batch-tokens",
-        lines[0]), said
+    expected = r"error: out of memory in step 4, pass 1 of 1 \(of \d+ examples\); lower --micro-batch-tokens"
+    assert len(lines) == 2 and re.match(expected, lines[0]), said
     assert "the rank that died or stalled: 1. " in lines[1]
     contents(tmp_path / "run")
 
@@ -214,16 +205,11 @@ runtime.Run.optimizer_step = optimizer_step
 def test_what_is_not_finite_on_one_rank_is_skipped_by_both_and_named_wherever_it_is(
         script, parallel, hook, code, named, steps, root, tmp_path):
     words = "--reward-fn flawed:score" if script == "ppo" else "--eval-every 100"
-    said = tools.run(script,
-                     root,
-                     f"--out {tmp_path}/run --steps 6 --max-skipped 1 --parallel {parallel}",
-                     words,
-                     hook=hook,
-                     launcher=tools.TORCHRUN,
-                     code=code)
+    words = f"--out {tmp_path}/run --steps 6 --max-skipped 1 --parallel {parallel} {words}"
+    said = tools.run(script, root, words, hook=hook, launcher=tools.TORCHRUN, code=code)
     rows = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == steps and all(row["why"].startswith(named) and row["examples"]
-                                                          for row in rows), rows
+    assert [row["step"] for row in rows] == steps, rows
+    assert all(row["why"].startswith(named) and row["examples"] for row in rows), rows
     assert len(re.findall("^warning: step", said, re.M)) == len(steps) and said.count("error: ") == code
     if code == 0:
         assert all(tensor.isfinite().all() for part in contents(tmp_path / "run") for tensor in part.values())
@@ -246,8 +232,9 @@ def test_resuming_with_other_settings_or_data_lists_them_all_and_takes_none_of_a
     rows = (root / "preferences.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:100]))
     batch = "--rollout-batch 16" if script == "ppo" else "--batch-tokens 512"
-    words = f"--out {tmp_path}/run --data {tmp_path}/rows.jsonl --save-every 2" + f" --tokenizer {TOY}" * (
-        script == "sft")
+    words = f"--out {tmp_path}/run --data {tmp_path}/rows.jsonl --save-every 2"
+    if script == "sft":
+        words += f" --tokenizer {TOY}"
     assert tools.here(script, root, words, batch, "--steps 2") == 0
 
     def files():
@@ -259,8 +246,9 @@ def test_resuming_with_other_settings_or_data_lists_them_all_and_takes_none_of_a
         capsys.readouterr()
         assert tools.here(script, root, words, batch, "--resume", change) == 2 and files() == before
         line, = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith("error: --resume: ") and all(
-            text in line for text in said) and not any(text in line for text in without), line
+        assert line.startswith("error: --resume: "), line
+        assert all(text in line for text in said), line
+        assert not any(text in line for text in without), line
 
     both = (
         "--lr was",
@@ -271,18 +259,15 @@ def test_resuming_with_other_settings_or_data_lists_them_all_and_takes_none_of_a
     )
     many = f"--lr 0.5 --seed 3 --steps 4 {batch.split()[0]} 1024"
     refused(*both, "accept it with --override", change=many)
-    refused("--max-grad-norm was 1.0, is now 2.0",
-            without=("--lr", "--seed"),
-            change="--max-grad-norm 2 --steps 2")
+    change = "--max-grad-norm 2 --steps 2"
+    refused("--max-grad-norm was 1.0, is now 2.0", without=("--lr", "--seed"), change=change)
     shape = "--width 64 --heads 4" if script == "sft" else "--lora-rank 2"
-    shaped = ("--width was 32, is now 64",
-              "--heads was 2, is now 4") if script == "sft" else ("--lora-rank was 0, is now 2", )
+    shaped = ["--lora-rank was 0, is now 2"]
+    if script == "sft":
+        shaped = ["--width was 32, is now 64", "--heads was 2, is now 4"]
     for override in ("", "--override"):
-        refused("has another model: ",
-                *shaped,
-                "name another --out",
-                without=("accept it", ),
-                change=f"{shape} {many} {override}")
+        change = f"{shape} {many} {override}"
+        refused("has another model: ", *shaped, "name another --out", without=("accept it",), change=change)
     (tmp_path / "rows.jsonl").write_text("".join(rows[:99]))
     refused("what --data names has changed", without=("--lr",), change="--steps 2")
     refused("what --data names has changed", *both, change=many)
@@ -333,16 +318,11 @@ def test_a_checkpoint_goes_from_shards_to_one_process_and_back_without_losing_a_
     for number, kind in enumerate(("one", "fsdp", "one", "fsdp", "ddp", "fsdp"), start=1):
         shutil.copytree(tmp_path / str(number - 1), tmp_path / str(number))
         options, flag = launchers[kind]
-        tools.run(script,
-                  root,
-                  words,
-                  f"--out {tmp_path}/{number} --resume --override {flag}",
-                  hook=STOP_AT_ONCE,
-                  code=None,
-                  **options)
+        resumed = f"--out {tmp_path}/{number} --resume --override {flag}"
+        tools.run(script, root, words, resumed, hook=STOP_AT_ONCE, code=None, **options)
         assert (tools.latest(tmp_path / str(number)) / "shards").is_dir() == (kind == "fsdp")
-        assert equal(contents(tmp_path / str(number)),
-                     contents(tmp_path / "0")), f"{kind} has changed something"
+        same = equal(contents(tmp_path / str(number)), contents(tmp_path / "0"))
+        assert same, f"{kind} has changed something"
     assert sum(tensor.abs().sum() > 0 for name, tensor in contents(tmp_path / "0")[0].items()
                if "exp_avg" in name) > 20
 

@@ -17,15 +17,14 @@ from plumbing.flags import UserError
 # -- dialogues and masks
 
 THINKING = (
-    "{% for m in messages %}{% set text = m.content %}{% if m.role == 'assistant' and not loop.last and "
-    "'</think>' in text %}"
-    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' + "
-    "text + '<|im_end|>\n' }}"
+    "{% for m in messages %}{% set text = m.content %}"
+    "{% if m.role == 'assistant' and not loop.last and '</think>' in text %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 PLAIN = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt "
-    "%}{{ 'assistant: ' }}{% endif %}"
-)
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "brackets": BRACKETS, "thinking": THINKING, "plain": PLAIN}
 ENDS = {
     "chatml": "<|im_end|>",
@@ -79,9 +78,8 @@ def test_masks_are_what_the_assistant_says(tmp_path, tokenizers, name, edges):
 def test_plain_template_written_out_by_hand(tmp_path, tokenizers):
     ours = open_folder(tmp_path, PLAIN)
     assert describe(ours, *encode_dialogue(ours, TALK[1:])) == (
-        "user: Wer reitet so spät?\nassistant: [[The fox.</s>]]\nuser:   1234 dogs?\n\nassistant: [[No,\n "
-        "it's 12. 日本</s>]]"
-    )
+        "user: Wer reitet so spät?\nassistant: [[The fox.</s>]]\n"
+        "user:   1234 dogs?\n\nassistant: [[No,\n it's 12. 日本</s>]]")
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_alone(tmp_path, tokenizers, transformers):
@@ -95,8 +93,8 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_alone(tmp_path, 
     assert ids + ours.encode("\n") == theirs.apply_chat_template(talk)["input_ids"]
     assert replies(ours, ids, mask) == [talk[-1]["content"]]
     prompt = encode_prompt(ours, talk[:-1])
-    assert prompt == theirs.apply_chat_template(talk[:-1],
-                                                add_generation_prompt=True)["input_ids"] == ids[:len(prompt)]
+    expected = theirs.apply_chat_template(talk[:-1], add_generation_prompt=True)["input_ids"]
+    assert prompt == expected == ids[:len(prompt)]
     assert "Hm" not in ours.decode(prompt) and ours.decode(ids).count("Hm") == 1
     assert replies(ours, *encode_dialogue(ours, talk[:3])) == [talk[2]["content"]]
     assert replies(ours, *encode_dialogue(ours, talk[:4])) == []
@@ -228,21 +226,22 @@ def test_the_template_may_be_in_a_list_or_in_a_file(tmp_path, tokenizers, transf
     if place == "file":
         (tmp_path / "chat_template.jinja").write_text(CHATML)
     ours, theirs = open_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert encode_prompt(ours, TALK[:4]) == theirs.apply_chat_template(
-        TALK[:4], add_generation_prompt=True)["input_ids"]
+    expected = theirs.apply_chat_template(TALK[:4], add_generation_prompt=True)["input_ids"]
+    assert encode_prompt(ours, TALK[:4]) == expected
     ours.save(tmp_path / "copy")
     assert open_tokenizer(tmp_path / "copy").same_as(ours)
 
 
 def test_what_templates_may_use_is_what_transformers_gives(tmp_path, tokenizers, transformers):
     rich = (
-        "{% set n = namespace(i=0) %}{% for m in messages %}{% if m.content == 'skip' %}{% continue %}{% "
-        "endif %}{% set n.i = n.i + 1 %}"
-        "{{ m | tojson }}{{ '=' * 3 }}{{ n.i }}{% if m.role == 'assistant' %}{% generation %}{{ m.content "
-        "}}<|im_end|>{% endgeneration %}{% endif %}\n"
-        "{% endfor %}{{ strftime_now('%Y') }}{{ tools is none }}{{ documents is none }}{{ pad_token is "
-        "defined }}{{ unk_token is defined }}"
-    )
+        "{% set n = namespace(i=0) %}{% for m in messages %}"
+        "{% if m.content == 'skip' %}{% continue %}{% endif %}{% set n.i = n.i + 1 %}"
+        "{{ m | tojson }}{{ '=' * 3 }}{{ n.i }}"
+        "{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% endif %}\n"
+        "{% endfor %}{{ strftime_now('%Y') }}{{ tools is none }}{{ documents is none }}"
+        "{{ pad_token is defined }}{{ unk_token is defined }}")
     ours, theirs = open_folder(tmp_path, rich), transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "<b> & 'é'"}, {"role": "user", "content": "skip"}]
     assert ours.template.render(messages, False) == theirs.apply_chat_template(messages, tokenize=False)

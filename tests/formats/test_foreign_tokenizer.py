@@ -70,8 +70,8 @@ def test_eos_stops_pad_and_document_are_chosen(tmp_path, tokenizers, transformer
     assert len(theirs) == ours.n_vocab and theirs.pad_token_id == ours.pad
     expected = ours.encode("a </s> fox<|pad|>")
     assert theirs("a </s> fox<|pad|>", split_special_tokens=True)["input_ids"] == expected
-    assert theirs.apply_chat_template(TALK[:4], add_generation_prompt=True)["input_ids"] == encode_prompt(
-        ours, TALK[:4])
+    prompt = theirs.apply_chat_template(TALK[:4], add_generation_prompt=True)["input_ids"]
+    assert prompt == encode_prompt(ours, TALK[:4])
     if not template:
         assert theirs.chat_template == own_template(eos)
         assert theirs.apply_chat_template(TALK)["input_ids"] == encode_dialogue(ours, TALK)[0]
@@ -197,8 +197,8 @@ def test_tokens_that_swallow_the_space_beside_them_do_so(tmp_path, tokenizers, t
     ids = encode_dialogue(ours, TALK)[0]
     assert ids + ours.encode("\n") == theirs.apply_chat_template(TALK)["input_ids"]
     prompt = encode_prompt(ours, TALK[:4])
-    assert prompt == theirs.apply_chat_template(TALK[:4],
-                                                add_generation_prompt=True)["input_ids"] == ids[:len(prompt)]
+    expected = theirs.apply_chat_template(TALK[:4], add_generation_prompt=True)["input_ids"]
+    assert prompt == expected == ids[:len(prompt)]
 
 
 @pytest.mark.case(22)
@@ -275,7 +275,5 @@ def test_saving_copies_every_file_as_it_was_where_nothing_changed(tmp_path, toke
                    generation_config={"eos_token_id": 2, "pad_token_id": 3, "top_p": 0.9})
     (tmp_path / "a/tokenizer.model").write_bytes(b"\x00\xff")
     open_tokenizer(tmp_path / "a").save(tmp_path / "b")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
-                p.name: p.read_bytes()
-                for p in (tmp_path / "b").iterdir()
-            }
+    a, b = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("a", "b"))
+    assert a == b

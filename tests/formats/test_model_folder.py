@@ -37,8 +37,11 @@ def test_shards_are_read_as_one(peers, tmp_path):
 def test_bf16_weights_are_read_as_float32_and_written_as_bf16_when_asked(peers, tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "float32", tiny_of(name="qwen3"), TOKENIZER)
-    edit_weights(lambda tensors: tensors.update({key: p.bfloat16()
-                                                 for key, p in tensors.items()}))(tmp_path / "float32")
+
+    def round_all(tensors):
+        tensors.update({key: p.bfloat16() for key, p in tensors.items()})
+
+    edit_weights(round_all)(tmp_path / "float32")
     model, _ = load_model(tmp_path / "float32", GPT)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     save_model(tmp_path / "bfloat16", model, TOKENIZER,
@@ -56,11 +59,8 @@ def test_bf16_weights_are_read_as_float32_and_written_as_bf16_when_asked(peers, 
 def scratch(kind=GPT, **changes):
     """A random model as --model scratch makes it: without a config.json behind it."""
     torch.manual_seed(0)
-    model = kind(
-        GPTConfig(
-            **
-            {"vocab_size": VOCAB, "block_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32}
-            | changes)).eval()
+    shape = {"vocab_size": VOCAB, "block_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32}
+    model = kind(GPTConfig(**shape | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -161,8 +161,9 @@ def test_shards_of_ours_are_read(tmp_path):
 def test_added_tokens_get_rows_and_nothing_else_changes(tmp_path, monkeypatch, name, vocab, kind):
     """The last three of 261 tokens are new; the embedding has 258 rows, or is padded to more."""
     before = tiny_of(kind, name, vocab_size=vocab)
-    tables = [lambda m: m.transformer.wte.weight
-              ] + ([lambda m: m.lm_head.weight] if getattr(before, "lm_head", None) is not None else [])
+    tables = [lambda m: m.transformer.wte.weight]
+    if getattr(before, "lm_head", None) is not None:
+        tables.append(lambda m: m.lm_head.weight)
     for table in tables:
         table(before).data += 2.0  # a mean to be seen
     tokenizer = copy.copy(TOKENIZER)
@@ -204,12 +205,9 @@ def outputs_of(model, ids):
 
 def test_another_projects_tokenizer_without_a_template_is_given_ours_with_rows_for_it(tmp_path, peers):
     tokenizers = pytest.importorskip("tokenizers")
-    library = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={
-            letter: i
-            for i, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-        },
-                              merges=[]))
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     library.add_special_tokens(["<|endoftext|>"])
@@ -244,8 +242,8 @@ def test_a_model_from_scratch_takes_the_tokenizer_that_is_named(tmp_path, tokeni
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "把这句话翻译成英文", "completion": "这句话翻译成英文"}] * 3)
     for name, expected in [(tools.TOY, toy.tokenizer()), (str(tmp_path / "folder"), tokenizer)]:
         assert scratch_tokenizer(a_run(tmp_path, tokenizer=name)).same_as(expected)
-    assert scratch_tokenizer(a_run(tmp_path, tokenizer="auto",
-                                   data=f"{tools.TOY}/prompts.jsonl")).same_as(toy.tokenizer())
+    beside = a_run(tmp_path, tokenizer="auto", data=f"{tools.TOY}/prompts.jsonl")
+    assert scratch_tokenizer(beside).same_as(toy.tokenizer())
     learned = scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:300"))
     assert learned.same_as(Tokenizer("bpe", *train_bpe(["把这句话翻译成英文", "这句话翻译成英文"] * 3, 300, ALL_LETTERS)))
     assert len(learned.encode("这句话翻译成英文")) == 1
@@ -313,19 +311,17 @@ def test_a_peft_folder_has_the_names_and_shapes_of_peft(tmp_path, targets):
     base, folder, model = peft_folder(tmp_path, name="llama3", lora_targets=targets)
     attention = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
     mlp = {"gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}
-    parts = {f"self_attn.{name}": shape for name, shape in attention.items()
-             } | ({f"mlp.{name}": shape for name, shape in mlp.items()} if targets == "all" else {})
+    parts = {f"self_attn.{name}": shape for name, shape in attention.items()}
+    if targets == "all":
+        parts |= {f"mlp.{name}": shape for name, shape in mlp.items()}
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert {
-        key: tuple(p.shape)
-        for key, p in tensors.items()
-    } == {
-        f"base_model.model.model.layers.{layer}.{part}.lora_{side}.weight": (3, width) if side == "A" else
-        (height, 3)
-        for layer in range(2)
-        for part, (width, height) in parts.items()
-        for side in "AB"
-    }
+    expected = {}
+    for layer in range(2):
+        for part, (width, height) in parts.items():
+            name = f"base_model.model.model.layers.{layer}.{part}"
+            expected[f"{name}.lora_A.weight"] = (3, width)
+            expected[f"{name}.lora_B.weight"] = (height, 3)
+    assert {key: tuple(p.shape) for key, p in tensors.items()} == expected
     block = model.transformer.h[1].attn.c_attn
     q, k, v = (f"base_model.model.model.layers.1.self_attn.{letter}_proj.lora_" for letter in "qkv")
     assert all(torch.equal(tensors[f"{part}A.weight"], block.lora_A) for part in (q, k, v))
@@ -369,12 +365,8 @@ def test_a_peft_folder_by_pefts_formula_is_the_model_in_transformers_and_here(tm
 def edit(**changes):
     def damage(folder):
         path = folder / "adapter_config.json"
-        path.write_text(
-            json.dumps({
-                key: value
-                for key, value in (json.loads(path.read_text()) | changes).items()
-                if value != "gone"
-            }))
+        written = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in written.items() if value != "gone"}))
     return damage
 
 

@@ -124,8 +124,9 @@ REFUSED = [
      r"config\.json: the architecture 'MistralForCausalLM'"),
     ("llama3", edit_config(architectures=None), r"config\.json: the architecture 'None'"),
     ("llama3", edit_config(architectures=[{}]), r"config\.json"),
-    *[("llama3", rope(kind), rf"config\.json: rotary positions of kind '{kind}' are not supported, only "
-                             rf"default, linear, llama3") for kind in ("yarn", "dynamic", "longrope")],
+    *[("llama3", rope(kind),
+       rf"config\.json: rotary positions of kind '{kind}' are not supported, only default, linear, llama3")
+      for kind in ("yarn", "dynamic", "longrope")],
     ("llama3", edit_config(rope_parameters={"rope_type": "yarn", "factor": 4.0}),
      r"config\.json: rotary positions of kind 'yarn'"),
     ("llama3", edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -143,8 +144,8 @@ REFUSED = [
      r"config\.json: scale_attn_by_inverse_layer_idx True"),
     ("gpt2", edit_config(scale_attn_weights=False), r"config\.json: scale_attn_weights False"),
     ("gpt2", edit_config(add_cross_attention=True), r"config\.json: add_cross_attention True"),
-    *[("opt", edit_config(**{name: value}), rf"config\.json: {name} {value} is not "
-                                            rf"supported") for name, value in (
+    *[("opt", edit_config(**{name: value}), rf"config\.json: {name} {value} is not supported")
+      for name, value in (
         ("activation_function", "gelu"), ("enable_bias", False), ("layer_norm_elementwise_affine", False),
         ("_remove_final_layer_norm", True))],
     # numbers
@@ -434,13 +435,16 @@ def test_a_folder_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch, name):
         load_model(name, GPT)
 
 
-@pytest.mark.parametrize("name, command", [("runs/sft", "; python sft.py --out runs/sft makes one"),
-                                           ("runs/reward/", "; python reward.py --out runs/reward makes one"),
-                                           ("runs/ppo", "; python ppo.py --out runs/ppo makes one"),
-                                           ("runs/dpo", "; python dpo.py --out runs/dpo makes one"),
-                                           ("runs/demo/sft", "; bash run.sh makes it"),
-                                           ("runs/demo/dpo", "; bash run.sh makes it"), ("runs/sft2", ""),
-                                           ("runs/my/sft", "")])
+@pytest.mark.parametrize("name, command", [
+    ("runs/sft", "; python sft.py --out runs/sft makes one"),
+    ("runs/reward/", "; python reward.py --out runs/reward makes one"),
+    ("runs/ppo", "; python ppo.py --out runs/ppo makes one"),
+    ("runs/dpo", "; python dpo.py --out runs/dpo makes one"),
+    ("runs/demo/sft", "; bash run.sh makes it"),
+    ("runs/demo/dpo", "; bash run.sh makes it"),
+    ("runs/sft2", ""),
+    ("runs/my/sft", ""),
+])
 def test_a_folder_that_is_not_there_comes_with_the_command_that_makes_it(name, command, tmp_path,
                                                                          monkeypatch):
     monkeypatch.chdir(tmp_path)

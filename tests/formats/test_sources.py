@@ -135,8 +135,8 @@ def test_a_folder_is_said_to_be_one_with_the_files_that_could_be_named(tmp_path)
 def test_parquet_rows_are_those_of_json(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     # More than a batch.
-    sources = [ULTRA, ULTRA | {"chosen": chat("Hi", "日本"), "rejected": chat("Hi", "Ho"), "prompt": "Hi"}
-               ] * 700
+    other = {"chosen": chat("Hi", "日本"), "rejected": chat("Hi", "Ho"), "prompt": "Hi"}
+    sources = [ULTRA, ULTRA | other] * 700
     parquet.write_table(pyarrow.Table.from_pylist(sources), tmp_path / "a.parquet")
     rows = sources_file.read_rows(tmp_path / "a.parquet", "preferences", SILENT)
     assert rows == sources_file.read_rows(write_rows(tmp_path / "a.jsonl", sources), "preferences", SILENT)
@@ -144,10 +144,8 @@ def test_parquet_rows_are_those_of_json(tmp_path):
     mixed = [ALPACA, MESSAGES, COMPLETION]
     absent = dict.fromkeys([name for row in mixed for name in row])  # null in a table
     parquet.write_table(pyarrow.Table.from_pylist([absent | row for row in mixed]), tmp_path / "b.parquet")
-    assert [row.replies
-            for row in sources_file.read_rows(tmp_path / "b.parquet", "demonstrations", SILENT)] == [["64"],
-                                                                                                     ["Yes"],
-                                                                                                     ["64"]]
+    rows = sources_file.read_rows(tmp_path / "b.parquet", "demonstrations", SILENT)
+    assert [row.replies for row in rows] == [["64"], ["Yes"], ["64"]]
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(UserError, match="c.parquet can't be read"):
         sources_file.read_rows(tmp_path / "c.parquet", "preferences", SILENT)
@@ -205,12 +203,9 @@ def test_rows_that_cannot_be_read_are_left_out_if_asked_to_and_at_most_one_in_a_
     with pytest.raises(UserError, match=r"rows.jsonl:17 is not valid JSON"):
         sources_file.read_rows(path, "demonstrations", SILENT)
     path.write_bytes(b"\n".join([*good[:296], *ill]))
-    with pytest.raises(
-            UserError,
-            match=
-            r"3 of 299 rows can't be read, and --skip-bad leaves out one in a hundred at most; the first is "
-            r".*:297 is not valid"
-    ):
+    message = (r"3 of 299 rows can't be read, and --skip-bad leaves out one in a hundred at most; "
+               r"the first is .*:297 is not valid")
+    with pytest.raises(UserError, match=message):
         sources_file.read_rows(path, "demonstrations", SILENT, skip_bad=True)
 
 
@@ -220,10 +215,8 @@ def test_a_line_that_is_too_long_is_left_out_whole(tmp_path, monkeypatch):
     lines = [json.dumps({"prompt": f"p{i}", "completion": "r"}) for i in range(99)]
     (tmp_path / "rows.jsonl").write_text("\n".join(
         [*lines[:50], json.dumps({"prompt": "p", "completion": 1000 * "r"}), *lines[50:]]))
-    assert [
-        row.text
-        for row in sources_file.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)
-    ] == [f"p{i}" for i in range(99)]
+    rows = sources_file.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)
+    assert [row.text for row in rows] == [f"p{i}" for i in range(99)]
 
 
 # -- rows that cannot be used, and damage
@@ -311,9 +304,8 @@ def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
 def test_each_defect_of_a_row_has_its_reason(tmp_path, want, source, reason):
     good = {"demonstrations": ALPACA, "preferences": PAIR, "prompts": {"prompt": "x"}}[want]
     said = []
-    assert len(
-        sources_file.read_rows(write_rows(tmp_path / "rows.jsonl", [good, source, source]), want,
-                               said.append)) == 1
+    path = write_rows(tmp_path / "rows.jsonl", [good, source, source])
+    assert len(sources_file.read_rows(path, want, said.append)) == 1
     assert "3 rows (" in said[0] and dropped(said[0]) == {reason: 2}
 
 
@@ -547,7 +539,7 @@ def test_a_mixture_has_its_shares_repeats_no_row_and_is_the_same_every_time(tmp_
     assert texts == [row.text for row in sources_file.read_rows(spec, "prompts", SILENT)]
     assert f"mixture of {sum(expected)} rows: {expected[0]} of {paths[0]}" in said[-1]
     chosen = [int(text.split()[1]) for text in texts if text.startswith("0 ")]
-    # Not the first rows.
+    # They are not the first rows.
     assert chosen == sorted(chosen) and (len(chosen) > sizes[0] / 2 or max(chosen) > sizes[0] / 2)
 
 
@@ -561,8 +553,8 @@ def test_parts_are_disjoint_cover_everything_and_know_nothing_of_the_held_out_pr
     path = write_rows(tmp_path / "a.jsonl", questions("a", 4000) + questions("a", 500))
     parts = [[row.text for row in sources_file.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")]
              for i in (1, 2, 3)]
-    assert sorted(sum(parts,
-                      [])) == sorted(row["prompt"] for row in questions("a", 4000) + questions("a", 500))
+    expected = sorted(row["prompt"] for row in questions("a", 4000) + questions("a", 500))
+    assert sorted(sum(parts, [])) == expected
     assert not set(parts[0]) & set(parts[1])
     assert not set(parts[1]) & set(parts[2])
     assert not set(parts[0]) & set(parts[2])

@@ -73,33 +73,23 @@ def test_the_pipeline_learns_what_is_preferred(tmp_path):
     for name, rows in (("sft", demonstrations), ("pairs", pairs)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     common = "--threads 1 --log-every 50"
-    run_here(
-        "sft", common,
-        f"--layers 2 --heads 2 --width 64 --block-size 64 --tokenizer {TOY} --data {tmp_path}/sft.json --out "
-        f"{tmp_path}/sft --steps 150 --batch-tokens 256 --lr 0.01 --val-fraction 0 --warmup 5"
-    )
-    run_here(
-        "reward", common,
-        f"--data {tmp_path}/pairs.json --val-fraction 0 --model {tmp_path}/sft --out {tmp_path}/reward "
-        f"--steps 30 --batch-tokens 256"
-    )
-    run_here(
-        "dpo", common,
-        f"--data {tmp_path}/pairs.json --val-fraction 0 --model {tmp_path}/sft --out {tmp_path}/dpo --steps "
-        f"60 --batch-tokens 256 --lr 0.0005 --beta 0.3"
-    )
-    run_here(
-        "ppo", common,
-        f"--data {tmp_path}/pairs.json --model {tmp_path}/sft --reward {tmp_path}/reward --out "
-        f"{tmp_path}/ppo --steps 15 "
-        "--rollout-batch 32 --max-new-tokens 12 --lr 0.0005 --kl-coef 0.3")
+    pairs = f"--data {tmp_path}/pairs.json --model {tmp_path}/sft"
+    run_here("sft", common, f"--data {tmp_path}/sft.json --out {tmp_path}/sft",
+             f"--tokenizer {TOY} --layers 2 --heads 2 --width 64 --block-size 64",
+             "--steps 150 --batch-tokens 256 --lr 0.01 --val-fraction 0 --warmup 5")
+    run_here("reward", common, pairs, f"--out {tmp_path}/reward",
+             "--steps 30 --batch-tokens 256 --val-fraction 0")
+    run_here("dpo", common, pairs, f"--out {tmp_path}/dpo",
+             "--steps 60 --batch-tokens 256 --lr 0.0005 --beta 0.3 --val-fraction 0")
+    run_here("ppo", common, pairs, f"--reward {tmp_path}/reward --out {tmp_path}/ppo",
+             "--steps 15 --rollout-batch 32 --max-new-tokens 12 --lr 0.0005 --kl-coef 0.3")
 
     def share_good(name):
         policy, tokenizer = load_model(tmp_path / name, model.GPT)
         ids = [encode_prompt(tokenizer, [{"role": "user", "content": p}]) for p in prompts for _ in range(25)]
         got = generate.generate(policy, ids, 12, tokenizer, generator=torch.Generator().manual_seed(1))
-        return sum(text == "It is good."
-                   for text in got.texts(tokenizer)) / len(ids), got.ended.float().mean().item()
+        good = sum(text == "It is good." for text in got.texts(tokenizer))
+        return good / len(ids), got.ended.float().mean().item()
 
     before, stops = share_good("sft")
     assert 0.3 < before < 0.7 and stops > 0.95

@@ -27,8 +27,8 @@ def formula(name, network, reference, tokenizer, folder):
     groups = [[(torch.tensor(ids), torch.tensor(mask)) for ids, mask in encode_group(tokenizer, row)]
               for row in rows]
     if name == "sft":
-        return -sum(reply_logprob(network, *group[0]) for group in groups) / sum(group[0][1].sum()
-                                                                                 for group in groups)
+        tokens = sum(group[0][1].sum() for group in groups)
+        return -sum(reply_logprob(network, *group[0]) for group in groups) / tokens
     total = 0.0
     for row, group in zip(rows, groups):
         if name == "reward":
@@ -64,11 +64,8 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
     monkeypatch.setattr(SCRIPTS[name], "adamw", adamw)
     monkeypatch.setattr(runtime.Run, "optimizer_step", optimizer_step)
     file = "demonstrations" if name == "sft" else "rankings"
-    run_here(
-        name,
-        f"{ALL_AT_ONCE} --model {small}/sft --data {small}/{file}.json --micro-batch-tokens 80 --lr 0.01 "
-        f"--steps 2 --out {tmp_path}/run"
-    )
+    run_here(name, f"{ALL_AT_ONCE} --model {small}/sft --data {small}/{file}.json --out {tmp_path}/run",
+             "--micro-batch-tokens 80 --lr 0.01 --steps 2")
     (weights, gradient), network = steps[1], networks[0].eval()
     network.load_state_dict(weights)
     loss = formula(name, network, *load_model(small / "sft", model.GPT), small)
@@ -154,12 +151,9 @@ def test_two_ranks_train_as_one_does(name, parallel, flags, small, tmp_path):
 @pytest.mark.case(15)
 def test_a_loss_that_is_not_finite_changes_nothing_and_ends_the_run_the_second_time_if_one_may_be_skipped(
         flags, tmp_path, capsys):
-    with pytest.raises(
-            runtime.Fault,
-            match=
-            "step 3: the gradient of policy.* is not finite, and more than "
-            "--max-skipped 1 batches were skipped"
-    ):
+    message = ("step 3: the gradient of policy.* is not finite, "
+               "and more than --max-skipped 1 batches were skipped")
+    with pytest.raises(runtime.Fault, match=message):
         run_here(
             "sft", flags["sft"],
             f"--out {tmp_path}/run --lr 1e30 --warmup 1 --max-grad-norm 1e30 --max-skipped 1 --save-every 1")
@@ -191,11 +185,8 @@ def test_training_takes_its_part_of_a_file_and_holds_prompts_out(name, tmp_path,
     path = tmp_path / "rows.json"
     path.write_text(
         json.dumps([{"prompt": f"Cube {i}.", "chosen": "Yes.", "rejected": "No."} for i in range(60)]))
-    run_here(
-        name,
-        f"{TINY_RUN} --tokenizer {TOY} --model scratch --data {path} --part 1/2:2 --val-fraction 0.3 --steps "
-        f"1 --batch-tokens 100 --out {tmp_path}/run"
-    )
+    run_here(name, f"{TINY_RUN} --tokenizer {TOY} --model scratch --data {path} --out {tmp_path}/run",
+             "--part 1/2:2 --val-fraction 0.3 --steps 1 --batch-tokens 100")
     rows = split_by_prompt(read_rows(path, "preferences", str, "1/2:2"), 0.3)
     kept, held_out = map(len, rows)
     assert 5 < held_out < kept < 45
