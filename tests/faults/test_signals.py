@@ -77,8 +77,8 @@ PLACES = [  # script, where, steps done when it stops, what still happens
     ("reward", (3, "pass"), 3, set()),
     ("ppo", (3, "token"), 3, set()),
     ("ppo", (3, "pass"), 3, set()),
-    # PPO finishes its update.
     ("dpo", (3, "update"), 4, set()),
+    # PPO finishes its update.
     ("ppo", (3, "update"), 4, {"pass", "update"}),
     ("reward", (6, "evaluation pass"), 6, set()),
     ("dpo", (4, "evaluation pass"), 4, set()),

@@ -1,10 +1,9 @@
-"""Does the test suite notice? Small bugs, each of a kind that RLHF code has had, put one at a time into a
-copy of the repository.
+"""Does the test suite notice? Small bugs, put one at a time into a copy of the repository.
 
-A mutant is one replacement in one file. It is killed when a test fails that passes without it: the test that
-it names, or else any of the whole suite. Two are tried at a time, each in a copy of its own; the repository
-itself is never touched. The tables beside this file, one for each source file under its own path, hold the
-mutants: MUTANTS = [(name, test, old, new), ...].
+A mutant is one replacement in one file, of a kind that RLHF code has had. It is killed when a test fails that
+passes without it: the test that it names, or else any of the whole suite. Two are tried at a time, each in a
+copy of its own; the repository itself is never touched. The tables beside this file, one for each source file
+under its own path, hold the mutants: MUTANTS = [(name, test, old, new), ...].
 
     python tests/mutants            all of them: about 40 minutes on 2 busy cores
     python tests/mutants NAME...    those with these names, or with these words in them
@@ -34,7 +33,7 @@ from typing import NamedTuple  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 ROOT = HERE.parent.parent
-# What the tests need.
+# The tests need these and the folders that are packages.
 COPIED = ("*.py", "*.md", "*.sh", "*.txt", "LICENSE", "bench", "docs", "recipes", "tests")
 LIMIT, SUITE_LIMIT = 300, 1200  # seconds, after which a mutant hangs
 
@@ -63,8 +62,10 @@ lock, running, stopping = threading.Lock(), set(), threading.Event()
 
 
 def misfits():
-    """What is wrong with the list: a replacement that doesn't fit its file or leaves no Python, a name that
-    comes twice, a test that is gone."""
+    """What is wrong with the tables.
+
+    A replacement that doesn't fit its file or leaves no Python, a name that comes twice, a test that is gone.
+    """
     names = [m.name for m in MUTANTS]
     for m in MUTANTS:
         if not (ROOT / m.file).is_file():
@@ -90,9 +91,8 @@ def copy_repository(folder):
     rooms = {file.parent for file in ROOT.glob("*/__init__.py")}
     for path in sorted(rooms | {path for pattern in COPIED for path in ROOT.glob(pattern)}):
         if path.is_dir():
-            shutil.copytree(path,
-                            folder / "repository" / path.name,
-                            ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, folder / "repository" / path.name, ignore=ignored)
         else:
             shutil.copy(path, folder / "repository")
 
@@ -115,17 +115,8 @@ def pytest(folder, tests, limit):
 
     Returns (exit code, that test, output); code None: ran past the limit.
     """
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        f"--basetemp={folder}/tmp/pytest",
-    ]
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    words += [f"--basetemp={folder}/tmp/pytest"]
     words += [f"tests/{test}" for test in tests]
     environment = {
         name: value
@@ -216,18 +207,16 @@ def run(mutants):
                 tests.setdefault(m.test.split("::")[0], {})[m.test] = None
             for job in as_completed([pool.submit(check, named, copies) for named in tests.values()]):
                 if job.result() is not None:
-                    raise SystemExit(
-                        f"{job.result()}\nwithout a mutant a test fails: that it fails with one would mean "
-                        f"nothing"
-                    )
-            print(f"without a mutant, the tests that are to kill them pass ({time.time() - began:.0f} s)",
-                  flush=True)
+                    why = "without a mutant a test fails: that it fails with one would mean nothing"
+                    raise SystemExit(f"{job.result()}\n{why}")
+            seconds = time.time() - began
+            print(f"without a mutant, the tests that are to kill them pass ({seconds:.0f} s)", flush=True)
             jobs = {pool.submit(attempt, m, copies): m for m in mutants}
             for job in tqdm(as_completed(jobs), total=len(jobs), leave=False, disable=None):
                 m, (killed, by, seconds) = jobs[job], job.result()
                 survivors += [] if killed else [m]
-                tqdm.write(
-                    f"{'killed' if killed else 'SURVIVED'} | {m.name} | {m.file} | {by} | {seconds:.1f} s")
+                fate = "killed" if killed else "SURVIVED"
+                tqdm.write(f"{fate} | {m.name} | {m.file} | {by} | {seconds:.1f} s")
                 sys.stdout.flush()
         except BaseException:  # Ctrl-C too
             stopping.set()
@@ -238,9 +227,8 @@ def run(mutants):
             raise
     for m in survivors:
         print(f"survivor: {m.name} ({m.file})")
-    print(
-        f"killed {len(mutants) - len(survivors)} of {len(mutants)} ({(time.time() - began) / 60:.1f} minutes)"
-    )
+    killed, minutes = len(mutants) - len(survivors), (time.time() - began) / 60
+    print(f"killed {killed} of {len(mutants)} ({minutes:.1f} minutes)")
     return 1 if survivors else 0
 
 
