@@ -1,30 +1,26 @@
 """The scripts on a device of their own (second_device.py): nothing mixes devices, no pass waits."""
-import importlib
 import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from plumbing import run as runtime
 import second_device
 import tools
-from tools import TOY
+from examples import TOKENIZER
+from small_models import tiny_of
+from tools import TINY, TOY, write_rows
 import toy
 from formats.model_folder import save_model
 from model import GPT, ScalarModel
-from test_checkpoint import TOKENIZER, tiny
 
 needed = pytest.mark.skipif(not second_device.supported, reason="this PyTorch has no backends in Python")
 pytestmark = [pytest.mark.case(34), needed]
-TESTS = Path(__file__).resolve().parent
 
 
 def on_device(runs, root):
@@ -32,8 +28,8 @@ def on_device(runs, root):
 
     runs: [{"words": [script, flags...], "stop": a step}].
     """
-    paths = os.pathsep.join([str(TESTS.parent), str(root)])
-    command = [sys.executable, TESTS / "second_device.py"]
+    paths = os.pathsep.join([str(tools.ROOT), str(tools.TESTS), str(root)])
+    command = [sys.executable, tools.TESTS / "second_device.py"]
     done = subprocess.run(command, input=json.dumps(runs), capture_output=True, text=True,
                           env=tools.ENVIRONMENT | {"PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr
@@ -67,9 +63,10 @@ print(json.dumps(found))
 NO_WAIT = [
     "x + 1", "x * torch.tensor(2.0)", "x[places]", "x[1]", "x[mask] = 0", "x[places] = 1.0", "x.sum()",
     "x.clone()", "torch.where(mask, x, 0.0)", "here.to(second, non_blocking=True)", "mask.any()",
-    "x.copy_(here, non_blocking=True)", "torch.zeros(3, device=second)", "x.to(torch.bfloat16)", "x.argmax(-1)",
-    "x.to(second)", "torch.full((2,), 1, pin_memory=True)", "torch.rand(2, device=second, generator=mine)",
-    "torch.rand(2, generator=theirs)"]
+    "x.copy_(here, non_blocking=True)", "torch.zeros(3, device=second)", "x.to(torch.bfloat16)",
+    "x.argmax(-1)", "x.to(second)", "torch.full((2,), 1, pin_memory=True)",
+    "torch.rand(2, device=second, generator=mine)", "torch.rand(2, generator=theirs)",
+]
 ONE_WAIT = [
     "x[0].item()", "float(x[0])", "int(x.sum())", "bool(mask.any())", "x.tolist()", "x.cpu()", "x.to('cpu')",
     "here.copy_(x)", "here.to(second)", "x.copy_(here)", "torch.tensor([1, 2], device=second)",
@@ -86,7 +83,7 @@ REFUSED = [
 def probed():
     """{probe: how often the CPU waited for it, or "refused", or what went wrong}."""
     done = subprocess.run([sys.executable, "-c", PROBES], input=json.dumps(NO_WAIT + ONE_WAIT + REFUSED),
-                          capture_output=True, text=True, cwd=TESTS, env=tools.ENVIRONMENT)
+                          capture_output=True, text=True, cwd=tools.TESTS, env=tools.ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -107,7 +104,6 @@ def test_the_device_refuses_what_lies_on_two_devices(probed):
 # The scripts on it
 
 FILE = "--data {root}/preferences.jsonl --threads 1"
-TINY = "--layers 1 --heads 2 --width 32 --block-size 64"
 SCRATCH = f"sft {FILE} --tokenizer {TOY} {TINY} --batch-tokens 256 --max-new-tokens 8"
 SFT = f"sft --model {{root}}/sft {FILE} --batch-tokens 256 --max-new-tokens 8"
 REWARD = f"reward --model {{root}}/sft {FILE} --batch-tokens 256"
@@ -136,7 +132,8 @@ SAME = {
     "ppo, frozen on the CPU": f"{JUDGED} --frozen-device cpu --frozen-dtype bfloat16",
     "ppo, penalty": f"{JUDGED} --steps 2 --policy-loss penalty --penalty-target 0.1 --critic-warmup 1",
     "ppo, critic of zeros": f"{JUDGED} --critic-init zero",
-    "ppo, toy": f"ppo --model {{root}}/sft --reward {{root}}/reward --data {TOY}/prompts.jsonl --judge toy:gold {ROLLOUT}",
+    "ppo, toy": f"ppo --model {{root}}/sft --reward {{root}}/reward --data {TOY}/prompts.jsonl --judge "
+                f"toy:gold {ROLLOUT}",
     "ppo, everything": EVERYTHING}
 EVALUATE = "evaluate --models {root}/sft {root}/other --prompts 20 --max-new-tokens 8"
 EVALUATED = {
@@ -166,27 +163,23 @@ COUNTED = {
     "ppo, 8 tokens more": f"{JUDGED} --max-new-tokens 18"}
 
 
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A folder with models, data and a reward function for the runs."""
     root = tmp_path_factory.mktemp("second")
     rankings = toy.World(0).preferences("train", 100)
-    write_lines(root / "preferences.jsonl", [
+    write_rows(root / "preferences.jsonl", [
         {"prompt": row.prompt, "completions": row.replies, "ranks": row.ranks} for row in rankings])
-    write_lines(root / "demonstrations.jsonl", [
+    write_rows(root / "demonstrations.jsonl", [
         {"prompt": row.prompt, "completion": row.replies[0]} for row in rankings])
-    write_lines(root / "prompts.jsonl", [{"prompt": text} for text in ("a", "bc", "def", "g h", "ij", "k")])
+    write_rows(root / "prompts.jsonl", [{"prompt": text} for text in ("a", "bc", "def", "g h", "ij", "k")])
     (root / "judged.py").write_text("def length(replies):\n    return [len(reply) for reply in replies]\n")
     assert tools.here("sft", root, f"--out {root}/sft --steps 2") == 0
     assert tools.here("sft", root, f"--out {root}/other --steps 3 --lr 0.1") == 0
     assert tools.here("reward", root, f"--out {root}/reward --steps 2") == 0
     for name in FAMILIES:
-        save_model(root / name / "sft", tiny(GPT, name), TOKENIZER, None)
-        save_model(root / name / "reward", tiny(ScalarModel, name, seed=1), TOKENIZER, None)
+        save_model(root / name / "sft", tiny_of(GPT, name), TOKENIZER, None)
+        save_model(root / name / "reward", tiny_of(ScalarModel, name, seed=1), TOKENIZER, None)
     return root
 
 
@@ -212,14 +205,7 @@ def rehearsed(root):
 def on_cpu(text, root, out):
     """The same run on the CPU, in this process."""
     script, *flags = words(text, root, out)
-    module = importlib.import_module(script)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    runtime.Run.current = None
-    runtime.run_script(module.main, module.Config, "", [*flags, "--device", "cpu"])
-    if runtime.Run.current:
-        runtime.Run.current.lock.close()
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    assert tools.exit_code(script, shlex.join(flags), "--device cpu") == 0
 
 
 def weights_of(out):
@@ -355,6 +341,6 @@ def test_the_waits_are_those_of_the_table_in_the_documentation(rehearsed):
     parts = 2 * counted["ppo", "minibatch"] + 2 * counted["ppo", "8 sampled tokens"]
     counted["ppo", "rollout, apart from those two"] = waited(more("another rollout"), *STEP) - parts
     counted["ppo", "step that is logged"] = waited(more("another rollout"), "log")
-    text = (TESTS.parent / "docs" / "cluster.md").read_text()
+    text = (tools.ROOT / "docs" / "cluster.md").read_text()
     table = re.findall(r"^\| (\w+) \| ([^|]+) \| (\d+) \|", text, re.M)
     assert counted == {(script, what): int(number) for script, what, number in table}

@@ -1,0 +1,13 @@
+"""Bugs planted in judges.py, and the tests that ought to notice them."""
+
+MUTANTS = [
+    ("reward function: what it gets goes by the number of its parameters",
+     "test_judges.py::test_a_reward_function_gets_what_its_parameters_name_whatever_their_number",
+     "self.function(**arguments)",
+     "self.function(*[prompts, replies, answers][:len(inspect.signature(self.function).parameters)])"),
+    ("reward function: answers that nobody has",
+     "whole/test_ppo_rewards.py::"
+     "test_a_function_that_wants_answers_and_gets_none_stops_the_run_and_one_that_gets_some_is_told",
+     "require(known, f",
+     "require(True, f"),
+]
