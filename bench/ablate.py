@@ -1,14 +1,17 @@
-"""What does each switch of ppo.py do? The toy task, one switch at a time, several seeds; and over-optimisation.
+"""What does each switch of ppo.py do? The toy task, one switch at a time, several seeds; and
+over-optimisation.
 
-    python bench/ablate.py                   everything below, with two seeds: an hour of CPU time, so half an hour on 2 cores
+    python bench/ablate.py                   everything below, with two seeds: an hour of CPU time, so half an
+                                             hour on 2 cores
     python bench/ablate.py --only "no KL"    one variant (its name as in the table), beside the baseline
 
-It trains an SFT model, a reward model that saw that policy's replies and a narrow one that saw the generator's candidates
-alone, then PPO with each switch from the same start, at the demo's learning rate and at three times that ("hot", where PPO
-falls apart without help). Seeds vary the prompts and what is sampled. It draws bench/ablation.png (reward, gold score, KL,
-perplexity under the reference, entropy and length over rollouts), bench/hot.png (the same, hot) and
-bench/overoptimisation.png (gold and proxy score over sqrt(KL) for best-of-n, PPO and DPO; Gao et al. 2022, figure 1), and
-puts the tables into bench/RESULTS.md. Runs that are already in --out are not repeated.
+It trains an SFT model, a reward model that saw that policy's replies and a narrow one that saw the
+generator's candidates alone, then PPO with each switch from the same start, at the demo's learning rate and
+at three times that ("hot", where PPO falls apart without help). Seeds vary the prompts and what is sampled.
+It draws bench/ablation.png (reward, gold score, KL, perplexity under the reference, entropy and length over
+rollouts), bench/hot.png (the same, hot) and bench/overoptimisation.png (gold and proxy score over sqrt(KL)
+for best-of-n, PPO and DPO; Gao et al. 2022, figure 1), and puts the tables into bench/RESULTS.md. Runs that
+are already in --out are not repeated.
 """
 import concurrent.futures
 import json
@@ -28,33 +31,79 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 from formats.model_folder import load_model  # noqa: E402
+from judges import load_functions  # noqa: E402
 from model import GPT, ScalarModel  # noqa: E402
 from plumbing.flags import Count, UserError, require  # noqa: E402
 from plumbing.run import Alone, run_script  # noqa: E402
+from report import pyplot  # noqa: E402
 from rollout import load_prompts  # noqa: E402
-from judges import load_functions  # noqa: E402
 
-LAST = 10  # rollouts that a run's final numbers are the mean of
+# Rollouts that a run's final numbers are the mean of.
+LAST = 10
 BASELINE = "baseline"
-FAMILIES = {  # name of the variant: flags
+# {family: {name of the variant: flags}}. The files of the toy task are those in --out.
+TASK = "runs/toy"
+FAMILIES = {
     "KL term": {
-        "no KL": "--kl-coef 0", "k2 in the reward": "--kl k2", "k3 in the reward": "--kl k3", "k3 in the loss": "--kl k3 --kl-in loss",
-        "adaptive KL, target 0.5": "--kl-target 0.5 --kl-horizon 640"},
+        "no KL": "--kl-coef 0",
+        "k2 in the reward": "--kl k2",
+        "k3 in the reward": "--kl k3",
+        "k3 in the loss": "--kl k3 --kl-in loss",
+        "adaptive KL, target 0.5": "--kl-target 0.5 --kl-horizon 640",
+    },
     "reward": {
-        "scaled by running deviation": "--reward-norm scale", "normalised": "--reward-norm standard",
-        "normalised, clipped at 0.3": "--reward-norm standard --reward-clip 0.3", "clipped at 1": "--reward-clip 1",
-        "score one token later": "--reward-at next", "missing EOS: subtract": "--missing-eos subtract"},
+        "scaled by running deviation": "--reward-norm scale",
+        "normalised": "--reward-norm standard",
+        "normalised, clipped at 0.3": "--reward-norm standard --reward-clip 0.3",
+        "clipped at 1": "--reward-clip 1",
+        "score one token later": "--reward-at next",
+        "missing EOS: subtract": "--missing-eos subtract",
+    },
     "advantages and losses": {
-        "advantages not whitened": "--whiten none", "advantages clipped at 1": "--advantage-clip 1", "no policy clip": "--clip 1000",
-        "PPO-penalty, weight 1": "--policy-loss penalty", "PPO-penalty, adaptive": "--policy-loss penalty --penalty-target 0.01", "dual clip 3": "--dual-clip 3",
-        "entropy bonus 0.01": "--entropy-coef 0.01", "early stop at KL 0.02": "--kl-stop 0.02", "lambda 1": "--lam 1"},
+        "advantages not whitened": "--whiten none",
+        "advantages clipped at 1": "--advantage-clip 1",
+        "no policy clip": "--clip 1000",
+        "PPO-penalty, weight 1": "--policy-loss penalty",
+        "PPO-penalty, adaptive": "--policy-loss penalty --penalty-target 0.01",
+        "dual clip 3": "--dual-clip 3",
+        "entropy bonus 0.01": "--entropy-coef 0.01",
+        "early stop at KL 0.02": "--kl-stop 0.02",
+        "lambda 1": "--lam 1",
+    },
     "critic and the rest": {
-        "no value clip": "--value-clip 0", "value clip 0.2": "--value-clip 0.2", "critic from SFT": "--critic-init sft", "critic from zero": "--critic-init zero",
-        "critic warm-up 5": "--critic-warmup 5", "PPO-ptx 0.1": "--ptx-coef 0.1 --ptx-data {toy}/demonstrations.jsonl", "constant learning rates": "--lr-schedule constant --critic-lr-schedule constant"},
+        "no value clip": "--value-clip 0",
+        "value clip 0.2": "--value-clip 0.2",
+        "critic from SFT": "--critic-init sft",
+        "critic from zero": "--critic-init zero",
+        "critic warm-up 5": "--critic-warmup 5",
+        "PPO-ptx 0.1": f"--ptx-coef 0.1 --ptx-data {TASK}/demonstrations.jsonl",
+        "constant learning rates": "--lr-schedule constant --critic-lr-schedule constant",
+    },
 }
-HOT = ("k3 in the reward", "adaptive KL, target 0.5", "normalised, clipped at 0.3", "clipped at 1", "advantages not whitened", "advantages clipped at 1",
-       "PPO-penalty, weight 1", "PPO-penalty, adaptive", "entropy bonus 0.01", "early stop at KL 0.02", "critic warm-up 5", "PPO-ptx 0.1")
-COLUMNS = {"score": "score", "gold": "gold score", "kl": "KL, nats per reply", "ref_perplexity": "perplexity under ref", "entropy": "entropy, nats per token", "length": "tokens"}
+# The variants that are also run at three times the learning rate.
+HOT = (
+    "k3 in the reward",
+    "adaptive KL, target 0.5",
+    "normalised, clipped at 0.3",
+    "clipped at 1",
+    "advantages not whitened",
+    "advantages clipped at 1",
+    "PPO-penalty, weight 1",
+    "PPO-penalty, adaptive",
+    "entropy bonus 0.01",
+    "early stop at KL 0.02",
+    "critic warm-up 5",
+    "PPO-ptx 0.1",
+)
+# {metric: its name in tables and figures}
+COLUMNS = {
+    "score": "score",
+    "gold": "gold score",
+    "kl": "KL, nats per reply",
+    "ref_perplexity": "perplexity under ref",
+    "entropy": "entropy, nats per token",
+    "length": "tokens",
+}
 BEST_OF = 64  # replies per prompt
 DPO_BETAS = (1.0, 0.3, 0.1, 0.03)
 PPO_FOOLED = {"PPO, no KL": "--kl-coef 0 --lr 2e-3", "PPO, beta 0.1": ""}
@@ -66,29 +115,45 @@ class Config:
     seeds: Count = 2  # PPO runs per variant
     steps: Count = 30  # rollouts per run
     rollout_batch: Count = 128  # prompts per rollout
-    only: list[str] = field(default_factory=list)  # names of variants to run, beside the baseline; without it all of them and over-optimisation
+    # names of variants to run, beside the baseline; without it all of them and over-optimisation
+    only: list[str] = field(default_factory=list)
     lanes: Count = 2  # runs at the same time, one thread each
     debug: bool = False  # show the traceback of an error
+
+
+def variants():
+    """{name: flags} of all families."""
+    found = {}
+    for family in FAMILIES.values():
+        found |= family
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Running
 
 def run_all(jobs, lanes):
-    """Run [(name, command line)] on some lanes, in order; a job that fails ends everything with what it said last."""
+    """Run [(name, command line)] on some lanes, in order.
+
+    A job that fails ends everything with what it said last.
+    """
     from tqdm import tqdm
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
     def run(job):
-        done = subprocess.run([sys.executable, *shlex.split(job[1])], cwd=ROOT, env=environment, capture_output=True, text=True)
-        return job[0], done
+        name, line = job
+        words = [sys.executable, *shlex.split(line)]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return name, done
 
     with concurrent.futures.ThreadPoolExecutor(lanes) as pool, tqdm(total=len(jobs), disable=None) as bar:
-        for future in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
+        futures = [pool.submit(run, job) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
             name, done = future.result()
             if done.returncode:
                 pool.shutdown(cancel_futures=True)
-                raise UserError(f"{name} failed: {(done.stderr.strip().splitlines() or ['nothing was said'])[-1]}")
+                said = done.stderr.strip().splitlines() or ["nothing was said"]
+                raise UserError(f"{name} failed: {said[-1]}")
             bar.update()
             bar.set_postfix_str(name)
             if bar.disable:
@@ -98,7 +163,8 @@ def run_all(jobs, lanes):
 def read(folder):
     """{metric: array over rollouts} of a run."""
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in {name for row in rows for name in row}}
+    names = {name for row in rows for name in row}
+    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
 
 def slug(name):
@@ -111,36 +177,56 @@ def slug(name):
 def summary(out, name, seeds):
     """{metric: (mean over seeds, standard deviation)} of the last rollouts of a variant."""
     runs = [read(out / f"{slug(name)}-{seed}") for seed in range(seeds)]
-    finals = {metric: [np.nanmean(run[metric][-LAST:]) for run in runs] for metric in [*COLUMNS, "explained_variance"]}
-    return {metric: (np.mean(values), np.std(values, ddof=1 if seeds > 1 else 0)) for metric, values in finals.items()}
+    result = {}
+    for metric in [*COLUMNS, "explained_variance"]:
+        finals = [np.nanmean(run[metric][-LAST:]) for run in runs]
+        spread = np.std(finals, ddof=1 if seeds > 1 else 0)
+        result[metric] = np.mean(finals), spread
+    return result
 
 
 def table(out, names, seeds, prefix=""):
-    """Markdown: one row per variant; bold where gold differs from the baseline's by more than twice the standard error of the difference."""
-    base = summary(out, prefix + BASELINE, seeds)
-    lines = ["| variant | flags | " + " | ".join(COLUMNS.values()) + " | explained variance |", "|---" * (len(COLUMNS) + 3) + "|"]
-    flags = {BASELINE: ""} | {name: f for family in FAMILIES.values() for name, f in family.items()}
+    """Markdown: one row per variant.
+
+    Gold is bold where it differs from the baseline's by more than twice the standard error of the difference.
+    """
+    base_gold, base_spread = summary(out, prefix + BASELINE, seeds)["gold"]
+    flags = {BASELINE: ""} | variants()
+    lines = [
+        "| variant | flags | " + " | ".join(COLUMNS.values()) + " | explained variance |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+    ]
     for name in names:
         row = summary(out, prefix + name, seeds)
         cells = [f"{mean:.2f} ± {spread:.2f}" for mean, spread in row.values()]
-        error = math.sqrt((row["gold"][1] ** 2 + base["gold"][1] ** 2) / seeds)
-        if name != BASELINE and abs(row["gold"][0] - base["gold"][0]) > 2 * error:
+        gold, spread = row["gold"]
+        error = math.sqrt((spread**2 + base_spread**2) / seeds)
+        if name != BASELINE and abs(gold - base_gold) > 2 * error:
             cells[1] = f"**{cells[1]}**"
-        lines.append(f"| {name} | {f'`{flags[name]}`' if flags[name] else ''} | " + " | ".join(cells) + " |")
+        code = f"`{flags[name]}`" if flags[name] else ""
+        lines.append(f"| {name} | {code} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(plt, out, rows, seeds, path, prefix=""):
-    """One row of panels per family of variants (the baseline in black in each), one column per metric; means over seeds."""
-    figure, grid = plt.subplots(len(rows), len(COLUMNS), figsize=(17, 2.9 * len(rows)), constrained_layout=True, squeeze=False)
+    """One row of panels per family of variants, one column per metric; means over seeds.
+
+    rows: {family: names of its variants}. The baseline is in each row, in black.
+    """
+    size = (17, 2.9 * len(rows))
+    figure, grid = plt.subplots(len(rows), len(COLUMNS), figsize=size, constrained_layout=True, squeeze=False)
     for axes_row, (family, names) in zip(grid, rows.items()):
         for axes, (metric, title) in zip(axes_row, COLUMNS.items()):
             for i, name in enumerate([BASELINE, *names]):
-                curves = np.array([read(out / f"{slug(prefix + name)}-{seed}")[metric] for seed in range(seeds)])
-                mean, steps = curves.mean(0), np.arange(1, curves.shape[1] + 1)
-                style = {"color": "k", "lw": 2} if name == BASELINE else {"color": f"C{i - 1}", "lw": 1.1}
-                axes.plot(steps, mean, label=name, **style)
-                axes.fill_between(steps, curves.min(0), curves.max(0), color=style["color"], alpha=0.08, lw=0)
+                runs = [read(out / f"{slug(prefix + name)}-{seed}") for seed in range(seeds)]
+                curves = np.array([run[metric] for run in runs])  # (seeds, rollouts)
+                steps = np.arange(1, curves.shape[1] + 1)
+                if name == BASELINE:
+                    colour, width = "k", 2
+                else:
+                    colour, width = f"C{i - 1}", 1.1
+                axes.plot(steps, curves.mean(0), label=name, color=colour, lw=width)
+                axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.08, lw=0)
             if metric in ("kl", "ref_perplexity"):
                 axes.set_yscale("symlog", linthresh=1)
             axes.set_title(title, fontsize=9, loc="left")
@@ -156,24 +242,32 @@ def draw(plt, out, rows, seeds, path, prefix=""):
 # Over-optimisation
 
 def best_of_n(gold, score):
-    """Means of gold and proxy score of the best of n replies by proxy, and sqrt(KL), for n = 1, 2, 4, ...; gold, score (prompts, N).
+    """Of the best of n replies by proxy, n = 1, 2, 4, ...: [(sqrt(KL), mean proxy score, mean gold score)].
 
-    All N replies are used for each n: the k-th best of N is the best of n of them with probability C(N - k, n - 1) / C(N, n).
-    KL = log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3).
+    gold, score (prompts, N). All N replies are used for each n: the k-th best of N is the best of n of them
+    with probability C(N - k, n - 1) / C(N, n). KL = log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3).
     """
     N = score.shape[1]
     order = np.argsort(-score, 1)
-    gold, score = np.take_along_axis(gold, order, 1), np.take_along_axis(score, order, 1)
+    gold = np.take_along_axis(gold, order, 1)
+    score = np.take_along_axis(score, order, 1)
     points = []
-    for n in [2**i for i in range(int(math.log2(N)) + 1)]:
-        weights = np.array([math.comb(N - k, n - 1) / math.comb(N, n) for k in range(1, N + 1)])
-        points.append((math.sqrt(math.log(n) - (n - 1) / n), (score @ weights).mean(), (gold @ weights).mean()))
+    for power in range(int(math.log2(N)) + 1):
+        n = 2**power
+        weights = np.array([math.comb(N - k, n - 1) / math.comb(N, n) for k in range(1, N + 1)])  # (N,)
+        kl = math.log(n) - (n - 1) / n
+        points.append((math.sqrt(kl), (score @ weights).mean(), (gold @ weights).mean()))
     return points
 
 
 def sampled(folder, out, config, per_prompt=1):
-    """Replies of a checkpoint to the training prompts of seed 0: gold and narrow score (prompts, per_prompt), and the mean KL to SFT."""
-    (policy, tokenizer), (reference, _), (reward, _) = load_model(folder, GPT), load_model(out / "sft", GPT), load_model(out / "narrow", ScalarModel)
+    """Replies of a checkpoint to the training prompts of seed 0.
+
+    Returns gold and narrow score (prompts, per_prompt), and the mean KL to SFT.
+    """
+    policy, tokenizer = load_model(folder, GPT)
+    reference, _ = load_model(out / "sft", GPT)
+    reward, _ = load_model(out / "narrow", ScalarModel)
     settings = evaluate.Config(micro_batch_tokens=8192, data=f"{out}/toy/prompts.jsonl")
     prompts = load_prompts(settings, tokenizer, policy.config.block_size, print)[::2]
     prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
@@ -186,31 +280,54 @@ def sampled(folder, out, config, per_prompt=1):
 
 def over_optimisation(plt, out, config):
     """Draw gold and proxy over sqrt(KL); returns a Markdown table."""
-    gold, score, _ = sampled(out / "sft", out, config, BEST_OF)
-    lines = {"best of n": best_of_n(gold, score)}
-    for name in PPO_FOOLED:
-        run, window = read(out / slug(name)), 4  # means over rollouts that follow each other
-        means = {metric: run[metric][:len(run[metric]) // window * window].reshape(-1, window).mean(1) for metric in ("kl", "score", "gold")}
-        lines[name] = [(math.sqrt(max(0, kl)), s, g) for kl, s, g in zip(means["kl"], means["score"], means["gold"])]
-    points = [lines["best of n"][0]]
-    for beta in DPO_BETAS:
-        gold, score, kl = sampled(out / f"dpo-{beta:g}", out, config)
-        points.append((math.sqrt(max(0, kl)), score.mean(), gold.mean()))
-    lines["DPO, beta " + ", ".join(f"{beta:g}" for beta in DPO_BETAS)] = points
+    lines = points_of_methods(out, config)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
-    rows = ["| method | KL, nats | proxy score | gold score | best gold on the way |", "|---|---|---|---|---|"]
+    rows = [
+        "| method | KL, nats | proxy score | gold score | best gold on the way |",
+        "|---|---|---|---|---|",
+    ]
     for i, (name, points) in enumerate(lines.items()):
         root, proxy, gold = (np.array(values) for values in zip(*points))
         for panel, (x, y) in zip(axes, ((root, proxy), (root, gold), (proxy, gold))):
             panel.plot(x, y, marker="o", ms=3, lw=1.2, label=name, color=f"C{i}")
-        rows.append(f"| {name} | {root[-1] ** 2:.1f} | {proxy[-1]:.2f} | {gold[-1]:.2f} | {gold.max():.2f} at KL {root[gold.argmax()] ** 2:.1f} |")
-    for panel, (x, y) in zip(axes, (("sqrt(KL to SFT, nats per reply)", "proxy: narrow reward model"), ("sqrt(KL to SFT, nats per reply)", "gold score"),
-                                    ("proxy: narrow reward model", "gold score"))):
-        panel.set(xlabel=x, ylabel=y)
+        best = gold.argmax()
+        rows.append(f"| {name} | {root[-1] ** 2:.1f} | {proxy[-1]:.2f} | {gold[-1]:.2f} | "
+                    f"{gold[best]:.2f} at KL {root[best] ** 2:.1f} |")
+    distance = "sqrt(KL to SFT, nats per reply)"
+    proxy = "proxy: narrow reward model"
+    axes[0].set(xlabel=distance, ylabel=proxy)
+    axes[1].set(xlabel=distance, ylabel="gold score")
+    axes[2].set(xlabel=proxy, ylabel="gold score")
     axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(ROOT / "bench" / "overoptimisation.png", dpi=90)
     plt.close(figure)
     return "\n".join(rows)
+
+
+def points_of_methods(out, config):
+    """{method: [(sqrt(KL), proxy score, gold score)]}, from the start on; for DPO a point per beta."""
+    gold, score, _ = sampled(out / "sft", out, config, BEST_OF)
+    lines = {"best of n": best_of_n(gold, score)}
+    start = lines["best of n"][0]
+
+    # Means over so many rollouts that follow each other.
+    window = 4
+    for name in PPO_FOOLED:
+        run = read(out / slug(name))
+        means = {}
+        for metric in ("kl", "score", "gold"):
+            whole = len(run[metric]) // window * window
+            means[metric] = run[metric][:whole].reshape(-1, window).mean(1)
+        lines[name] = []
+        for kl, score, gold in zip(means["kl"], means["score"], means["gold"]):
+            lines[name].append((math.sqrt(max(0, kl)), score, gold))
+
+    points = [start]
+    for beta in DPO_BETAS:
+        gold, score, kl = sampled(out / f"dpo-{beta:g}", out, config)
+        points.append((math.sqrt(max(0, kl)), score.mean(), gold.mean()))
+    lines["DPO, beta " + ", ".join(f"{beta:g}" for beta in DPO_BETAS)] = points
+    return lines
 
 
 def put(name, text):
@@ -219,52 +336,82 @@ def put(name, text):
     page = path.read_text()
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     require(begin in page and end in page, f"{path} has lost its markers {begin} and {end}")
-    path.write_text(page[:page.index(begin) + len(begin)] + f"\n{text}\n" + page[page.index(end):])
+    head = page[:page.index(begin) + len(begin)]
+    path.write_text(head + f"\n{text}\n" + page[page.index(end):])
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+def make_start(out, task, narrow, common, config):
+    """What every run starts from, where it is not there yet: the task's files, SFT and reward models.
+
+    narrow: the flags that name the generator's preferences; common: flags of every training script.
+    """
+    if not Path(task, "tokenizer.json").exists():
+        run_all([("the task's files", f"toy.py --out {task} --threads 1")], 1)
+    sft = f"sft.py --data {task}/demonstrations.jsonl --val-data {task}/demonstrations_heldout.jsonl"
+    run_all([("SFT", f"{sft} --out {out}/sft {common}")], 1)
+    if not (out / "preferences" / "train.jsonl").exists():
+        ask = f"toy.py --model {out}/sft --out {out}/preferences --threads 1"
+        run_all([("preferences", ask)], 1)
+    wide = f"--data {out}/preferences/train.jsonl --val-data {out}/preferences/heldout.jsonl"
+    reward = (f"reward.py --model {out}/sft --demonstrations {task}/demonstrations.jsonl "
+              f"--steps 600 {common}")
+    jobs = [("reward model", f"{reward} {wide} --out {out}/reward")]
+    if not config.only:
+        jobs.append(("narrow reward model", f"{reward} {narrow} --out {out}/narrow"))
+    run_all(jobs, config.lanes)
+
+
+def ppo_jobs(out, task, narrow, common, config, chosen):
+    """[(name, command line)] of all PPO and DPO runs. chosen: {name: flags}; the rest as for `make_start`."""
+    hot = {}
+    for name, flags in chosen.items():
+        if name in HOT or name == BASELINE:
+            hot["hot " + name] = "--lr 3e-3 " + flags
+    batch = f"--rollout-batch {config.rollout_batch}"
+    start = f"ppo.py --model {out}/sft --data {task}/prompts.jsonl --judge toy:gold {common}"
+    jobs = []
+    for seed in range(config.seeds):
+        for name, flags in (chosen | hot).items():
+            line = (f"{start} --reward {out}/reward --steps {config.steps} {batch} --seed {seed} "
+                    f"--out {out}/{slug(name)}-{seed} {flags.replace(TASK, task)}")
+            jobs.append((f"{name}, seed {seed}", line))
+    if config.only:
+        return jobs
+    for name, flags in PPO_FOOLED.items():
+        line = (f"{start} --reward {out}/narrow --steps {2 * config.steps} {batch} "
+                f"--out {out}/{slug(name)} {flags}")
+        jobs.append((name, line))
+    for beta in DPO_BETAS:
+        line = (f"dpo.py --model {out}/sft {narrow} --steps 300 --beta {beta} "
+                f"--out {out}/dpo-{beta:g} {common}")
+        jobs.append((f"DPO, beta {beta:g}", line))
+    return jobs
 
 
 def main(config):
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
-    variants = {name: flags for family in FAMILIES.values() for name, flags in family.items()}
-    unknown = set(config.only) - set(variants)
-    require(not unknown, f"--only {', '.join(sorted(unknown))}: no such variant; there are {'; '.join(variants)}")
+    # If it is missing, that is said now.
+    plt = pyplot()
+    plt.rcParams["font.size"] = 8
+    unknown = set(config.only) - set(variants())
+    require(not unknown,
+            f"--only {', '.join(sorted(unknown))}: no such variant; there are {'; '.join(variants())}")
+    chosen = {BASELINE: ""}
+    for name, flags in variants().items():
+        if not config.only or name in config.only:
+            chosen[name] = flags
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    task = f"{out}/toy"
     common = "--threads 1 --resume"
+    narrow = f"--data {task}/preferences.jsonl --val-data {task}/preferences_heldout.jsonl"
 
     # 1. what every run starts from
-    task = f"{out}/toy"
-    if not Path(task, "tokenizer.json").exists():
-        run_all([("the task's files", f"toy.py --out {task} --threads 1")], 1)
-    held_out = f"--val-data {task}/demonstrations_heldout.jsonl"
-    run_all([("SFT", f"sft.py --data {task}/demonstrations.jsonl {held_out} --out {out}/sft {common}")], 1)
-    if not (out / "preferences" / "train.jsonl").exists():
-        run_all([("preferences", f"toy.py --model {out}/sft --out {out}/preferences --threads 1")], 1)
-    files = f"--data {out}/preferences/train.jsonl --val-data {out}/preferences/heldout.jsonl"
-    reward = f"reward.py --model {out}/sft --demonstrations {task}/demonstrations.jsonl --steps 600 {common}"
-    narrow = f"--data {task}/preferences.jsonl --val-data {task}/preferences_heldout.jsonl"
-    jobs = [("reward model", f"{reward} {files} --out {out}/reward")]
-    if not config.only:
-        jobs += [("narrow reward model", f"{reward} {narrow} --out {out}/narrow")]
-    run_all(jobs, config.lanes)
+    make_start(out, task, narrow, common, config)
 
     # 2. PPO, one switch at a time
-    chosen = {BASELINE: ""} | {name: flags for name, flags in variants.items() if not config.only or name in config.only}
-    hot = {"hot " + name: "--lr 3e-3 " + flags for name, flags in chosen.items() if name in HOT or name == BASELINE}
-    shape = f"--steps {config.steps} --rollout-batch {config.rollout_batch}"
-    start = f"ppo.py --model {out}/sft --data {task}/prompts.jsonl --judge toy:gold {common}"
-    jobs = [(f"{name}, seed {seed}", f"{start} --reward {out}/reward {shape} --seed {seed} --out {out}/{slug(name)}-{seed} {flags.replace('{toy}', task)}")
-            for seed in range(config.seeds) for name, flags in (chosen | hot).items()]
-    if not config.only:
-        jobs += [(name, f"{start} --reward {out}/narrow --steps {2 * config.steps} --rollout-batch {config.rollout_batch} --out {out}/{slug(name)} {flags}")
-                 for name, flags in PPO_FOOLED.items()]
-        jobs += [(f"DPO, beta {beta:g}", f"dpo.py --model {out}/sft {narrow} --steps 300 --beta {beta} --out {out}/dpo-{beta:g} {common}") for beta in DPO_BETAS]
-    run_all(jobs, config.lanes)
+    run_all(ppo_jobs(out, task, narrow, common, config, chosen), config.lanes)
 
     # 3. tables and figures
     results = table(out, chosen, config.seeds)
@@ -273,13 +420,15 @@ def main(config):
         return
     draw(plt, out, FAMILIES, config.seeds, ROOT / "bench" / "ablation.png")
     half = len(HOT) // 2
-    draw(plt, out, {"hot": HOT[:half], "hot, continued": HOT[half:]}, config.seeds, ROOT / "bench" / "hot.png", "hot ")
+    halves = {"hot": HOT[:half], "hot, continued": HOT[half:]}
+    draw(plt, out, halves, config.seeds, ROOT / "bench" / "hot.png", "hot ")
     hot_results = table(out, [BASELINE, *HOT], config.seeds, "hot ")
     print(hot_results)
     fooled = over_optimisation(plt, out, config)
     print(fooled)
-    for name, text in (("ablation", results), ("hot", hot_results), ("overoptimisation", fooled)):
-        put(name, text)
+    put("ablation", results)
+    put("hot", hot_results)
+    put("overoptimisation", fooled)
 
 
 if __name__ == "__main__":
