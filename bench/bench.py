@@ -373,10 +373,10 @@ def our_script(job):
     draw = script.endless_order if what == "ppo" else script.endless_batches
     drawn = []
 
-    def watched_draw(lengths, *args):
+    def watched_draw(lengths, *args, **named):
         number = lengths if what == "ppo" else len(lengths)
         require(number == len(job.rows), f"{what}.py did not take all {len(job.rows)} rows")
-        for numbers in draw(lengths, *args):
+        for numbers in draw(lengths, *args, **named):
             drawn.append(numbers)
             yield numbers
 

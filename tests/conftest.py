@@ -22,26 +22,54 @@ from tools import (  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: one thread is fastest, and repeats bit for bit
 
-CASES = {  # what tests marked `case` show, `bash run.sh faults` prints as a table
-    1: "kill -9 at random moments", 2: "kill -9 inside a save", 3: "SIGTERM in a step, rollout, evaluation or save", 4: "Ctrl-C twice",
-    5: "SIGTERM to torchrun, 2 ranks", 6: "a rank dies or stalls", 7: "truncated checkpoint file", 8: "one flipped byte in the weights",
-    9: "manifest or state damaged, missing or of an unknown version", 10: "a malicious pickle, whatever it is called", 11: "hostile safetensors and JSON",
-    12: "a checkpoint of the wrong kind or shape", 13: "disk full", 14: "output folder read-only, a file, in use, or another run's",
-    15: "NaN weight, NaN reward, infinite loss", 16: "gradients explode", 17: "KL blow-up, reward collapse", 18: "malformed JSON lines",
-    19: "rows that make no sense", 20: "too long prompts and replies", 21: "empty, tiny and uneven data", 22: "special tokens in users' text",
-    23: "the end token", 24: "padding changes nothing", 25: "accumulation, DDP and FSDP2 give one gradient", 26: "resume with changed settings",
-    27: "FSDP2 to one process and back", 28: "no network, tokenizer cache or GPU", 29: "out of memory", 30: "bad flags",
-    31: "nothing to normalise: one sample, equal rewards, no tokens", 33: "one trajectory: accumulated, 2 ranks, sharded, compiled, padded, cached",
-    34: "a second device: nothing mixes devices, no wait inside a step", 35: "two machines, of which one dies and comes back",
-    36: "a console that lacks letters, output that nobody reads"}
+# What tests marked `case` show, `bash run.sh faults` prints as a table.
+CASES = {
+    1: "kill -9 at random moments",
+    2: "kill -9 inside a save",
+    3: "SIGTERM in a step, rollout, evaluation or save",
+    4: "Ctrl-C twice",
+    5: "SIGTERM to torchrun, 2 ranks",
+    6: "a rank dies or stalls",
+    7: "truncated checkpoint file",
+    8: "one flipped byte in the weights",
+    9: "manifest or state damaged, missing or of an unknown version",
+    10: "a malicious pickle, whatever it is called",
+    11: "hostile safetensors and JSON",
+    12: "a checkpoint of the wrong kind or shape",
+    13: "disk full",
+    14: "output folder read-only, a file, in use, or another run's",
+    15: "NaN weight, NaN reward, infinite loss",
+    16: "gradients explode",
+    17: "KL blow-up, reward collapse",
+    18: "malformed JSON lines",
+    19: "rows that make no sense",
+    20: "too long prompts and replies",
+    21: "empty, tiny and uneven data",
+    22: "special tokens in users' text",
+    23: "the end token",
+    24: "padding changes nothing",
+    25: "accumulation, DDP and FSDP2 give one gradient",
+    26: "resume with changed settings",
+    27: "FSDP2 to one process and back",
+    28: "no network, tokenizer cache or GPU",
+    29: "out of memory",
+    30: "bad flags",
+    31: "nothing to normalise: one sample, equal rewards, no tokens",
+    33: "one trajectory: accumulated, 2 ranks, sharded, compiled, padded, cached",
+    34: "a second device: nothing mixes devices, no wait inside a step",
+    35: "two machines, of which one dies and comes back",
+    36: "a console that lacks letters, output that nobody reads",
+}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", action="store_true", help="run the tests of faults alone, the long ones too, and print a table of cases")
+    text = "run the tests of faults alone, the long ones too, and print a table of cases"
+    parser.addoption("--faults", action="store_true", help=text)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "case(number, ...): shows how a fault is survived; see CASES in conftest.py")
+    case = "case(number, ...): shows how a fault is survived; see CASES in conftest.py"
+    config.addinivalue_line("markers", case)
     config.addinivalue_line("markers", "long: takes more than some seconds; runs with --faults alone")
     config.survived = collections.defaultdict(lambda: [0, 0])  # case: tries, survived
 
@@ -58,7 +86,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Count tries per case: a test is one, unless it records `tries` and `survived` itself (record_property)."""
+    """Count tries per case: a test is one, unless it records its own by `tries` and `survived`."""
     report = yield
     numbers = {number for marker in item.iter_markers("case") for number in marker.args}
     if numbers and (report.when == "call" or report.outcome == "failed"):
@@ -74,7 +102,9 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("faults")
         for number, text in CASES.items():
             tries, survived = config.survived[number]
-            terminalreporter.write_line(f"{number:3}  {text:75} tries {tries:3}  survived {survived:3}{'' if tries == survived > 0 else '  <--'}")
+            note = "" if tries == survived > 0 else "  <--"
+            line = f"{number:3}  {text:75} tries {tries:3}  survived {survived:3}{note}"
+            terminalreporter.write_line(line)
         terminalreporter.write_line(" 32  the page for labelling: there is none yet")
 
 
@@ -90,7 +120,8 @@ def peers():
     """transformers, without network and noise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        found = pytest.importorskip("transformers", reason="the peer that checkpoint folders are compared with")
+        found = pytest.importorskip("transformers",
+                                    reason="the peer that checkpoint folders are compared with")
         found.logging.set_verbosity_error()
         getattr(found.logging, "disable_progress_bar", lambda: None)()
         yield found
@@ -117,13 +148,18 @@ def chain(tmp_path_factory):
 
     held_out = f"--val-data {TOY}/demonstrations_heldout.jsonl"
     run("sft", TINY_RUN, QUICK["sft"], DEMONSTRATIONS, held_out, f"--out {root}/sft --steps 3")
-    run("toy", f"--model {root}/sft --out {root}/preferences --groups 200 --heldout-groups 40 --samples 2 --max-new-tokens 12 --threads 1")
-    files = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl --model {root}/sft --threads 1 --steps 3"
+    run("toy", f"--model {root}/sft --out {root}/preferences",
+        "--groups 200 --heldout-groups 40 --samples 2 --max-new-tokens 12 --threads 1")
+    preferences = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl"
+    files = f"{preferences} --model {root}/sft --threads 1 --steps 3"
     run("reward", files, QUICK["reward"], f"--demonstrations {TOY}/demonstrations.jsonl --out {root}/reward")
-    run("ppo", f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl --judge toy:gold", QUICK["ppo"],
-        f"--threads 1 --steps 3 --out {root}/ppo")
+    run("ppo", f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl --judge toy:gold",
+        QUICK["ppo"], f"--threads 1 --steps 3 --out {root}/ppo")
     run("dpo", files, QUICK["dpo"], f"--out {root}/dpo")
-    run("evaluate", f"--models {root}/sft {root}/ppo {root}/dpo --out {root}/evaluation.json --prompts 20 --max-new-tokens 12 --threads 1",
+    run(
+        "evaluate",
+        f"--models {root}/sft {root}/ppo {root}/dpo --out {root}/evaluation.json --prompts 20 "
+        f"--max-new-tokens 12 --threads 1",
         f"--data {TOY}/prompts_heldout.jsonl --judge toy:gold")
     run("report", f"--demo {root} --seconds 12")
     return root, said
@@ -131,19 +167,29 @@ def chain(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A folder with a language model whose replies mostly end, another one, a reward model, and the files to train on."""
+    """A folder with a model whose replies mostly end, another one, a reward model, and files to train on."""
     root = tmp_path_factory.mktemp("small")
     prompts = [f"Say {'please ' * (i % 3)}{word}." for i, word in enumerate(WORDS)]
     replies = ["It is good.", "No.", "It is sad, and so it is."]
     ranks = [[0, 1], [1, 0, 2], [0, 1, 1]]
-    files = {"prompts": [{"prompt": p} for p in prompts], "demonstrations": [{"instruction": p, "output": r} for p in prompts for r in replies],
-             "rankings": [{"prompt": p, "completions": replies[:len(r)], "ranks": r, "margin": 0.5 * i} for i, p in enumerate(prompts) for r in [ranks[i % 3]]]}
+    files = {
+        "prompts": [{"prompt": p} for p in prompts],
+        "demonstrations": [{"instruction": p, "output": r} for p in prompts for r in replies],
+        "rankings": [],
+    }
+    for i, prompt in enumerate(prompts):
+        chosen = ranks[i % 3]
+        row = {"prompt": prompt, "completions": replies[:len(chosen)], "ranks": chosen, "margin": 0.5 * i}
+        files["rankings"].append(row)
     for name, rows in files.items():
         (root / f"{name}.json").write_text(json.dumps(rows))
     with signal_handlers_kept():
-        run_here("sft", f"{TINY_RUN} {ALL_AT_ONCE} --tokenizer {TOY} --data {root}/demonstrations.json --steps 40 --lr 0.02 --out {root}/sft")
-        run_here("sft", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/demonstrations.json --steps 3 --out {root}/other")
-        run_here("reward", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/rankings.json --steps 2 --out {root}/reward")
+        demonstrations = f"--data {root}/demonstrations.json"
+        run_here("sft", f"{TINY_RUN} {ALL_AT_ONCE} --tokenizer {TOY}", demonstrations,
+                 f"--steps 40 --lr 0.02 --out {root}/sft")
+        run_here("sft", f"{ALL_AT_ONCE} --model {root}/sft", demonstrations, f"--steps 3 --out {root}/other")
+        run_here("reward", f"{ALL_AT_ONCE} --model {root}/sft --data {root}/rankings.json",
+                 f"--steps 2 --out {root}/reward")
     return root
 
 
@@ -151,7 +197,8 @@ def small(tmp_path_factory):
 def flags(chain):
     """Flags of each trainer for runs in this process, on the chain's files."""
     root = chain[0]
-    files = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl --model {root}/sft"
+    preferences = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl"
+    files = f"{preferences} --model {root}/sft"
     inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files,
               "ppo": f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"}
     return {name: f"{inputs[name]} {QUICK[name]} --threads 1 --steps 4" for name in TRAINERS}
@@ -206,7 +253,7 @@ def tokenizer():
 
 @pytest.fixture
 def batch():
-    """ids and mask (4, 12), right-padded: a plain response, a single token, two stretches, and an empty mask."""
+    """ids and mask (4, 12), right-padded: a plain response, a single token, two stretches, an empty mask."""
     ids = torch.randint(256, (4, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(4, 12, dtype=torch.bool)
     mask[0, 3:9] = mask[1, 1] = mask[2, 2:4] = mask[2, 7:12] = True

@@ -44,7 +44,8 @@ def perhaps(replies, answers=None):
 
 def user(text, *more):
     """Turns as Row has them: user, assistant, user, ..."""
-    return [{"role": role, "content": content} for role, content in zip(itertools.cycle(("user", "assistant")), (text, *more))]
+    return [{"role": role, "content": content}
+            for role, content in zip(itertools.cycle(("user", "assistant")), (text, *more))]
 
 
 def system(text):
@@ -62,36 +63,88 @@ def sharegpt(*contents, names=("human", "gpt")):
 
 ALPACA = {"instruction": " Cube it. ", "input": "4", "output": "64\n"}
 DOLLY = {"instruction": "Cube it.", "context": "", "response": "64", "category": "maths"}
-HISTORY = {"instruction": "And 5?", "input": "", "output": "125", "system": " Be brief.", "history": [["Cube 4.", "64"], ["Sure?", "Yes "]]}
-SEEDS = {"id": "seed_task_1", "name": "cube", "instruction": "Cube it.", "instances": [{"input": "4", "output": "64"}],
-         "is_classification": False}
+HISTORY = {
+    "instruction": "And 5?",
+    "input": "",
+    "output": "125",
+    "system": " Be brief.",
+    "history": [["Cube 4.", "64"], ["Sure?", "Yes "]],
+}
+SEEDS = {
+    "id": "seed_task_1",
+    "name": "cube",
+    "instruction": "Cube it.",
+    "instances": [{"input": "4", "output": "64"}],
+    "is_classification": False,
+}
 COMPLETION = {"prompt": "Cube 4.", "completion": " 64"}
-COMPLETION_TURNS = {"prompt": chat("Hi", "Ho", "Cube 4."), "completion": [{"role": "assistant", "content": "64"}]}
+COMPLETION_TURNS = {
+    "prompt": chat("Hi", "Ho", "Cube 4."),
+    "completion": [{"role": "assistant", "content": "64"}],
+}
 ORCA = {"id": "7", "system_prompt": "Be brief.", "question": "Cube 4.", "response": "64"}
 MESSAGES = {"messages": system("Be brief.") + chat("Cube 4.", "64 ", "Sure?", " Yes")}
-SHAREGPT = {"id": "x", "system": "Be brief.", "conversations": sharegpt("Cube 4.", "64 ", "Sure?", " Yes"), "tools": ""}
+SHAREGPT = {
+    "id": "x",
+    "system": "Be brief.",
+    "conversations": sharegpt("Cube 4.", "64 ", "Sure?", " Yes"),
+    "tools": "",
+}
 SHAREGPT_NAMES = {"conversations": sharegpt("", "Cube 4.", "64", names=("system", "prompter", "chatgpt"))}
-PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Cube "}, {"type": "text", "text": "4."}]},
-                      {"role": "assistant", "content": "64"}]}
+PARTS = {
+    "messages": [{"role": "user",
+                  "content": [{"type": "text", "text": "Cube "}, {"type": "text", "text": "4."}]},
+                 {"role": "assistant", "content": "64"}],
+}
 ASKED = {"messages": system("Be brief.") + chat("Cube 4.", "64", "Sure?")}
-POLITE = {"output": "It is 64.", "rejected": "Obviously 64.", "input": "", "instruction": "Cube 4.", "chosen": "It is 64."}
+POLITE = {
+    "output": "It is 64.",
+    "rejected": "Obviously 64.",
+    "input": "",
+    "instruction": "Cube 4.",
+    "chosen": "It is 64.",
+}
 PAIR = {"prompt": "Cube 4.", "chosen": "64", "rejected": "65", "margin": 2}
-RM_STATIC = {"prompt": "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Cube 4.\n\nAssistant:", "response": " 64", "chosen": " 64", "rejected": " 65"}
+RM_STATIC = {
+    "prompt": "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: Cube 4.\n\nAssistant:",
+    "response": " 64",
+    "chosen": " 64",
+    "rejected": " 65",
+}
 SHAREGPT_PAIR = {"conversations": [{"from": "system", "value": "Be brief."}, *sharegpt("Cube 4.")],
                  "chosen": {"from": "gpt", "value": "64"}, "rejected": {"from": "gpt", "value": "65"}}
-TURNS_PAIR = {"prompt": chat("Cube 4."), "chosen": [{"role": "assistant", "content": "64"}], "rejected": [{"role": "assistant", "content": "65"}]}
-ULTRA = {"prompt": "Cube 4.", "prompt_id": "7e", "chosen": chat("Cube 4.", "64"), "rejected": chat("Cube 4.", "65"),
-         "messages": chat("Cube 4.", "64"), "score_chosen": 8.0, "score_rejected": 3.5}
+TURNS_PAIR = {
+    "prompt": chat("Cube 4."),
+    "chosen": [{"role": "assistant", "content": "64"}],
+    "rejected": [{"role": "assistant", "content": "65"}],
+}
+ULTRA = {
+    "prompt": "Cube 4.",
+    "prompt_id": "7e",
+    "chosen": chat("Cube 4.", "64"),
+    "rejected": chat("Cube 4.", "65"),
+    "messages": chat("Cube 4.", "64"),
+    "score_chosen": 8.0,
+    "score_rejected": 3.5,
+}
 WHOLE_PAIR = {"chosen": system("Be brief.") + chat("Hi", "Ho", "Cube 4.", "64"),
               "rejected": system("Be brief.") + chat("Hi", "Ho", "Cube 4.", "65")}
-RANKING = {"prompt": "Cube 4.", "completions": ["65", " 64", "?", "63"], "ranks": [1, 0, 2, 1], "gold": [-1, 1, -0.5, -1]}
+RANKING = {
+    "prompt": "Cube 4.",
+    "completions": ["65", " 64", "?", "63"],
+    "ranks": [1, 0, 2, 1],
+    "gold": [-1, 1, -0.5, -1],
+}
 HH_START = "\n\nHuman: Who? He said Human: me.\nHuman: and\n\nAssistant: You.\n\nHuman:Why?\n\nAssistant:"
 HH = {"chosen": HH_START + " I don’t know.", "rejected": HH_START + " Ask Assistant: him."}
 HH_PROMPT = user("Who? He said Human: me.\nHuman: and", "You.", "Why?")
 KTO = {"messages": chat("Hi", "Ho", "Cube 4.", "64"), "label": True}
 RATED = {"prompt": "Cube 4.", "response": "64", "score": 4.5}
-GSM8K = {"question": "Weng earns $12 an hour. She babysat 50 minutes. How much is it?",
-         "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nIt is 5000 x 0.2 = $<<5000*.2=1000>>1,000.\n#### 1,000."}
+GSM8K = {
+    "question": "Weng earns $12 an hour. She babysat 50 minutes. How much is it?",
+    "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\nIt is 5000 x 0.2 = "
+              "$<<5000*.2=1000>>1,000.\n#### 1,000.",
+}
 GSM8K_REPLY = "Weng earns 12/60 = $0.2 per minute.\nIt is 5000 x 0.2 = $1,000.\n#### 1,000."
 QUERY = {"query": "Cube 4.", "response": "64", "type": "MATH_Rephrased"}
 MATH = {"problem": "Cube 4.", "solution": "4^3 is $\\boxed{\\frac{128}{2}}$, so 64 <<or so>>.",
@@ -123,8 +176,10 @@ CASES = [  # want, a row of a file, its format, the Row
     ("demonstrations", ALPACA, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
     ("demonstrations", DOLLY, "instructions", Row(user("Cube it."), ["64"], [0])),
     ("demonstrations", DOLLY | {"context": "4"}, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
-    ("demonstrations", ALPACA | {"text": "Below is an instruction ..."}, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
-    ("demonstrations", HISTORY, "instructions", Row(BRIEF + user("Cube 4.", "64", "Sure?", "Yes", "And 5?"), ["125"], [0])),
+    ("demonstrations", ALPACA | {"text": "Below is an instruction ..."}, "instructions",
+     Row(user("Cube it.\n\n4"), ["64"], [0])),
+    ("demonstrations", HISTORY, "instructions",
+     Row(BRIEF + user("Cube 4.", "64", "Sure?", "Yes", "And 5?"), ["125"], [0])),
     ("demonstrations", SEEDS, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
     ("demonstrations", COMPLETION, "instructions", Row(SHORT, ["64"], [0])),
     ("demonstrations", COMPLETION_TURNS, "instructions", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
@@ -134,12 +189,14 @@ CASES = [  # want, a row of a file, its format, the Row
     ("demonstrations", MESSAGES | {"prompt": "Cube 4.", "label": 1, "score": "A"}, "conversations",
      Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
     ("demonstrations", SHAREGPT, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
-    ("demonstrations", MESSAGES | {"system": "Other."}, "conversations", Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
+    ("demonstrations", MESSAGES | {"system": "Other."}, "conversations",
+     Row(BRIEF + user("Cube 4.", "64", "Sure?"), ["Yes"], [0])),
     ("demonstrations", SHAREGPT_NAMES, "conversations", Row(SHORT, ["64"], [0])),
     ("demonstrations", PARTS, "conversations", Row(SHORT, ["64"], [0])),
     ("demonstrations", POLITE | {"output": "Other."}, "preferences", Row(SHORT, ["Other."], [0])),
     ("demonstrations", PAIR, "preferences", Row(SHORT, ["64"], [0], 2.0)),
-    ("demonstrations", RM_STATIC | {"response": " 66"}, "preferences", Row(user("Hi", "Ho", "Cube 4."), ["66"], [0])),
+    ("demonstrations", RM_STATIC | {"response": " 66"}, "preferences",
+     Row(user("Hi", "Ho", "Cube 4."), ["66"], [0])),
     ("demonstrations", RANKING, "rankings", Row(SHORT, ["64"], [0])),
     ("demonstrations", HH, "transcripts", Row(HH_PROMPT, ["I don’t know."], [0])),
     ("demonstrations", KTO, "labelled replies", Row(user("Hi", "Ho", "Cube 4."), ["64"], [0])),
@@ -175,8 +232,10 @@ CASES = [  # want, a row of a file, its format, the Row
     ("preferences", SHP | {"labels": 0}, "preferences", Row(SHORT, ["65", "64"], [0, 1])),
     ("preferences", INPUT_PAIR, "preferences", Row(BRIEF + SHORT, *TWO)),
     ("preferences", WHOLE_PAIR, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
-    ("preferences", WHOLE_PAIR | {"prompt": "Cube 4."}, "preferences", Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
-    ("preferences", RANKING, "rankings", Row(SHORT, ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
+    ("preferences", WHOLE_PAIR | {"prompt": "Cube 4."}, "preferences",
+     Row(BRIEF + user("Hi", "Ho", "Cube 4."), *TWO)),
+    ("preferences", RANKING, "rankings",
+     Row(SHORT, ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
     ("preferences", HH, "transcripts", Row(HH_PROMPT, ["I don’t know.", "Ask Assistant: him."], [0, 1])),
     ("prompts", {"prompt": "Cube 4.", "chosen": None}, "prompts", Row(SHORT)),
     ("prompts", {"prompt": chat("Cube 4.")}, "prompts", Row(SHORT)),
@@ -197,8 +256,10 @@ CASES = [  # want, a row of a file, its format, the Row
     ("prompts", RAW_ULTRA, "rankings", Row(SHORT)),
     ("prompts", SHP, "preferences", Row(SHORT)),
 ]
-ODD_TEXTS = ["", " ", "a", "\n\n \t\r\n", "e\u0301", "naïve café", "日本語、中文。", "👩‍👩‍👧‍👦 🏳️‍🌈",
-             "\u202eright to left", "\x00\x1c\x7f", "a  b   c ", "$1,234.56 isn't 2e-3", "Human: a\n\nHuman: b", "[[ ]] \\n"]
+ODD_TEXTS = [
+    "", " ", "a", "\n\n \t\r\n", "e\u0301", "naïve café", "日本語、中文。", "👩‍👩‍👧‍👦 🏳️‍🌈", "\u202eright to left",
+    "\x00\x1c\x7f", "a  b   c ", "$1,234.56 isn't 2e-3", "Human: a\n\nHuman: b", "[[ ]] \\n",
+]
 
 
 def random_texts(number, seed=0):
@@ -208,31 +269,53 @@ def random_texts(number, seed=0):
     return ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(number)]
 
 
-CORPUS = ["The quick brown fox jumps over the lazy dog. It isn't 1234 dogs, it's 12.", "Wer reitet so spät durch Nacht und Wind?",
-          "system user assistant", "日本語の文", "def f(x):\n    return x ** 2\n"] * 4
-MADE = {"bytes": lambda: Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(256)}),
-        "trained": lambda: Tokenizer("trained", *train_bpe(ODD_TEXTS * 3 + list(CONTROLS) * 9 + ["low lower lowest newer"] * 9, 420)),
-        "toy": toy.tokenizer,
-        "learned": lambda: Tokenizer("bpe", *train_bpe(ODD_TEXTS * 3 + CORPUS + [*CONTROLS] * 9, 450, ALL_LETTERS)),
-        "gaps": lambda: Tokenizer("gaps", r"[\s\S]+", {b"a": 0, b"b": 1, b"c": 2, b"abc": 3, b" ": 4, b"\n": 5})}  # abc: no merge makes it
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-HEADERS = ("{{ bos_token }}{% for m in messages %}{{ '<|head|>' ~ m.role ~ '<|/head|>\n\n' ~ (m.content | trim) ~ '<|eot|>' }}{% endfor %}"
-           "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}")
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. It isn't 1234 dogs, it's 12.",
+    "Wer reitet so spät durch Nacht und Wind?", "system user assistant", "日本語の文",
+    "def f(x):\n    return x ** 2\n"
+] * 4
+MADE = {
+    "bytes": lambda: Tokenizer("bytes", r"\s+|\S+", {bytes([b]): b for b in range(256)}),
+    "trained": lambda: Tokenizer(
+        "trained", *train_bpe(ODD_TEXTS * 3 + list(CONTROLS) * 9 + ["low lower lowest newer"] * 9, 420)),
+    "toy": toy.tokenizer,
+    "learned": lambda: Tokenizer("bpe", *train_bpe(ODD_TEXTS * 3 + CORPUS + [*CONTROLS] * 9, 450, ALL_LETTERS)
+                                 ),
+    # No merge makes abc.
+    "gaps": lambda: Tokenizer("gaps", r"[\s\S]+", {b"a": 0, b"b": 1, b"c": 2, b"abc": 3, b" ": 4, b"\n": 5})
+}
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|head|>' ~ m.role ~ '<|/head|>\n\n' ~ (m.content | trim) ~ '<|eot|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}")
 BRACKETS = """{%- if messages[0].role == 'system' -%}
     {%- set start = '<<' + messages[0].content + '>>\n' -%}{%- set rest = messages[1:] -%}
 {%- else -%}
     {%- set start = '' -%}{%- set rest = messages -%}
 {%- endif -%}
 {%- for m in rest -%}
-    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('turns must alternate') }}{%- endif -%}
-    {%- if m.role == 'user' -%}{{ bos_token + '[INST] ' + (start if loop.first else '') + m.content + ' [/INST]' }}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('turns must alternate') }}
+    {%- endif -%}
+    {%- if m.role == 'user' -%}
+        {{ bos_token + '[INST] ' + (start if loop.first else '') + m.content + ' [/INST]' }}
     {%- else -%}{{ ' ' + m.content + ' ' + eos_token }}{%- endif -%}
 {%- endfor -%}"""
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<s>", "</s>"]
 BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>"}
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Wer reitet so spät?"}, {"role": "assistant", "content": "The fox."},
-        {"role": "user", "content": "  1234 dogs?\n"}, {"role": "assistant", "content": "No,\n it's 12. 日本"}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Wer reitet so spät?"},
+    {"role": "assistant", "content": "The fox."},
+    {"role": "user", "content": "  1234 dogs?\n"},
+    {"role": "assistant", "content": "No,\n it's 12. 日本"},
+]
 
 
 def foreign_folder(folder, template=None, special=SPECIAL, words=BOS_EOS, library=None, **files):
@@ -242,11 +325,16 @@ def foreign_folder(folder, template=None, special=SPECIAL, words=BOS_EOS, librar
         library = T.Tokenizer(T.models.BPE())
         library.pre_tokenizer = T.pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = T.decoders.ByteLevel()
-        library.train_from_iterator(CORPUS, T.trainers.BpeTrainer(
-            vocab_size=400, special_tokens=special, initial_alphabet=sorted(T.pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+        library.train_from_iterator(
+            CORPUS,
+            T.trainers.BpeTrainer(vocab_size=400,
+                                  special_tokens=special,
+                                  initial_alphabet=sorted(T.pre_tokenizers.ByteLevel.alphabet()),
+                                  show_progress=False))
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(library.to_str())
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **words} | ({"chat_template": template} if template else {})
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **words
+              } | ({"chat_template": template} if template else {})
     for name, value in {"tokenizer_config": config, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(value))
     return folder

@@ -11,17 +11,48 @@ from examples import TOKENIZER, VOCAB
 from formats.families import FAMILIES
 from model import GPT, GPTConfig, ScalarModel, last_scores, prepare_training
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def header(model_type, **changes):
     """config.json of a tiny model."""
-    gpt2 = {"vocab_size": VOCAB, "n_positions": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "bos_token_id": 256}
-    llama = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
-             "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "bos_token_id": 256}
-    opt = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32,
-           "max_position_embeddings": 64, "bos_token_id": 256}
-    return {"model_type": model_type, "eos_token_id": TOKENIZER.eos, "pad_token_id": TOKENIZER.pad, **{"gpt2": gpt2, "opt": opt}.get(model_type, llama), **changes}
+    gpt2 = {
+        "vocab_size": VOCAB,
+        "n_positions": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 32,
+        "bos_token_id": 256,
+    }
+    llama = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 256,
+    }
+    opt = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 64,
+        "bos_token_id": 256,
+    }
+    common = {"model_type": model_type, "eos_token_id": TOKENIZER.eos, "pad_token_id": TOKENIZER.pad}
+    return common | {"gpt2": gpt2, "opt": opt}.get(model_type, llama) | changes
 
 
 MODELS = {
@@ -30,7 +61,8 @@ MODELS = {
     "llama2": header("llama", num_key_value_heads=4),
     "llama3": header("llama", rope_theta=5e5, rope_scaling=LLAMA3),
     "linear": header("llama", rope_scaling={"rope_type": "linear", "factor": 4.0}, head_dim=10),
-    "smollm2": header("llama", tie_word_embeddings=True, rope_theta=1e5, num_attention_heads=3, num_key_value_heads=1, hidden_size=24),
+    "smollm2": header("llama", tie_word_embeddings=True, rope_theta=1e5, num_attention_heads=3,
+                      num_key_value_heads=1, hidden_size=24),
     "mistral": header("mistral", sliding_window=None, rope_theta=1e6),
     "mistral-window": header("mistral", sliding_window=50, head_dim=16),
     "qwen2": header("qwen2"),
@@ -63,7 +95,9 @@ def outputs(model, ids=IDS):
     """Of one of ours: logits (N, V) of the batch's real positions, or scores (B,)."""
     with torch.no_grad():
         model.eval()
-        return last_scores(model, ids, LENGTHS) if isinstance(model, ScalarModel) else model.logits(model.transformer(ids))[ATTENTION.bool()]
+        if isinstance(model, ScalarModel):
+            return last_scores(model, ids, LENGTHS)
+        return model.logits(model.transformer(ids))[ATTENTION.bool()]
 
 
 def peer_outputs(peer, kind, ids=IDS):
@@ -82,7 +116,7 @@ def auto(peers, kind):
 
 
 def open_with(peer, folder, **options):
-    """The peer's model, having checked that it found all weights that it wanted and wanted all that it found."""
+    """The peer's model, which found all weights that it wanted and wanted all that it found."""
     model, info = peer.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
@@ -92,7 +126,8 @@ def made_by(peers, name, kind, folder, **options):
     """A random model of transformers, saved to a folder with our tokenizer in it."""
     torch.manual_seed(0)
     fields = copy.deepcopy(MODELS[name])  # transformers writes into what it is given
-    config = peers.AutoConfig.for_model(fields.pop("model_type"), **fields, **({} if kind is GPT else {"num_labels": 1}))
+    config = peers.AutoConfig.for_model(fields.pop("model_type"), **fields,
+                                        **({} if kind is GPT else {"num_labels": 1}))
     peer = auto(peers, kind).from_config(config).eval()
     with torch.no_grad():
         for p in peer.parameters():
@@ -114,19 +149,33 @@ def shards(shard="model-00001-of-00001.safetensors", index=None, kept=True):
     """Turn the folder into one of shards. index: its JSON, instead of the right one."""
     def damage(folder):
         names = list(load_file(folder / "model.safetensors"))
-        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors" if kept else folder / "elsewhere")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)} if index is None else index))
+        new_name = "model-00001-of-00001.safetensors" if kept else "elsewhere"
+        (folder / "model.safetensors").rename(folder / new_name)
+        written = {"weight_map": dict.fromkeys(names, shard)} if index is None else index
+        (folder / "model.safetensors.index.json").write_text(json.dumps(written))
     return damage
 
 
-KINDS = [(kind, name) for kind in (GPT, ScalarModel) for name in ("gpt2", "llama3", "opt")] + [(GPT, "qwen3"), (ScalarModel, "opt-350m")]
+KINDS = [(kind, name) for kind in (GPT, ScalarModel) for name in ("gpt2", "llama3", "opt")]
+KINDS += [(GPT, "qwen3"), (ScalarModel, "opt-350m")]
 kinds = pytest.mark.parametrize("kind, name", KINDS)
 
 
 def adapter_flags(**changes):
     """What prepare_training and save_model read of a run's flags."""
-    return SimpleNamespace(**{"lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.0, "lora_targets": "all", "checkpoint_activations": False, "compile": False, "seed": 0,
-                              "save_dtype": "float32", "lora_save": "merged", "model": "base"} | changes)
+    flags = {
+        "lora_rank": 3,
+        "lora_alpha": 6.0,
+        "lora_dropout": 0.0,
+        "lora_targets": "all",
+        "lora_save": "merged",
+        "checkpoint_activations": False,
+        "compile": False,
+        "seed": 0,
+        "save_dtype": "float32",
+        "model": "base",
+    }
+    return SimpleNamespace(**flags | changes)
 
 
 def adapted(kind=GPT, name="gpt2", fresh=False, **changes):
@@ -144,8 +193,8 @@ def adapted(kind=GPT, name="gpt2", fresh=False, **changes):
 def tiny(kind=GPT, seed=0, **changes):
     """A random model, every weight and bias large enough to matter."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": VOCAB, "block_size": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32} | changes
-    model = kind(GPTConfig(**shape)).eval()
+    shape = {"vocab_size": VOCAB, "block_size": 32, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32}
+    model = kind(GPTConfig(**shape | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -160,8 +209,26 @@ def rows_alone(ids):
     return [(b, ids[b:b + 1, :n]) for b, n in enumerate(BATCH_LENGTHS.tolist())]
 
 
-LLAMA = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "bias": False, "n_kv_head": 2, "n_inner": 48}
+LLAMA = {
+    "norm": "rmsnorm",
+    "position": "rotary",
+    "mlp": "swiglu",
+    "bias": False,
+    "n_kv_head": 2,
+    "n_inner": 48,
+}
 OPT = {"mlp": "relu", "position_offset": 2, "n_inner": 48}
 NORM_AFTER = OPT | {"norm_after": True, "embed_dim": 16}
-DIALECTS = [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "bias": False}, {"bias": False}, LLAMA, OPT, NORM_AFTER,
-            LLAMA | {"tied": False, "qk_norm": True, "head_dim": 10, "qkv_bias": True, "rope_scaling": ("llama3", 8.0, 1.0, 4.0, 16.0)}]
+DIALECTS = [
+    {},
+    {"n_kv_head": 2},
+    {"n_kv_head": 1, "bias": False},
+    {"bias": False},
+    LLAMA,
+    OPT,
+    NORM_AFTER,
+    LLAMA | {
+        "tied": False, "qk_norm": True, "head_dim": 10, "qkv_bias": True,
+        "rope_scaling": ("llama3", 8.0, 1.0, 4.0, 16.0)
+    },
+]

@@ -6,9 +6,13 @@ from tools import command
 
 def test_chat_answers_from_a_pipe_with_one_model_and_with_two(chain):
     root = chain[0]
-    one = command("chat", f"--model {root}/sft --max-new-tokens 5", input="What is 1 + 2?\n\n/quit\nnot read\n")
+    one = command("chat",
+                  f"--model {root}/sft --max-new-tokens 5",
+                  input="What is 1 + 2?\n\n/quit\nnot read\n")
     assert one.returncode == 0 and len(one.stdout.splitlines()) <= 2, one.stderr
-    two = command("chat", f"--compare {root}/sft {root}/ppo --max-new-tokens 5 --system Hello", input="What is 1 + 2?\n")
+    two = command("chat",
+                  f"--compare {root}/sft {root}/ppo --max-new-tokens 5 --system Hello",
+                  input="What is 1 + 2?\n")
     assert two.returncode == 0 and "sft: " in two.stdout and "ppo: " in two.stdout
     full = command("chat", f"--model {root}/sft --max-new-tokens 5", input="What is 1 + 2? " * 20 + "\n")
     assert full.returncode == 0 and "don't fit the model's context" in full.stdout

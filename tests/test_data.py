@@ -22,9 +22,28 @@ from tools import SILENT, write_rows
 
 # -- dialogues and texts to ids and masks
 
-TURNS = [("system", "Be <|user|>."), ("user", "Hé"), ("assistant", "Ho<|endoftext|>"), ("user", "2?"), ("assistant", "Yes")]
+TURNS = [
+    ("system", "Be <|user|>."),
+    ("user", "Hé"),
+    ("assistant", "Ho<|endoftext|>"),
+    ("user", "2?"),
+    ("assistant", "Yes"),
+]
 DIALOGUE = [{"role": role, "content": text} for role, text in TURNS]
-DIALOGUE_IDS = [258, *b"Be <|user|>.", 259, *"Hé".encode(), 260, *b"Ho<|endoftext|>", 256, 259, *b"2?", 260, *b"Yes", 256]
+DIALOGUE_IDS = [
+    258,
+    *b"Be <|user|>.",
+    259,
+    *"Hé".encode(),
+    260,
+    *b"Ho<|endoftext|>",
+    256,
+    259,
+    *b"2?",
+    260,
+    *b"Yes",
+    256,
+]
 DIALOGUE_MASK = [0] * 13 + [0] * 4 + [0] + [1] * 16 + [0] * 3 + [0] + [1] * 4
 
 
@@ -64,7 +83,8 @@ def test_last_only_masks_the_last_reply(tokenizer):
 
 def masked(tokenizer, ids, mask):
     """The texts of the runs that a mask selects, which all end with the end token."""
-    runs = [[i for i, _ in run] for chosen, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]) if chosen]
+    runs = [[i for i, _ in run] for chosen, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1])
+            if chosen]
     assert all(run[-1] == tokenizer.eos for run in runs)
     return [tokenizer.decode(run) for run in runs]
 
@@ -78,12 +98,15 @@ def test_masks_select_the_replies_of_every_format(tmp_path, want, source, form, 
         group = data.encode_group(tokenizer, row)
         assert [masked(tokenizer, *example) for example in group] == [[reply] for reply in expected.replies]
         prompts = [[i for i, chosen in zip(*example) if not chosen] for example in group]
-        assert all(prompt == encode_prompt(tokenizer, row.prompt) == ids[:len(prompt)] for prompt, (ids, _) in zip(prompts, group))
+        assert all(prompt == encode_prompt(tokenizer, row.prompt) == ids[:len(prompt)]
+                   for prompt, (ids, _) in zip(prompts, group))
     else:
         ids, mask = data.encode_demonstration(tokenizer, row)
         said = [turn["content"] for turn in expected.prompt if turn["role"] == "assistant"] + expected.replies
         assert masked(tokenizer, ids, mask) == said
-        assert len(ids) == len(mask) and tokenizer.decode(ids) == "".join(turn["content"] for turn in expected.prompt) + expected.replies[0]
+        assert len(ids) == len(mask)
+        wanted = "".join(turn["content"] for turn in expected.prompt) + expected.replies[0]
+        assert tokenizer.decode(ids) == wanted
 
 
 @pytest.mark.case(20, 22)
@@ -102,7 +125,8 @@ def test_plain_text_is_cut_into_pieces_that_count_every_token_once(limit):
         tokens, count = [], []
         while len(tokens) < len(whole) - 1:
             ids, mask = pieces.pop(0)
-            assert mask == [False] + counted[len(tokens) + 1:len(tokens) + len(ids)] and ids[0] == whole[len(tokens)]
+            assert mask == [False] + counted[len(tokens) + 1:len(tokens) + len(ids)]
+            assert ids[0] == whole[len(tokens)]
             tokens += ids[1:]
             count += mask[1:]
         assert tokens == whole[1:] and count == counted[1:] and all(count)
@@ -115,7 +139,8 @@ def test_plain_text_is_cut_into_pieces_that_count_every_token_once(limit):
 def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
     tokenizer = toy.tokenizer()
     rows = [Row(user("a", "b", "c"), ["d"], [0]), Row(user("e"), ["f"], [0])]
-    assert data.encode_demonstrations(tokenizer, rows, 50, SILENT) == [data.encode_demonstration(tokenizer, row) for row in rows]
+    expected = [data.encode_demonstration(tokenizer, row) for row in rows]
+    assert data.encode_demonstrations(tokenizer, rows, 50, SILENT) == expected
     assert data.encode_demonstrations(tokenizer, [], 50, SILENT) == []
     with pytest.raises(UserError, match="every row is longer"):
         data.encode_demonstrations(tokenizer, rows, 3, SILENT)
@@ -123,15 +148,21 @@ def test_demonstrations_that_fit_come_as_they_are_and_none_is_no_error():
 
 def test_preference_groups_take_the_part_and_hold_prompts_out(tmp_path):
     tokenizer, said = toy.tokenizer(), []
-    path = write_rows(tmp_path / "a.jsonl", [PAIR | {"prompt": f"Cube {i}."} for i in range(300)] + [PAIR | {"prompt": "Cube 4." * 99}])
-    config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="1/2:2", seed=0)
+    pairs = [PAIR | {"prompt": f"Cube {i}."} for i in range(300)]
+    path = write_rows(tmp_path / "a.jsonl", [*pairs, PAIR | {"prompt": "Cube 4." * 99}])
+    config = SimpleNamespace(
+        data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="1/2:2", seed=0)
     train, val = data.preference_groups(config, tokenizer, 60, said.append)
     rows = [row for row, _ in train + val]
-    assert 160 < len(rows) < 240 and 20 < len(val) < 60 and not {row.text for row, _ in train} & {row.text for row, _ in val}
+    assert 160 < len(rows) < 240
+    assert 20 < len(val) < 60
+    assert not {row.text for row, _ in train} & {row.text for row, _ in val}
     assert all(group == data.encode_group(tokenizer, row) for row, group in train + val)
-    assert {row.text for row in rows} == {row.text for row in sources_file.read_rows(path, "preferences", SILENT, "1/2:2") if len(row.text) < 99}
+    expected = sources_file.read_rows(path, "preferences", SILENT, "1/2:2")
+    assert {row.text for row in rows} == {row.text for row in expected if len(row.text) < 99}
     config.val_data, config.part = str(path), ""
-    assert [len(groups) for groups in data.preference_groups(config, tokenizer, 60, said.append)] == [300, 300]
+    train, val = data.preference_groups(config, tokenizer, 60, said.append)
+    assert len(train) == len(val) == 300
     few = write_rows(tmp_path / "few.jsonl", [PAIR, PAIR | {"prompt": "Cube 5."}])
     config.data, config.val_data, config.val_fraction, config.part = str(few), "", 1e-6, ""
     data.preference_groups(config, tokenizer, 60, said.append)
@@ -144,7 +175,10 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
     tokenizer, rng, said = toy.tokenizer(), random.Random(seed), []
     limit = rng.choice([12, 20, 30])
     text = lambda: " ".join(rng.choice(["a", "river", "of", "12"]) for _ in range(rng.randint(1, limit // 2)))
-    rows = [Row(user(*(text() for _ in range(rng.choice([1, 1, 3])))), [text() for _ in range(2)], [0, 1]) for _ in range(200)]
+    rows = [
+        Row(user(*(text() for _ in range(rng.choice([1, 1, 3])))), [text() for _ in range(2)], [0, 1])
+        for _ in range(200)
+    ]
     lengths = [len(data.encode_demonstration(tokenizer, row)[0]) for row in rows]
     rows += [Row([], [text() * rng.randint(1, 6)], [0]) for _ in range(20)]
     assert {limit - 1, limit, limit + 1} <= set(lengths)
@@ -152,13 +186,22 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
     kept = sum(length <= limit for length in lengths)
     assert f"dropped {200 - kept} of 200 rows" in said[0] and len(examples) >= kept + 20
     assert all(len(ids) == len(mask) <= limit and any(mask) and not mask[0] for ids, mask in examples)
-    assert examples[:kept] == [data.encode_demonstration(tokenizer, row) for row, length in zip(rows, lengths) if length <= limit]  # whole, not cut
-    path = write_rows(tmp_path / "a.jsonl", [{"prompt": chat(*(turn["content"] for turn in row.prompt)), "chosen": row.replies[0], "rejected": row.replies[1] + " !"}
-                                        for row in rows[:200]])
+    # Whole, not cut.
+    assert examples[:kept] == [
+        data.encode_demonstration(tokenizer, row) for row, length in zip(rows, lengths) if length <= limit
+    ]
+    pairs = []
+    for row in rows[:200]:
+        prompt = chat(*(turn["content"] for turn in row.prompt))
+        pairs.append({"prompt": prompt, "chosen": row.replies[0], "rejected": row.replies[1] + " !"})
+    path = write_rows(tmp_path / "a.jsonl", pairs)
     config = SimpleNamespace(data=str(path), val_data="", val_fraction=0.2, skip_bad=False, part="", seed=0)
     train, val = data.preference_groups(config, tokenizer, limit, SILENT)
     assert all(len(ids) <= limit and any(mask) for _, group in train + val for ids, mask in group)
-    fitting = [row.text for row in sources_file.read_rows(path, "preferences", SILENT) if max(len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit]
+    fitting = [
+        row.text for row in sources_file.read_rows(path, "preferences", SILENT)
+        if max(len(ids) for ids, _ in data.encode_group(tokenizer, row)) <= limit
+    ]
     assert sorted(row.text for row, _ in train + val) == sorted(fitting) and 0 < len(fitting) < 200
 
 
@@ -167,38 +210,49 @@ def test_no_example_is_longer_than_the_context_and_none_is_without_a_token_to_tr
 def test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one():
     rng = random.Random(0)
     sizes = [0, 1, 2, 5, 7] * 4
-    rows = [Row([], [], [rng.randrange(4) for _ in range(k)] + [0, 9], margin=float(i)) for i, k in enumerate(sizes)]
+    rows = [
+        Row([], [], [rng.randrange(4) for _ in range(k)] + [0, 9], margin=float(i))
+        for i, k in enumerate(sizes)
+    ]
     expected, position = [], 0
     for row in rows:
-        pairs = [(a, b) for a in range(len(row.ranks)) for b in range(len(row.ranks)) if row.ranks[a] < row.ranks[b]]
+        pairs = [(a, b) for a in range(len(row.ranks)) for b in range(len(row.ranks))
+                 if row.ranks[a] < row.ranks[b]]
         expected += [(position + a, position + b, 1 / len(pairs), row.margin) for a, b in pairs]
         position += len(row.ranks)
     better, worse, weight, margin = data.ranked_pairs(rows)
     got = list(zip(better.tolist(), worse.tolist(), weight.tolist(), margin.tolist()))
-    assert len(got) == len(expected) and all(g == pytest.approx(e) for g, e in zip(sorted(got), sorted(expected)))
+    assert len(got) == len(expected)
+    assert all(g == pytest.approx(e) for g, e in zip(sorted(got), sorted(expected)))
     for i in range(len(rows)):
         assert weight[margin == i].sum().item() == pytest.approx(1)
 
 
 def test_the_interval_of_an_accuracy_is_over_prompts_and_does_not_collapse():
-    """Wilson's for 34 of 34 is 0.8985 to 1 (by hand: 1 / (1 + 1.96^2 / 34)); the same prompt again and again is one trial."""
+    """Wilson's for 34 of 34 is 0.8985 to 1 (by hand: 1 / (1 + 1.96^2 / 34)); the same prompt again and again
+    is one trial."""
     prompts = [[{"role": "user", "content": str(i)}] for i in range(34)]
     rows = [Row(prompt, ["a", "b"], [0, 1]) for prompt in prompts]
     scores = torch.tensor([1.0, 0.0] * 34).numpy()
     assert ranking_accuracy(scores, rows) == pytest.approx((1, 34 / (34 + 1.96**2), 1))
     assert ranking_accuracy(-scores, rows) == pytest.approx((0, 0, 1.96**2 / (34 + 1.96**2)))
     again = [row for row in rows for _ in range(5)]
-    assert ranking_accuracy(torch.tensor([1.0, 0.0] * 170).numpy(), again)[1:] == pytest.approx((34 / (34 + 1.96**2), 1))
+    expected = pytest.approx((34 / (34 + 1.96**2), 1))
+    assert ranking_accuracy(torch.tensor([1.0, 0.0] * 170).numpy(), again)[1:] == expected
     one = [Row(prompts[0], ["a", "b"], [0, 1])] * 34
     assert ranking_accuracy(scores, one)[1] == pytest.approx(1 / (1 + 1.96**2))
     half = torch.tensor([1.0, 0.0] * 17 + [0.0, 1.0] * 17).numpy()
     accuracy, low, high = ranking_accuracy(half, rows)  # 17 of 34 by Wilson, but for 33 in place of 34
-    assert (accuracy, low) == pytest.approx((0.5, 1 - high)) and high - 0.5 == pytest.approx(0.5 * 1.96 / math.sqrt(33 + 1.96**2), rel=1e-6)
+    assert (accuracy, low) == pytest.approx((0.5, 1 - high))
+    assert high - 0.5 == pytest.approx(0.5 * 1.96 / math.sqrt(33 + 1.96**2), rel=1e-6)
 
 
 def test_one_long_prompt_costs_an_accuracy_no_memory():
     """As an array of text, these prompts would take 2 GB."""
-    rows = [Row([{"role": "user", "content": "x" * (100_000 if i == 0 else 10) + str(i)}], ["a", "b"], [0, 1]) for i in range(5000)]
+    rows = [
+        Row([{"role": "user", "content": "x" * (100_000 if i == 0 else 10) + str(i)}], ["a", "b"], [0, 1])
+        for i in range(5000)
+    ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert ranking_accuracy(np.arange(10_000.0), rows)[0] == 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
@@ -206,7 +260,7 @@ def test_one_long_prompt_costs_an_accuracy_no_memory():
 
 @pytest.mark.parametrize("prompts, right, k", [(34, 0.97, 2), (40, 0.85, 4), (100, 0.6, 2)])
 def test_the_interval_of_an_accuracy_holds_the_truth_in_19_of_20_cases(prompts, right, k):
-    """Prompts differ in how hard they are, and have one to three rows each; the pairs of a row hang together."""
+    """Prompts differ in how hard they are, and have one to three rows each; a row's pairs hang together."""
     rng = np.random.default_rng(0)
     hit = 0
     for _ in range(400):
@@ -214,7 +268,8 @@ def test_the_interval_of_an_accuracy_holds_the_truth_in_19_of_20_cases(prompts, 
         for i in range(prompts):
             hard = rng.beta(4 * right, 4 * (1 - right))
             for _ in range(rng.integers(1, 4)):
-                rows.append(Row([{"role": "user", "content": str(i)}], [str(j) for j in range(k)], list(range(k))))
+                rows.append(
+                    Row([{"role": "user", "content": str(i)}], [str(j) for j in range(k)], list(range(k))))
                 values += list(-np.arange(k)) if rng.random() < hard else list(np.arange(k))
         accuracy, low, high = ranking_accuracy(np.array(values, float), rows)
         hit += low <= right <= high
@@ -244,7 +299,8 @@ def test_token_batches_hold_every_example_once_within_the_budget(seed):
         assert len(batch) * max(lengths[i] for i in batch) <= 256 or len(batch) == 1
     assert batches == data.token_batches(lengths, 256, seed, 3)
     if len(lengths) > 300:  # several windows: another epoch or seed puts others together
-        for other in (data.token_batches(lengths, 256, seed + 1, 3), data.token_batches(lengths, 256, seed, 4)):
+        others = [data.token_batches(lengths, 256, seed + 1, 3), data.token_batches(lengths, 256, seed, 4)]
+        for other in others:
             assert len(set(map(frozenset, batches)) & set(map(frozenset, other))) < len(batches) / 2
 
 
@@ -264,7 +320,8 @@ def test_token_batches_waste_a_quarter_of_the_padding_of_a_random_order_and_stil
     batches = data.token_batches(lengths, 2048, 0, 0)
     at_random = ranks.micro_batches(rng.permutation(3000), lengths, 2048)
     assert padding_share(batches, lengths) < padding_share(at_random, lengths) / 4
-    means = [np.mean([lengths[i] for i in batch]) for batch in batches]  # like batches must not follow each other
+    # Like batches must not follow each other.
+    means = [np.mean([lengths[i] for i in batch]) for batch in batches]
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
 
 
@@ -274,7 +331,8 @@ def test_endless_batches_resume_where_they_were(start):
     epochs = [data.token_batches(lengths, 20, 5, epoch) for epoch in range(12)]
     expected = [batch for batches in epochs for batch in batches]
     assert len(expected) > 61 + 60  # of which each start below needs 60
-    assert list(itertools.islice(data.endless_batches(lengths, 20, 5, start), 60)) == expected[start:start + 60]
+    wanted = expected[start:start + 60]
+    assert list(itertools.islice(data.endless_batches(lengths, 20, 5, start), 60)) == wanted
 
 
 @pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 20])
@@ -294,9 +352,14 @@ def one_rank():
 def test_no_piece_and_no_batch_of_prompts_with_many_and_few_replies_is_beyond_the_budget(seed):
     """Two replies of 90 tokens beside nine of 20 are eleven rows of 90."""
     rng = random.Random(seed)
-    lengths, rows = [rng.choice([5, 20, 90, 200]) for _ in range(300)], [rng.choice([2, 4, 9]) for _ in range(300)]
-    cuts = {"micro_batches": ranks.micro_batches(range(300), lengths, 2000, rows), "by_length": ranks.by_length(range(300), lengths, 2000, rows),
-            "token_batches": data.token_batches(lengths, 2000, seed, 0, rows), "split": one_rank().split(range(300), lengths, 2000, rows)}
+    lengths = [rng.choice([5, 20, 90, 200]) for _ in range(300)]
+    rows = [rng.choice([2, 4, 9]) for _ in range(300)]
+    cuts = {
+        "micro_batches": ranks.micro_batches(range(300), lengths, 2000, rows),
+        "by_length": ranks.by_length(range(300), lengths, 2000, rows),
+        "token_batches": data.token_batches(lengths, 2000, seed, 0, rows),
+        "split": one_rank().split(range(300), lengths, 2000, rows),
+    }
     cuts["split"] = [piece for piece, weight in cuts["split"] if weight]
     for name, pieces in cuts.items():
         assert sorted(i for piece in pieces for i in piece) == list(range(300)), name

@@ -51,9 +51,11 @@ def test_dpo_losses_equal_their_formulas_and_label_smoothing_is_the_expected_los
 # -- whole runs
 
 def test_dpo_says_that_margins_count_for_nothing_and_the_reward_model_uses_them(small, tmp_path, capsys):
-    rows = [{"prompt": f"Cube {i}.", "chosen": "Yes.", "rejected": "No.", "margin": 0.5 * (i % 2)} for i in range(8)]
+    rows = [{"prompt": f"Cube {i}.", "chosen": "Yes.", "rejected": "No.", "margin": 0.5 * (i % 2)}
+            for i in range(8)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = f"--model {small}/sft --data {tmp_path}/rows.json --val-fraction 0 --steps 1 --batch-tokens 500 --threads 1"
+    inputs = f"--model {small}/sft --data {tmp_path}/rows.json"
+    words = f"{inputs} --val-fraction 0 --steps 1 --batch-tokens 500 --threads 1"
     for name, said in (("dpo", True), ("reward", False)):
         run_here(name, words, f"--out {tmp_path}/{name}")
         assert ("warning: 4 rows have a margin, which only reward.py uses" in capsys.readouterr().out) == said

@@ -1,4 +1,4 @@
-"""evaluate.py: its numbers against one reply at a time, and what other judges, temperatures and files change."""
+"""evaluate.py: its numbers against one reply at a time; what other judges, temperatures and files change."""
 import json
 import shutil
 
@@ -15,26 +15,35 @@ from plumbing.flags import UserError
 from tools import recorded, reply_logprob, run_here
 
 
-def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first_model(small, tmp_path, monkeypatch):
+def test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first_model(
+        small, tmp_path, monkeypatch):
     rollouts = recorded(monkeypatch, rollout_file, "generate")["generate"]
     folders = [str(small / "sft"), str(small / "other"), shutil.copytree(small / "sft", tmp_path / "sft")]
     folders = [str(folder) for folder in folders]
     (tmp_path / "prompts.json").write_text(json.dumps(json.loads((small / "prompts.json").read_text()) * 4))
-    run_here("evaluate", f"--models {' '.join(folders)} --data {tmp_path}/prompts.json --reward {small}/reward --temperature 0.7 --max-new-tokens 10 "
-             f"--micro-batch-tokens 80 --threads 1 --out {tmp_path}/evaluation.json")
+    run_here(
+        "evaluate",
+        f"--models {' '.join(folders)} --data {tmp_path}/prompts.json --reward {small}/reward --temperature "
+        f"0.7 --max-new-tokens 10 "
+        f"--micro-batch-tokens 80 --threads 1 --out {tmp_path}/evaluation.json")
     results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
-    reference, scorer = load_model(small / "sft", model.GPT)[0], load_model(small / "reward", model.ScalarModel)[0]
+    reference = load_model(small / "sft", model.GPT)[0]
+    scorer = load_model(small / "reward", model.ScalarModel)[0]
     baseline = None
     for folder, (_, rollout) in zip(folders, rollouts):
         policy, result = load_model(folder, model.GPT)[0], results[folder]
         with torch.no_grad():
-            rows = [(ids[:length], mask[:length]) for ids, mask, length in zip(rollout.ids, rollout.mask, rollout.lengths)]
-            kl = [(reply_logprob(policy, *row, 0.7) - reply_logprob(reference, *row, 0.7)).item() for row in rows]
+            rows = [(ids[:length], mask[:length])
+                    for ids, mask, length in zip(rollout.ids, rollout.mask, rollout.lengths)]
+            kl = [(reply_logprob(policy, *row, 0.7) - reply_logprob(reference, *row, 0.7)).item()
+                  for row in rows]
             scores = torch.stack([scorer(ids[None])[0, -1] for ids, _ in rows])
         baseline = scores if baseline is None else baseline
         wins, losses = ((sign * (scores - baseline) > 1e-4).float().mean().item() for sign in (1, -1))
-        assert result["kl"] == pytest.approx(sum(kl) / 24, abs=1e-4) and result["score"] == pytest.approx(scores.mean().item(), abs=1e-4)
-        assert (result["wins"], result["losses"], result["win_rate"]) == pytest.approx((wins, losses, wins + (1 - wins - losses) / 2))
+        assert result["kl"] == pytest.approx(sum(kl) / 24, abs=1e-4)
+        assert result["score"] == pytest.approx(scores.mean().item(), abs=1e-4)
+        expected = pytest.approx((wins, losses, wins + (1 - wins - losses) / 2))
+        assert (result["wins"], result["losses"], result["win_rate"]) == expected
     assert results[folders[1]]["kl"] > 0.01 and results[folders[1]]["wins"] != results[folders[1]]["losses"]
 
 

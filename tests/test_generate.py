@@ -1,4 +1,4 @@
-"""generate.py: replies against slow decoding, row by row, and samples against the distribution that they are of."""
+"""generate.py: replies against slow decoding, row by row; samples against the distribution they are of."""
 import itertools
 import math
 from types import SimpleNamespace
@@ -19,7 +19,16 @@ CPU = torch.device("cpu")
 
 # -- replies
 
-PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9, 7, 9, 3], [2, 3], [8, 4, 6, 2, 6, 4], [11, 0], [7, 7, 7, 1]]
+PROMPTS = [
+    [3, 1, 4],
+    [1],
+    [5, 9, 2, 6, 5, 3, 5],
+    [8, 9, 7, 9, 3],
+    [2, 3],
+    [8, 4, 6, 2, 6, 4],
+    [11, 0],
+    [7, 7, 7, 1],
+]
 
 
 def slow_greedy(model, prompt, number):
@@ -59,7 +68,10 @@ def test_cached_batched_greedy_equals_each_row_alone_without_a_cache(options):
 
 
 class Countdown(GPT):
-    """After token n it says n - 1, down to 0, the end token. passes: (whether over prompts, ids) of each pass of its trunk."""
+    """After token n it says n - 1, down to 0, the end token.
+
+    passes: (whether over prompts, ids) of each pass of its trunk.
+    """
 
     def __init__(self):
         super().__init__(GPTConfig(64, 64, 1, 1, 1, 64, tied=False))
@@ -71,7 +83,8 @@ class Countdown(GPT):
             self.lm_head.weight.copy_(1e4 * torch.eye(64).roll(1, 1))  # token n - 1 looks at n
             self.lm_head.weight[0, 0] = 1e4
         self.passes = []
-        self.transformer.register_forward_pre_hook(lambda _, args: self.passes.append((args[1].positions is None, args[0].tolist())))
+        self.transformer.register_forward_pre_hook(lambda _, args: self.passes.append(
+            (args[1].positions is None, args[0].tolist())))
 
     def decoded(self):
         """The tokens that went into each step of decoding, one per row; a row that is done says 0."""
@@ -79,7 +92,8 @@ class Countdown(GPT):
 
 
 STARTS = [(1,), (1, 1, 1), (9,), (8, 20), (1, 2, 3, 8, 9, 20), (20, 3, 8, 2, 1, 1, 2, 30, 7, 4), (5, 5, 5, 5)]
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, where generate asks less often who has ended")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(),
+                            reason="no GPU, where generate asks less often who has ended")
 
 
 @pytest.mark.case(23)
@@ -89,17 +103,20 @@ def test_ids_mask_lengths_and_ended_where_the_answer_is_known(device):
         model = Countdown().to(device)
         prompts = [[50 + i] * (i * 3 % 5) + [n] for i, n in enumerate(starts)]
         out = generate(model, prompts, limit, ends(0, 63))
-        replies = [list(range(n - 1, -1, -1))[:limit] for n in starts]  # the end token comes n-th, unless the limit is first
+        # The end token comes n-th, unless the limit is first.
+        replies = [list(range(n - 1, -1, -1))[:limit] for n in starts]
         longest = max(len(p) + len(r) for p, r in zip(prompts, replies))
         rest = [longest - len(p) - len(r) for p, r in zip(prompts, replies)]
         assert out.ids.tolist() == [p + r + [63] * n for p, r, n in zip(prompts, replies, rest)]
-        assert out.mask.tolist() == [[0] * len(p) + [1] * len(r) + [0] * n for p, r, n in zip(prompts, replies, rest)]
+        expected = [[0] * len(p) + [1] * len(r) + [0] * n for p, r, n in zip(prompts, replies, rest)]
+        assert out.mask.tolist() == expected
         assert out.lengths.tolist() == [len(p) + len(r) for p, r in zip(prompts, replies)]
         assert out.ended.tolist() == [n <= limit for n in starts]
         if device == "cpu":
             steps = model.decoded()
             assert len(steps) == max(map(len, replies))  # stops with the last row
-            for step, rows in enumerate(steps):  # rows that are done leave the batch when they are a quarter of it
+            # Rows that are done leave the batch when they are a quarter of it.
+            for step, rows in enumerate(steps):
                 assert 3 * len(rows) < 4 * sum(len(reply) > step for reply in replies)
 
 
@@ -120,11 +137,15 @@ def test_replies_are_the_same_however_few_rows_are_decoded_at_once(options):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 10, 40])
-def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is_decoded_after_the_last(rows, device):
+def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is_decoded_after_the_last(
+        rows, device):
     starts = torch.randint(1, 20, (30,), generator=torch.Generator().manual_seed(rows)).tolist()
     model = Countdown().to(device)
-    out = generate(model, [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)], 20, ends(0, 63), rows=rows)  # no two are equal
-    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [list(range(n - 1, -1, -1)) for n in starts]
+    # No two are equal.
+    prompts = [[20 + i] * (i % 4 + 1) + [n] for i, n in enumerate(starts)]
+    out = generate(model, prompts, 20, ends(0, 63), rows=rows)
+    expected = [list(range(n - 1, -1, -1)) for n in starts]
+    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == expected
     assert out.ended.all() and out.lengths.tolist() == [i % 4 + 2 + n for i, n in enumerate(starts)]
     if device == "cpu":
         admitted, waiting = 0, []  # of each step: how many prompts wait
@@ -143,11 +164,13 @@ def test_a_waiting_prompt_takes_the_place_of_a_reply_that_is_done_and_nothing_is
 def test_equal_prompts_are_passed_over_once_and_get_samples_of_their_own():
     model = Countdown()
     out = generate(model, [[9], [50, 4], [9], [9], [50, 4], [3]], 12, ends(0, 63))
-    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [list(range(n - 1, -1, -1)) for n in (9, 4, 9, 9, 4, 3)]
+    expected = [list(range(n - 1, -1, -1)) for n in (9, 4, 9, 9, 4, 3)]
+    assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == expected
     over_prompts = [ids for prompts, ids in model.passes if prompts]
     assert over_prompts == [[[9, 63], [50, 4], [3, 63]]]
     model = tiny()
-    out = generate(model, [[3, 1, 4]] * 8 + [[2]] * 8, 6, ends(VOCAB, 0), generator=torch.Generator().manual_seed(0), rows=5)
+    generator = torch.Generator().manual_seed(0)
+    out = generate(model, [[3, 1, 4]] * 8 + [[2]] * 8, 6, ends(VOCAB, 0), generator=generator, rows=5)
     replies = [tuple(ids[mask].tolist()) for ids, mask in zip(out.ids, out.mask)]
     assert len(set(replies[:8])) == 8 and len(set(replies[8:])) == 8
 
@@ -177,7 +200,10 @@ class Decoded:
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.35)])
 @pytest.mark.parametrize("options", [{}, LLAMA, OPT, NORM_AFTER])
 def test_decoding_computes_the_log_probabilities_of_training(monkeypatch, options, dtype, bound):
-    """At every token of the vocabulary, along sampled replies. Measured: up to 9e-6 apart, in bfloat16 0.12, a third of the bound."""
+    """At every token of the vocabulary, along sampled replies.
+
+    Measured: up to 9e-6 apart, in bfloat16 0.12, a third of the bound.
+    """
     model, number = tiny(seed=5, block_size=64, n_layer=3, **options), 40
     with monkeypatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         decoded = Decoded(patch)
@@ -203,10 +229,13 @@ def test_decoding_with_adapters_is_decoding_with_the_merged_weights(options, red
     plain = [generate(network, PROMPTS, 12, ends(VOCAB, 0), temperature=0).ids for network in (merged, model)]
     merged.load_state_dict(model_file.merged_weights(model))
     with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-        a, b = (generate(network, PROMPTS, 12, ends(VOCAB, 0), temperature=0, rows=3).ids for network in (merged, model))
+        a, b = (generate(network, PROMPTS, 12, ends(VOCAB, 0), temperature=0, rows=3).ids
+                for network in (merged, model))
     assert torch.equal(a, b) and not torch.equal(*plain)
     if not reduced:
-        assert [ids[len(p):len(p) + 12].tolist() for ids, p in zip(b, PROMPTS)] == [slow_greedy(model, p, 12) for p in PROMPTS]
+        assert [ids[len(p):len(p) + 12].tolist() for ids, p in zip(b, PROMPTS)] == [
+            slow_greedy(model, p, 12) for p in PROMPTS
+        ]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -218,7 +247,9 @@ def test_generation_leaves_the_model_as_it_was_even_when_it_fails(monkeypatch, b
     inside = []
 
     def fail(*_):
-        inside.extend("forward" in vars(module) for module in model.transformer.modules() if isinstance(module, torch.nn.Linear))
+        inside.extend("forward" in vars(module)
+                      for module in model.transformer.modules()
+                      if isinstance(module, torch.nn.Linear))
         raise KeyboardInterrupt
 
     generate(model, PROMPTS, 4, ends(VOCAB, 0))
@@ -227,7 +258,8 @@ def test_generation_leaves_the_model_as_it_was_even_when_it_fails(monkeypatch, b
         generate(model, PROMPTS, 4, ends(VOCAB, 0))
     assert len(inside) == 8 and all(inside)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert model.state_dict().keys() == weights.keys() and all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(t, weights[name]) for name, t in model.state_dict().items())
     assert torch.equal(model(*batch)[0], before)
 
 
@@ -267,24 +299,27 @@ def test_greedy_under_bf16_autocast_equals_full_passes_under_autocast():
 
 @pytest.mark.parametrize("rows", [0, 300])
 def test_samples_of_rows_that_wait_follow_the_model_too(rows):
-    """As below: minus the mean log-probability of samples is their mean entropy, whichever row they came from."""
+    """As below: minus the mean log-probability of samples is their mean entropy, whichever row they came
+    from."""
     model, n, generator = tiny(vocab_size=12), 2000, torch.Generator().manual_seed(0)
     prompts = [[3, 1, 4], [2], [5, 6]] * (n // 3)
     out = generate(model, prompts, 6, ends(7, 0), generator=generator, rows=rows)
     with torch.no_grad():
         logprobs, entropy = model(out.ids, out.mask, with_entropy=True)
     difference = (logprobs + entropy)[out.mask]
-    assert len(set(out.lengths.tolist())) >= 6 and difference.mean().abs() < 4 * difference.std() / math.sqrt(len(difference))
+    assert len(set(out.lengths.tolist())) >= 6
+    assert difference.mean().abs() < 4 * difference.std() / math.sqrt(len(difference))
 
 
 def test_a_seed_repeats_the_sample_and_another_seed_does_not():
     model, end = tiny(), ends(256, 257)
-    a, b, c = (generate(model, PROMPTS, 12, end, generator=torch.Generator().manual_seed(seed)).ids for seed in (1, 1, 2))
+    a, b, c = (generate(model, PROMPTS, 12, end, generator=torch.Generator().manual_seed(seed)).ids
+               for seed in (1, 1, 2))
     assert torch.equal(a, b) and a.tolist() != c.tolist()
 
 
 def slow_samples(model, prompts, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """What the uniform numbers (B, tokens, 2) draw, each reply alone and without a cache; no token ends it."""
+    """What the uniform numbers (B, tokens, 2) draw, each reply alone, without a cache; no token ends it."""
     replies = []
     for prompt, numbers in zip(prompts, uniform):
         ids = list(prompt)
@@ -297,9 +332,13 @@ def slow_samples(model, prompts, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @pytest.mark.case(24)
-@pytest.mark.parametrize("options, sampling", [*[(options, {}) for options in DIALECTS], ({}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9})])
+@pytest.mark.parametrize("options, sampling", [
+    *[(options, {}) for options in DIALECTS],
+    ({}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9}),
+])
 def test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone(options, sampling):
-    """Not on what else is in the batch, in which order, on how many rows are decoded at once, on a cache, or on when those before it end."""
+    """Not on what else is in the batch, in which order, on how many rows are decoded at once, on a cache, or
+    on when those before it end."""
     number, model = 10, tiny(vocab_size=12, seed=3, **options)
     prompts = [*PROMPTS, [1], [3, 1, 4]]  # two of them twice
     uniform = uniforms(len(prompts), number, torch.Generator().manual_seed(4), CPU)
@@ -310,13 +349,16 @@ def test_a_reply_depends_on_its_prompt_and_its_own_uniform_numbers_alone(options
     for order in (range(10), range(9, -1, -1), [3], [8, 1], [4, 0, 9, 7, 2]):
         for rows in (0, 1, 2, 3):
             order = list(order)
-            out = generate(model, [prompts[i] for i in order], number, ends(eos, 0), rows=rows, uniform=uniform[order], **sampling)
-            assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == [expected[i] for i in order]
+            chosen = [prompts[i] for i in order]
+            out = generate(model, chosen, number, ends(eos, 0), rows=rows, uniform=uniform[order], **sampling)
+            wanted = [expected[i] for i in order]
+            assert [ids[mask].tolist() for ids, mask in zip(out.ids, out.mask)] == wanted
 
 
 def test_a_generator_stands_for_the_uniform_numbers_that_it_draws():
     model, uniform = tiny(vocab_size=12), uniforms(len(PROMPTS), 9, torch.Generator().manual_seed(6), CPU)
-    drawn, given = (generate(model, PROMPTS, 9, ends(7, 0), **how).ids for how in ({"generator": torch.Generator().manual_seed(6)}, {"uniform": uniform}))
+    drawn, given = (generate(model, PROMPTS, 9, ends(7, 0), **how).ids
+                    for how in ({"generator": torch.Generator().manual_seed(6)}, {"uniform": uniform}))
     assert torch.equal(drawn, given)
 
 
@@ -329,12 +371,16 @@ def test_generation_leaves_it_at_the_tokens_that_are_there_when_it_is_interrupte
         asked.append(1)
         return len(asked) > tokens
 
-    whole, cut = (generate(model, PROMPTS, 12, ends(12, 0), generator=torch.Generator().manual_seed(0), rows=rows, interrupted=ask)
-                  for ask in (lambda: False, interrupted))
+    def replies(ask):
+        generator = torch.Generator().manual_seed(0)
+        return generate(model, PROMPTS, 12, ends(12, 0), generator=generator, rows=rows, interrupted=ask)
+
+    whole, cut = replies(lambda: False), replies(interrupted)
     assert len(asked) == tokens + 1 and not cut.ended.any() and cut.lengths.max() == cut.ids.shape[1]
     for b, prompt in enumerate(PROMPTS):  # a row for each, or the first ones alone have one
         reply = cut.ids[b][cut.mask[b]].tolist()
-        assert reply == whole.ids[b][whole.mask[b]].tolist()[:tokens if rows == 0 or b < rows else 0] and cut.lengths[b] == len(prompt) + len(reply)
+        assert reply == whole.ids[b][whole.mask[b]].tolist()[:tokens if rows == 0 or b < rows else 0]
+        assert cut.lengths[b] == len(prompt) + len(reply)
 
 
 @pytest.mark.parametrize("options, temperature", [({}, 1.0), ({"temperature": 0.7}, 0.7)])
@@ -356,7 +402,8 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 
 def truncated(probs, top_k, top_p):
-    """Slow: walk down the tokens in order of probability, stop after top_k or once what remains of them has top_p."""
+    """Slow: walk down the tokens in order of probability, stop after top_k or once what remains of them has
+    top_p."""
     order = sorted(range(len(probs)), key=lambda i: -probs[i])[:top_k or None]
     total, kept, reached = sum(probs[i] for i in order), [], 0.0
     for i in order:
@@ -367,11 +414,18 @@ def truncated(probs, top_k, top_p):
     return [probs[i] / total if i in kept else 0.0 for i in range(len(probs))]
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 3, 1.0), (1.0, 0, 0.8),
-                                                        (0.8, 6, 0.7), (1.0, 50, 0.01)])
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0),
+    (0.6, 0, 1.0),
+    (1.7, 3, 1.0),
+    (1.0, 0, 0.8),
+    (0.8, 6, 0.7),
+    (1.0, 50, 0.01),
+])
 def test_sample_frequencies_equal_the_truncated_softmax(temperature, top_k, top_p):
     n, logits = 20000, 1.5 * torch.randn(2, 12, generator=torch.Generator().manual_seed(4))
-    tokens = sample(logits.repeat(n, 1), temperature, top_k, top_p, torch.Generator().manual_seed(0)).view(n, 2)
+    tokens = sample(logits.repeat(n, 1), temperature, top_k, top_p,
+                    torch.Generator().manual_seed(0)).view(n, 2)
     for column in (0, 1):
         weights = [math.exp(x / temperature) for x in logits[column].tolist()]
         expected = torch.tensor(truncated([w / sum(weights) for w in weights], top_k, top_p))
@@ -382,20 +436,30 @@ def test_sample_frequencies_equal_the_truncated_softmax(temperature, top_k, top_
 
 
 def chi_square(counts, expected):
-    """Pearson's statistic of counts against expected ones as a standard normal number (Wilson & Hilferty 1931); cells below 5 in one."""
+    """Pearson's statistic of counts against expected ones as a standard normal number (Wilson & Hilferty
+    1931); cells below 5 in one."""
     few = expected < 5
     counts, expected = (torch.cat([x[~few], x[few].sum()[None]]).double() for x in (counts, expected))
     counts, expected = counts[expected > 0], expected[expected > 0]
     k = len(counts) - 1
-    return (((((counts - expected) ** 2 / expected).sum() / k) ** (1 / 3) - 1 + 2 / (9 * k)) / math.sqrt(2 / (9 * k))).item()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return (((statistic / k) ** (1 / 3) - 1 + 2 / (9 * k)) / math.sqrt(2 / (9 * k))).item()
 
 
 @pytest.mark.parametrize("vocabulary", [12, 256, 257, 1000])
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 9, 1.0), (1.3, 0, 0.9), (0.8, 200, 0.8)])
-def test_samples_pass_a_chi_square_test_in_one_group_of_tokens_and_in_several(vocabulary, temperature, top_k, top_p):
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, 0, 1.0),
+    (0.7, 0, 1.0),
+    (1.0, 9, 1.0),
+    (1.3, 0, 0.9),
+    (0.8, 200, 0.8),
+])
+def test_samples_pass_a_chi_square_test_in_one_group_of_tokens_and_in_several(
+        vocabulary, temperature, top_k, top_p):
     n, generator = 40000, torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(vocabulary, generator=generator)
-    tokens = torch.cat([sample(logits.expand(n // 8, -1), temperature, top_k, top_p, generator) for _ in range(8)])
+    tokens = torch.cat(
+        [sample(logits.expand(n // 8, -1), temperature, top_k, top_p, generator) for _ in range(8)])
     probs = torch.tensor(truncated((logits.double() / temperature).softmax(-1).tolist(), top_k, top_p))
     counts = tokens.bincount(minlength=vocabulary)
     assert len(counts) == vocabulary and not counts[probs == 0].any()
@@ -414,22 +478,34 @@ def test_a_token_of_probability_zero_is_never_drawn():
 def test_the_smallest_and_the_largest_random_number_draw_tokens_that_can_be_drawn(vocabulary):
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
     allowed[1::2] = True
-    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)).masked_fill(~allowed, -math.inf)
+    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits = logits.masked_fill(~allowed, -math.inf)
     for number, token in ((0.0, 1), (1 - 2.0**-53, allowed.nonzero().max().item())):
-        assert sample_token(logits, 1.0, 0, 1.0, torch.full((50, 2), number, dtype=torch.double)).tolist() == [token] * 50
+        numbers = torch.full((50, 2), number, dtype=torch.double)
+        assert sample_token(logits, 1.0, 0, 1.0, numbers).tolist() == [token] * 50
 
 
 def test_a_draw_takes_the_group_from_one_number_and_the_token_in_it_from_the_other():
-    """Where all of 1000 tokens are as likely, what the two numbers draw can be written down: three groups of 256 and one of 232."""
+    """Where all of 1000 tokens are as likely, what the two numbers draw can be written down: three groups of
+    256 and one of 232."""
     numbers = uniforms(1, 500, torch.Generator().manual_seed(7), CPU)[0]  # (500, 2)
-    expected = [256 * group + int(b * min(256, 1000 - 256 * group)) for a, b in numbers.tolist() for group in [int(a * 1000 / 256)]]
-    assert sample_token(torch.zeros(500, 1000), 1.0, 0, 1.0, numbers).tolist() == expected and len(set(expected)) > 350
+    expected = [
+        256 * group + int(b * min(256, 1000 - 256 * group))
+        for a, b in numbers.tolist()
+        for group in [int(a * 1000 / 256)]
+    ]
+    assert sample_token(torch.zeros(500, 1000), 1.0, 0, 1.0, numbers).tolist() == expected
+    assert len(set(expected)) > 350
 
 
 def test_the_uniform_numbers_are_uniform_repeat_by_seed_and_are_two_per_token():
     numbers = uniforms(50, 40, torch.Generator().manual_seed(1), CPU)
-    assert numbers.shape == (50, 40, 2) and numbers.dtype == torch.float64 and 0 <= numbers.min() and numbers.max() < 1
-    assert abs(chi_square((numbers * 20).long().flatten().bincount(minlength=20), torch.full((20,), 200.0))) < 3.5
+    assert numbers.shape == (50, 40, 2)
+    assert numbers.dtype == torch.float64
+    assert 0 <= numbers.min()
+    assert numbers.max() < 1
+    counts = (numbers * 20).long().flatten().bincount(minlength=20)
+    assert abs(chi_square(counts, torch.full((20,), 200.0))) < 3.5
     assert torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(1), CPU))
     assert not torch.equal(numbers, uniforms(50, 40, torch.Generator().manual_seed(2), CPU))
 
@@ -440,4 +516,6 @@ def test_rows_of_a_sample_are_independent_and_so_are_group_and_token():
     logits = torch.full((512,), -math.inf)
     logits[[3, 200, 300, 511]] = torch.tensor([0.0, 1.0, 0.5, -0.5])
     a, b = sample(logits.expand(2 * n, -1), 1.0, 0, 1.0, generator).view(n, 2).T
-    assert abs(chi_square((512 * a + b).bincount(minlength=512 * 512), n * torch.outer(*[logits.softmax(-1)] * 2).flatten())) < 3.5
+    counts = (512 * a + b).bincount(minlength=512 * 512)
+    expected = n * torch.outer(*[logits.softmax(-1)] * 2).flatten()
+    assert abs(chi_square(counts, expected)) < 3.5

@@ -1,4 +1,4 @@
-"""head.py: log-probabilities, entropies and their gradients against brute force and float64, and the memory they take."""
+"""head.py: log-probabilities, entropies and gradients against brute force and float64, and their memory."""
 import math
 import weakref
 
@@ -58,9 +58,12 @@ def test_forward_under_bf16_autocast_returns_fp32_near_the_fp32_result(batch):
 def test_bf16_states_and_weights_are_normalised_in_fp32(monkeypatch, at_once):
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     torch.manual_seed(0)
-    states, weight, targets = torch.randn(23, 32).bfloat16(), torch.randn(VOCAB, 32).bfloat16(), torch.randint(VOCAB, (23,))
+    states = torch.randn(23, 32).bfloat16()
+    weight = torch.randn(VOCAB, 32).bfloat16()
+    targets = torch.randint(VOCAB, (23,))
     logprobs, entropy = token_logprobs(states, weight, targets, 1.0, with_entropy=True)
-    exact = (states.float() @ weight.float().T).bfloat16().float().log_softmax(-1)  # logits are rounded, what follows is not
+    # Logits are rounded, what follows is not.
+    exact = (states.float() @ weight.float().T).bfloat16().float().log_softmax(-1)
     assert logprobs.dtype == entropy.dtype == torch.float32
     torch.testing.assert_close(logprobs, exact[range(23), targets], atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(entropy, -(exact.exp() * exact).sum(-1), atol=1e-2, rtol=0)
@@ -77,7 +80,8 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, at_once):
     got = token_logprobs(states, weight, targets, 0.7, with_entropy=True)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
     for use_logprobs, use_entropy in ((1, 0), (0, 1), (1, 1)):
-        losses = [(use_logprobs * a * logprobs + use_entropy * b * entropy).sum() for logprobs, entropy in (expected, got)]
+        losses = [(use_logprobs * a * logprobs + use_entropy * b * entropy).sum()
+                  for logprobs, entropy in (expected, got)]
         exact, found = (torch.autograd.grad(loss, (states, weight), retain_graph=True) for loss in losses)
         torch.testing.assert_close(found, exact, atol=5e-5, rtol=1e-4)
     alone, nothing = token_logprobs(states, weight, targets, 0.7)
@@ -100,7 +104,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("chunked", [True, False])
 def test_all_logits_exist_at_once_only_without_chunks(monkeypatch, chunked):
     n, width = 200, 8
-    monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", 20 * VOCAB if chunked else n * VOCAB)  # of many rows a half at once
+    # Of many rows a half at once.
+    monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", 20 * VOCAB if chunked else n * VOCAB)
     states, weight = torch.randn(n, width, requires_grad=True), torch.randn(VOCAB, width, requires_grad=True)
     with LargestTensor() as forward:
         logprobs, entropy = token_logprobs(states, weight, torch.randint(VOCAB, (n,)), with_entropy=True)
@@ -113,17 +118,26 @@ def test_all_logits_exist_at_once_only_without_chunks(monkeypatch, chunked):
 
 def head_inputs(n, vocabulary=VOCAB, width=32):
     torch.manual_seed(n)
-    return torch.randn(n, width), 0.4 * torch.randn(vocabulary, width), torch.randint(vocabulary, (n,)), torch.randn(n), torch.randn(n)
+    states = torch.randn(n, width)
+    weight = 0.4 * torch.randn(vocabulary, width)
+    targets = torch.randint(vocabulary, (n,))
+    return states, weight, targets, torch.randn(n), torch.randn(n)
 
 
 def head_loss(logprobs, entropy, way, a, b):
-    """What the gradient is taken of: all log-probabilities weighing the same, or weighted sums of them, of the entropies, of both."""
-    return {"sum": lambda: 3 * logprobs.sum(), "logprobs": lambda: (a * logprobs).sum(), "entropy": lambda: (b * entropy).sum(),
-            "both": lambda: (a * logprobs + b * entropy).sum()}[way]()
+    """What the gradient is of: the sum of all log-probabilities, or weighted ones, of entropies, of both."""
+    if way == "sum":
+        return 3 * logprobs.sum()
+    if way == "logprobs":
+        return (a * logprobs).sum()
+    if way == "entropy":
+        return (b * entropy).sum()
+    assert way == "both"
+    return (a * logprobs + b * entropy).sum()
 
 
 def head_in_float64(states, weight, targets, temperature):
-    """Log-probabilities, entropies (N,) and the leaves that they come from: log_softmax of all logits, differentiated by autograd."""
+    """Log-probabilities, entropies (N,) by log_softmax of all logits, and the leaves they come from."""
     leaves = states.double().requires_grad_(), weight.double().requires_grad_()
     full = (leaves[0] @ leaves[1].T / temperature).log_softmax(-1)
     return full.gather(1, targets[:, None]).squeeze(1), -(full.exp() * full).sum(-1), leaves
@@ -132,15 +146,24 @@ def head_in_float64(states, weight, targets, temperature):
 @pytest.mark.parametrize("at_once", [1 << 26, 5 * VOCAB, 1], ids=["kept", "chunks", "rows"])
 @pytest.mark.parametrize("way", ["summed", "sum", "logprobs", "entropy", "both"])
 @pytest.mark.parametrize("n", [0, 1, 23])
-def test_the_heads_gradient_is_that_of_float64_autograd_however_it_is_computed_and_whatever_is_frozen(monkeypatch, n, way, at_once):
+def test_the_heads_gradient_is_that_of_float64_autograd_however_it_is_computed_and_whatever_is_frozen(
+        monkeypatch, n, way, at_once):
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     states, weight, targets, a, b = head_inputs(n)
     logprobs, entropy, leaves = head_in_float64(states, weight, targets, 0.7)
-    expected = torch.autograd.grad(head_loss(logprobs, entropy, "sum" if way == "summed" else way, a.double(), b.double()), leaves)
+    loss = head_loss(logprobs, entropy, "sum" if way == "summed" else way, a.double(), b.double())
+    expected = torch.autograd.grad(loss, leaves)
     for trained in ((True, True), (True, False), (False, True)):
         leaves = [t.clone().requires_grad_(need) for t, need in zip((states, weight), trained)]
-        got, got_entropy = token_logprobs(*leaves, targets, 0.7, with_entropy=way in ("entropy", "both"), summed=way == "summed")
-        torch.testing.assert_close(got, logprobs.float().sum() if way == "summed" else logprobs.float(), atol=1e-5 * max(1, n if way == "summed" else 1), rtol=1e-6)
+        got, got_entropy = token_logprobs(*leaves,
+                                          targets,
+                                          0.7,
+                                          with_entropy=way in ("entropy", "both"),
+                                          summed=way == "summed")
+        torch.testing.assert_close(got,
+                                   logprobs.float().sum() if way == "summed" else logprobs.float(),
+                                   atol=1e-5 * max(1, n if way == "summed" else 1),
+                                   rtol=1e-6)
         if got_entropy is not None:
             torch.testing.assert_close(got_entropy, entropy.float(), atol=1e-5, rtol=0)
         (3 * got if way == "summed" else head_loss(got, got_entropy, way, a, b)).backward()
@@ -156,13 +179,17 @@ def test_a_second_backward_pass_repeats_the_first_or_is_refused(monkeypatch, at_
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     for summed, with_entropy in ((True, False), (False, True), (False, False)):
         states, weight, targets, a, _ = head_inputs(23)
-        logprobs, _ = token_logprobs(states.requires_grad_(), weight.requires_grad_(), targets, 1.0, with_entropy, summed)
+        logprobs, _ = token_logprobs(states.requires_grad_(), weight.requires_grad_(), targets, 1.0,
+                                     with_entropy, summed)
         loss = (logprobs * (1 if summed else a)).sum()
         first = torch.autograd.grad(loss, (states, weight), retain_graph=True)
         try:
             second = torch.autograd.grad(loss, (states, weight))
         except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error) and not summed and not with_entropy and at_once == 1 << 26
+            assert "modified by an inplace operation" in str(error)
+            assert not summed
+            assert not with_entropy
+            assert at_once == 1 << 26
         else:
             torch.testing.assert_close(second, first, atol=0, rtol=0)
 
@@ -170,18 +197,24 @@ def test_a_second_backward_pass_repeats_the_first_or_is_refused(monkeypatch, at_
 @pytest.mark.parametrize("at_once", [1 << 26, 5 * VOCAB], ids=["kept", "chunks"])
 @pytest.mark.parametrize("way", ["summed", "logprobs", "both"])
 def test_the_head_in_bf16_keeps_its_bounds_of_values_and_gradients_in_fp32(monkeypatch, way, at_once):
-    """The bounds are about three times what was measured: log-probabilities (of -8 to -30) are off by up to 0.055 and their mean
-    by 0.0009, entropies by 0.033, gradients by 1.4 % of the largest, 2 % with entropies."""
+    """The bounds are about three times what was measured: log-probabilities (of -8 to -30) are off by up to
+    0.055 and their mean by 0.0009, entropies by 0.033, gradients by 1.4 % of the largest, 2 % with entropies.
+    """
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     states, weight, targets, a, b = head_inputs(200)
     results = []
     for reduced in (False, True):
         leaves = [t.clone().requires_grad_() for t in (states, weight)]
         with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-            got, entropy = token_logprobs(*leaves, targets, 0.7, with_entropy=way == "both", summed=way == "summed")
+            got, entropy = token_logprobs(*leaves,
+                                          targets,
+                                          0.7,
+                                          with_entropy=way == "both",
+                                          summed=way == "summed")
         (got if way == "summed" else head_loss(got, entropy, way, a, b)).backward()
         assert got.dtype == torch.float32 and all(leaf.grad.dtype == torch.float32 for leaf in leaves)
-        results.append((got / len(targets) if way == "summed" else got, *(leaf.grad for leaf in leaves), *([entropy] if way == "both" else [])))
+        results.append((got / len(targets) if way == "summed" else got, *(leaf.grad for leaf in leaves),
+                        *([entropy] if way == "both" else [])))
     torch.testing.assert_close(results[1][0], results[0][0], atol=0.003 if way == "summed" else 0.16, rtol=0)
     for exact, found in zip(results[0][1:3], results[1][1:3]):
         assert (found - exact).abs().max() < (0.06 if way == "both" else 0.03) * exact.abs().max()
@@ -208,7 +241,8 @@ def confident(p, N=64, V=320, C=64):
 @pytest.mark.parametrize("way", ["summed", "logprobs", "both"])
 @pytest.mark.parametrize("p", [0.5, 0.9, 0.994, 0.9995, 0.99994, 0.99999])
 def test_the_bf16_gradient_of_a_confident_token_is_as_good_as_autocasts(monkeypatch, p, way, at_once):
-    """Measured: 0.4 to 1.0 of autocast's error; with the softmax rounded before 1 is subtracted, 4 at 0.994 and 20 at 0.99994."""
+    """Measured: 0.4 to 1.0 of autocast's error; with the softmax rounded before 1 is subtracted, 4 at 0.994
+    and 20 at 0.99994."""
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     states, weight, targets = confident(p)
     b = torch.randn(len(targets), generator=torch.Generator().manual_seed(4))
@@ -243,7 +277,8 @@ def test_log_probabilities_of_confident_tokens_keep_their_digits():
 @pytest.mark.parametrize("size", [1e2, 2e4, 1e6])
 def test_columns_that_fill_up_have_no_probability_however_low_the_logits(size, dtype):
     """60 of 64 columns are none of the vocabulary; logits of -size must not fall below theirs."""
-    states, weight = torch.tensor([[1.0, 0.5]], dtype=dtype), torch.tensor([[-size, 0.0], [-size, 1.0], [-size, 2.0], [-size, -3.0]], dtype=dtype)
+    states = torch.tensor([[1.0, 0.5]], dtype=dtype)
+    weight = torch.tensor([[-size, 0.0], [-size, 1.0], [-size, 2.0], [-size, -3.0]], dtype=dtype)
     logprobs, entropy = token_logprobs(states, weight, torch.tensor([2]), 0.5, with_entropy=True)
     logits = ((states / 0.5) @ weight.T).double()
     full = logits.log_softmax(-1)
@@ -252,7 +287,8 @@ def test_columns_that_fill_up_have_no_probability_however_low_the_logits(size, d
 
 
 @pytest.mark.parametrize("wide, bound", [(True, 0.002), (False, 0.5)])
-def test_logits_near_minus_100_are_rounded_only_where_the_product_cant_come_out_in_fp32(monkeypatch, wide, bound):
+def test_logits_near_minus_100_are_rounded_only_where_the_product_cant_come_out_in_fp32(
+        monkeypatch, wide, bound):
     """CUDA's product of bfloat16 matrices can; here a kernel for the CPU stands for it."""
     torch.manual_seed(0)
     states, weight, targets = torch.randn(50, 32), 0.4 * torch.randn(VOCAB, 32), torch.randint(VOCAB, (50,))
@@ -274,8 +310,11 @@ def test_logits_near_minus_100_are_rounded_only_where_the_product_cant_come_out_
 
 
 def test_a_float16_gradient_that_overflows_shrinks_with_the_loss():
-    """The target's row adds up 4,096 states of 30, more than float16 holds; divided by their number it does not."""
-    states, weight, targets = torch.full((4096, 8), 30.0).half(), torch.zeros(64, 8).half().requires_grad_(), torch.zeros(4096, dtype=torch.long)
+    """The target's row adds up 4,096 states of 30, more than float16 holds; divided by their number it does
+    not."""
+    states = torch.full((4096, 8), 30.0).half()
+    weight = torch.zeros(64, 8).half().requires_grad_()
+    targets = torch.zeros(4096, dtype=torch.long)
     for scale, finite in ((1.0, False), (1 / 4096, True)):
         total, _ = token_logprobs(states, weight, targets, summed=True)
         gradient, = torch.autograd.grad(total * scale, weight)
@@ -285,7 +324,8 @@ def test_a_float16_gradient_that_overflows_shrinks_with_the_loss():
 @pytest.mark.parametrize("at_once", [1 << 26, 1], ids=["kept", "rows"])
 def test_probabilities_that_underflow_have_the_right_logarithm_and_finite_gradients(monkeypatch, at_once):
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
-    states, weight = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]), torch.tensor([[100.0, 1.0], [-100.0, 2.0], [-100.0, 3.0], [99.0, -1.0]])
+    states = torch.tensor([[1.0, 0.0], [-1.0, 0.5], [0.0, 0.0]])
+    weight = torch.tensor([[100.0, 1.0], [-100.0, 2.0], [-100.0, 3.0], [99.0, -1.0]])
     targets = torch.tensor([1, 0, 2])  # 200 below the largest logit, and one among equals
     logprobs, entropy, leaves = head_in_float64(states, weight, targets, 1.0)
     expected = torch.autograd.grad((logprobs + 2 * entropy).sum(), leaves)
@@ -302,7 +342,8 @@ def test_probabilities_that_underflow_have_the_right_logarithm_and_finite_gradie
 # -- memory and work
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, while they live; peak is the most at any time, sizes are those of each."""
+    """Counts the bytes of all storages that operations return, while they live; peak is the most at any time,
+    sizes are those of each."""
 
     def __init__(self, *known):
         super().__init__()
@@ -326,14 +367,22 @@ class Memory(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("way, tokens, most", [("summed", 8192, 0.1), ("logprobs", 8192, 0.1), ("both", 8192, 0.25)])
+@pytest.mark.parametrize("way, tokens, most", [
+    ("summed", 8192, 0.1),
+    ("logprobs", 8192, 0.1),
+    ("both", 8192, 0.25),
+])
 def test_the_head_takes_a_fraction_of_the_memory_of_all_logits(way, tokens, most):
-    """Autograd of log_softmax takes three times the logits' fp32 memory (five times with entropies) beyond inputs and gradients;
-    measured at 8,192 tokens: 0.077 times (0.157)."""
+    """Autograd of log_softmax takes three times the logits' fp32 memory (five times with entropies) beyond
+    inputs and gradients; measured at 8,192 tokens: 0.077 times (0.157)."""
     N, V, C = tokens, 50257, 32
     states, weight, targets, a, b = head_inputs(N, V, C)
     with Memory(states.requires_grad_(), weight.requires_grad_(), targets, a, b) as memory:
-        got, entropy = token_logprobs(states, weight, targets, with_entropy=way == "both", summed=way == "summed")
+        got, entropy = token_logprobs(states,
+                                      weight,
+                                      targets,
+                                      with_entropy=way == "both",
+                                      summed=way == "summed")
         (got if way == "summed" else head_loss(got, entropy, way, a, b)).backward()
     gradients = 4 * (states.numel() + weight.numel())
     assert gradients <= memory.now < gradients + 1e6

@@ -64,18 +64,22 @@ def test_a_judge_of_a_name_that_the_logs_have_is_refused(folder):
     (folder / "mine.py").write_text("def kl(replies): return [0.0] * len(replies)\n")
     with pytest.raises(UserError, match="the logs have another number named kl; rename the function"):
         judges.load_functions("--judge", ["mine:kl"])
-    assert [function.name for function in judges.load_functions("--reward-fn", ["mine:kl", "mine:kl"])] == ["kl"] * 2
+    assert [function.name
+            for function in judges.load_functions("--reward-fn", ["mine:kl", "mine:kl"])] == ["kl"] * 2
 
 
 def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
-    words = ("--steps 1 --rollout-batch 4 --minibatches 1 --max-new-tokens 4 --judge toy:gold --kl-in loss --kl k2 "
-             f"--policy-loss penalty --ptx-coef 1 --ptx-data {TOY}/demonstrations.jsonl --missing-eos subtract")
+    words = (
+        "--steps 1 --rollout-batch 4 --minibatches 1 --max-new-tokens 4 --judge toy:gold --kl-in loss "
+        "--kl k2 "
+        f"--policy-loss penalty --ptx-coef 1 --ptx-data {TOY}/demonstrations.jsonl --missing-eos subtract")
     assert tools.here("sft", tmp_path, f"--steps 1 --out {tmp_path}/sft --eval-every 100") == 0
     zero = "def zero(replies): return [0.0] * len(replies)\n"
     (tmp_path / "zeros.py").write_text(zero)
     sys.path.insert(0, str(tmp_path))
     try:
-        flags = f"--model {tmp_path}/sft --data {TOY}/prompts.jsonl --reward-fn zeros:zero {words} --out {tmp_path}/ppo"
+        inputs = f"--model {tmp_path}/sft --data {TOY}/prompts.jsonl"
+        flags = f"{inputs} --reward-fn zeros:zero {words} --out {tmp_path}/ppo"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tools, "PLAN", {"ppo": ""})
             assert tools.here("ppo", tmp_path, flags) == 0
@@ -87,7 +91,8 @@ def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
 
 
 def test_a_judge_that_is_new_on_resume_has_no_past_to_be_compared_with(tmp_path):
-    rows = [{"score": 1, "kl": 1, "entropy": 1, "eos_rate": 1, "explained_variance": 1, "step": step} for step in (1, 2)]
+    rows = [{"score": 1, "kl": 1, "entropy": 1, "eos_rate": 1, "explained_variance": 1, "step": step}
+            for step in (1, 2)]
     rows[1]["gold"] = 0.5
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = SimpleNamespace(out=tmp_path)
@@ -102,8 +107,14 @@ def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart():
     assert short_names(["a/sft", "a/sft", "a/ppo"]) == ["a/sft#1", "a/sft#2", "ppo"]
 
 
-@pytest.mark.parametrize("name, given", [("least", 3), ("by_name", ["7"]), ("everything", ["answers", "ended", "prompts"]), ("perhaps", ["7"])])
-def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(name, given, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, given", [
+    ("least", 3),
+    ("by_name", ["7"]),
+    ("everything", ["answers", "ended", "prompts"]),
+    ("perhaps", ["7"]),
+])
+def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(
+        name, given, tmp_path, monkeypatch):
     (tmp_path / "graders.py").write_text(GRADERS)
     monkeypatch.syspath_prepend(tmp_path)
     function = judges.Function("--reward-fn", f"graders:{name}")

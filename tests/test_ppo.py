@@ -1,4 +1,7 @@
-"""ppo.py's estimators, losses and controllers, each against a closed form, an enumeration or a slow loop. B replies, T tokens."""
+"""ppo.py's estimators, losses and controllers, each against a closed form, an enumeration or a slow loop.
+
+B replies, T tokens.
+"""
 import math
 import threading
 
@@ -45,13 +48,19 @@ def on_ranks(number, function):
 
 # -- scores
 
-@pytest.mark.parametrize("rule, cut_off", [("floor", [-2.5, -2.5]), ("replace", [-0.5, -0.5]), ("subtract", [0.5, -2.5])])
+@pytest.mark.parametrize("rule, cut_off", [
+    ("floor", [-2.5, -2.5]),
+    ("replace", [-0.5, -0.5]),
+    ("subtract", [0.5, -2.5]),
+])
 def test_a_missing_end_token_is_judged_by_its_rule_and_replies_that_ended_keep_their_score(rule, cut_off):
     scores, ended = torch.tensor([3.0, 1.0, -1.0, -2.0]), torch.tensor([True, False, True, False])
     got = missing_eos_scores(scores, ended, rule, penalty=0.5, lowest=torch.tensor(-2.0))
     assert got.tolist() == [3.0, cut_off[0], -1.0, cut_off[1]]
-    assert torch.equal(missing_eos_scores(scores, torch.ones(4, dtype=torch.bool), rule, 0.5, scores.min()), scores)
-    lower = missing_eos_scores(scores, ended, "floor", 0.0, torch.tensor(-7.0))  # another rank's reply was worse
+    assert torch.equal(missing_eos_scores(scores, torch.ones(4, dtype=torch.bool), rule, 0.5, scores.min()),
+                       scores)
+    # Another rank's reply was worse.
+    lower = missing_eos_scores(scores, ended, "floor", 0.0, torch.tensor(-7.0))
     assert lower.tolist() == [3.0, -7.0, -1.0, -7.0]
 
 
@@ -68,7 +77,8 @@ def test_running_moments_are_those_of_the_whole_stream_however_it_is_cut(sizes):
 
 
 def test_running_moments_of_two_ranks_are_those_of_both_their_scores():
-    scores = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)) + torch.tensor([[[0.0], [4.0]]])  # rollouts, ranks, replies
+    # (Rollouts, ranks, replies).
+    scores = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)) + torch.tensor([[[0.0], [4.0]]])
 
     def stream(rank, all_sum):
         moments = [0, 0.0, 0.0]
@@ -84,19 +94,28 @@ def test_running_moments_of_two_ranks_are_those_of_both_their_scores():
 @pytest.mark.case(31)
 def test_scores_are_scaled_or_standardised_by_the_moments_and_then_clipped():
     scores, moments = torch.tensor([-4.0, 2.0, 8.0]), [5, 2.0, 36.0]  # a deviation of 3
-    expected = {("none", 0): [-4, 2, 8], ("none", 5): [-4, 2, 5], ("scale", 0): [-4 / 3, 2 / 3, 8 / 3], ("scale", 1): [-1, 2 / 3, 1],
-                ("standard", 0): [-2, 0, 2], ("standard", 1.5): [-1.5, 0, 1.5]}
+    expected = {
+        ("none", 0): [-4, 2, 8],
+        ("none", 5): [-4, 2, 5],
+        ("scale", 0): [-4 / 3, 2 / 3, 8 / 3],
+        ("scale", 1): [-1, 2 / 3, 1],
+        ("standard", 0): [-2, 0, 2],
+        ("standard", 1.5): [-1.5, 0, 1.5],
+    }
     for (kind, clip), values in expected.items():
         assert normalise_scores(scores, moments, kind, clip).tolist() == pytest.approx(values), (kind, clip)
     assert normalise_scores(scores, [0, 0.0, 0.0], "none", 0) is scores
-    assert normalise_scores(torch.zeros(3), [3, 0.0, 0.0], "scale", 0).tolist() == [0, 0, 0]  # no deviation at all
+    # No deviation at all.
+    assert normalise_scores(torch.zeros(3), [3, 0.0, 0.0], "scale", 0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.case(31)
 def test_scores_that_are_all_equal_are_not_blown_up():
     scores = torch.ones(4)
-    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "scale", 0.0).tolist() == pytest.approx([1.0] * 4)
-    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "standard", 0.0).tolist() == [0.0] * 4
+    expected = pytest.approx([1.0] * 4)
+    assert normalise_scores(scores, update_moments([0, 0.0, 0.0], scores), "scale", 0.0).tolist() == expected
+    moments = update_moments([0, 0.0, 0.0], scores)
+    assert normalise_scores(scores, moments, "standard", 0.0).tolist() == [0.0] * 4
 
 
 @pytest.mark.case(31)
@@ -132,12 +151,17 @@ def test_the_score_lands_on_the_last_response_token_and_only_there():
 def test_the_step_after_the_last_token_exists_for_all_but_the_longest_replies():
     assert steps_mask(MASK, "eos") is MASK
     assert torch.equal(steps_mask(MASK, "next"), responses((2, 7), (1, 9), (4, 6), (3, 3)))
-    assert torch.equal(steps_mask(responses((5, 7), (0, 2), (4, 5)), "next"), responses((5, 7), (0, 2), (4, 6)))  # whatever their prompts
+    # Whatever their prompts.
+    found = steps_mask(responses((5, 7), (0, 2), (4, 5)), "next")
+    assert torch.equal(found, responses((5, 7), (0, 2), (4, 6)))
 
 
 @pytest.mark.parametrize("lam", [0.95, 0.5, 0.0, 1.0])
 def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
-    """A_t grows by (1 - lam) lam^(T - t) (V_T+1 - score): nothing at lam 1. The longest reply takes the score at its last token."""
+    """A_t grows by (1 - lam) lam^(T - t) (V_T+1 - score): nothing at lam 1.
+
+    The longest reply takes the score at its last token.
+    """
     torch.manual_seed(0)
     scores, kl, values = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.rand(4, 9), torch.randn(4, 9)
     kl = kl * MASK  # a token of the policy's own alone has a KL
@@ -148,21 +172,28 @@ def test_a_score_one_step_later_changes_advantages_by_the_known_amount(lam):
         for b, (start, end) in enumerate(SPANS):
             last = end - 1 + (at == "next" and end - start < 8)
             for t in range(9):
-                expected = -0.5 * kl[b, t].item() * (start <= t < end) + scores[b].item() * (end > start and t == last)
+                expected = -0.5 * kl[b, t].item() if start <= t < end else 0.0
+                if end > start and t == last:
+                    expected += scores[b].item()
                 assert rewards[b, t].item() == pytest.approx(expected, abs=1e-6)
         advantages[at], returns = gae(rewards, values, steps, 1.0, lam)
         assert not advantages[at][~steps].any() and not returns[~steps].any()
         if at == "next":
-            assert returns[0, 6] == scores[0] and returns[2, 5] == scores[2]  # what the value of the extra step is trained on
+            # What the value of the extra step is trained on.
+            assert returns[0, 6] == scores[0] and returns[2, 5] == scores[2]
     for b, (start, end) in enumerate(SPANS):
         for t in range(start, end):
-            later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end] - scores[b]).item() if end - start < 8 else 0.0
+            later = 0.0
+            if end - start < 8:
+                later = (1 - lam) * lam ** (end - 1 - t) * (values[b, end] - scores[b]).item()
             assert (advantages["next"] - advantages["eos"])[b, t].item() == pytest.approx(later, abs=1e-5)
 
 
 # -- KL estimators
 
-LOGITS = torch.tensor([[1.0, 0.2, -0.7, 0.4, -1.5, 0.9], [0.1, 0.8, 0.3, -0.4, 0.5, -0.2], [-0.6, 0.5, 1.1, 0.0, 0.7, -0.9]], dtype=torch.float64)
+LOGITS = torch.tensor(
+    [[1.0, 0.2, -0.7, 0.4, -1.5, 0.9], [0.1, 0.8, 0.3, -0.4, 0.5, -0.2], [-0.6, 0.5, 1.1, 0.0, 0.7, -0.9]],
+    dtype=torch.float64)
 
 
 def kl_between(p, q):
@@ -171,7 +202,10 @@ def kl_between(p, q):
 
 def test_kl_estimators_have_their_known_expectations_by_enumeration():
     log_pi, log_ref = LOGITS[:2].log_softmax(-1)
-    expected = {kind: (log_pi.exp() * kl_estimate(log_pi, log_ref, kind)).sum() for kind in ("k1", "k2", "k3")}
+    expected = {
+        kind: (log_pi.exp() * kl_estimate(log_pi, log_ref, kind)).sum()
+        for kind in ("k1", "k2", "k3")
+    }
     torch.testing.assert_close(expected["k1"], kl_between(log_pi, log_ref))
     torch.testing.assert_close(expected["k3"], kl_between(log_pi, log_ref))
     assert abs(expected["k2"] - kl_between(log_pi, log_ref)) > 0.01  # biased
@@ -179,7 +213,7 @@ def test_kl_estimators_have_their_known_expectations_by_enumeration():
 
 
 def test_policy_gradient_of_each_estimator_in_the_reward_by_enumeration():
-    """E[grad log pi(a) * estimate(a)]: k1 gives grad KL(pi, ref); k3 gives grad KL(pi, ref) - grad KL(ref, pi)."""
+    """E[grad log pi(a) * estimate(a)]: k1 gives grad KL(pi, ref), k3 that minus grad KL(ref, pi)."""
     logits = LOGITS[0].clone().requires_grad_()
     log_ref = LOGITS[1].log_softmax(-1)
 
@@ -188,15 +222,20 @@ def test_policy_gradient_of_each_estimator_in_the_reward_by_enumeration():
 
     log_pi = logits.log_softmax(-1)
     forward, backward = gradient(kl_between(log_pi, log_ref)), gradient(kl_between(log_ref, log_pi))
-    score_function = {kind: gradient((log_pi.detach().exp() * log_pi * kl_estimate(log_pi, log_ref, kind).detach()).sum()) for kind in ("k1", "k2", "k3")}
+    score_function = {
+        kind: gradient((log_pi.detach().exp() * log_pi * kl_estimate(log_pi, log_ref, kind).detach()).sum())
+        for kind in ("k1", "k2", "k3")
+    }
     torch.testing.assert_close(score_function["k1"], forward)
     torch.testing.assert_close(score_function["k3"], forward - backward)
     assert (score_function["k2"] - forward).abs().max() > 1e-3
 
 
 def test_kl_controller_moves_by_a_fifth_of_the_share_at_most_and_settles_on_the_target():
-    assert adapt_kl_coef(0.1, kl=12, target=6, replies=500, horizon=10000) == pytest.approx(0.1 * (1 + 0.2 * 500 / 10000))
-    assert adapt_kl_coef(0.1, kl=0, target=6, replies=500, horizon=10000) == pytest.approx(0.1 * (1 - 0.2 * 500 / 10000))
+    expected = pytest.approx(0.1 * (1 + 0.2 * 500 / 10000))
+    assert adapt_kl_coef(0.1, kl=12, target=6, replies=500, horizon=10000) == expected
+    expected = pytest.approx(0.1 * (1 - 0.2 * 500 / 10000))
+    assert adapt_kl_coef(0.1, kl=0, target=6, replies=500, horizon=10000) == expected
     for start in (0.001, 10.0):  # a world where the KL falls as beta grows
         coef = start
         for _ in range(3000):
@@ -214,14 +253,16 @@ def expectation(drawn_from, value):
 
 @pytest.mark.parametrize("off_policy", [False, True])
 def test_gradient_of_each_kl_estimator_in_the_loss_by_enumeration(off_policy):
-    """k2 and k3 give grad KL(pi || ref) exactly, also where the tokens were drawn from an older policy; k1 gives zero on average."""
+    """k2 and k3 give grad KL(pi || ref) exactly, also for tokens of an older policy; k1 zero on average."""
     logits, log_ref = LOGITS[0].clone().requires_grad_(), LOGITS[1].log_softmax(-1)
     log_pi = logits.log_softmax(-1)
     log_old = LOGITS[2].log_softmax(-1) if off_policy else log_pi.detach()
     true, = torch.autograd.grad(kl_between(log_pi, log_ref), logits, retain_graph=True)
 
     def loss(kind):
-        return expectation(log_old, lambda a: kl_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), log_ref[a].view(1, 1), ONE, kind, 1))
+        return expectation(
+            log_old, lambda a: kl_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), log_ref[a].view(1, 1),
+                                       ONE, kind, 1))
 
     for kind in ("k2", "k3"):
         torch.testing.assert_close(torch.autograd.grad(loss(kind), logits, retain_graph=True)[0], true)
@@ -238,7 +279,8 @@ def test_kl_loss_is_a_sum_over_reply_tokens_divided_by_the_count_given(kind):
     torch.manual_seed(3)
     logprobs, old, ref = torch.randn(3, 4, 9) * MASK
     weight = torch.ones(4, 9) if kind == "k1" else (logprobs - old).exp()
-    expected = sum((weight * kl_estimate(logprobs, ref, kind))[b, t].item() for b, t in MASK.nonzero().tolist()) / 20
+    expected = sum(
+        (weight * kl_estimate(logprobs, ref, kind))[b, t].item() for b, t in MASK.nonzero().tolist()) / 20
     assert kl_loss(logprobs, old, ref, MASK, kind, 20).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -246,7 +288,9 @@ def test_gradient_of_the_penalty_is_that_of_the_kl_from_the_old_policy_by_enumer
     logits, log_old = LOGITS[0].clone().requires_grad_(), LOGITS[1].log_softmax(-1)
     log_pi, zero = logits.log_softmax(-1), torch.zeros(1, 1, dtype=torch.float64)
     true, = torch.autograd.grad(0.7 * kl_between(log_old, log_pi), logits, retain_graph=True)
-    loss = expectation(log_old, lambda a: policy_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), zero, ONE, 0.2, 1, "penalty", 0.0, 0.7)[0])
+    loss = expectation(
+        log_old, lambda a: policy_loss(log_pi[a].view(1, 1), log_old[a].view(1, 1), zero, ONE, 0.2, 1,
+                                       "penalty", 0.0, 0.7)[0])
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], true)
     torch.testing.assert_close(loss, 0.7 * kl_between(log_old, log_pi.detach()), check_dtype=False)
 
@@ -265,15 +309,18 @@ def test_gae_equals_the_double_sum_of_its_definition(gamma, lam):
         for t in inside:
             for s in [s for s in inside if s >= t]:
                 following = values[b, s + 1].item() if s + 1 in inside else 0.0
-                expected[b, t] += (gamma * lam) ** (s - t) * (rewards[b, s].item() + gamma * following - values[b, s].item())
+                error = rewards[b, s].item() + gamma * following - values[b, s].item()
+                expected[b, t] += (gamma * lam) ** (s - t) * error
     torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(returns, torch.where(MASK, expected + values, torch.zeros(())), rtol=1e-4, atol=1e-5)
+    expected_returns = torch.where(MASK, expected + values, torch.zeros(()))
+    torch.testing.assert_close(returns, expected_returns, rtol=1e-4, atol=1e-5)
 
 
 def test_gae_with_lambda_1_is_return_minus_value_and_with_0_the_temporal_difference():
     torch.manual_seed(3)
     rewards, values, mask = torch.randn(1, 4), torch.randn(1, 4), torch.ones(1, 4, dtype=torch.bool)
-    monte_carlo = torch.tensor([[sum(0.9 ** (s - t) * rewards[0, s].item() for s in range(t, 4)) for t in range(4)]])
+    monte_carlo = torch.tensor(
+        [[sum(0.9 ** (s - t) * rewards[0, s].item() for s in range(t, 4)) for t in range(4)]])
     torch.testing.assert_close(gae(rewards, values, mask, 0.9, 1.0)[0], monte_carlo - values)
     following = torch.cat([values[:, 1:], torch.zeros(1, 1)], 1)
     torch.testing.assert_close(gae(rewards, values, mask, 0.9, 0.0)[0], rewards + 0.9 * following - values)
@@ -302,7 +349,8 @@ def test_whitening_divides_by_the_variance_it_names_over_all_ranks(variance):
     inside = x[masks].numpy().astype(np.float64)
     expected = (inside - inside.mean()) / inside.std(ddof=variance == "sample")
     got = torch.stack(on_ranks(2, lambda rank, all_sum: whiten(x[rank], masks[rank], all_sum, variance)))
-    assert got[masks].tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5) and not got[~masks].any()
+    assert got[masks].tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+    assert not got[~masks].any()
     for few in (responses((2, 3)), responses((0, 0))):  # one token, none: no variance to divide by
         assert not whiten(torch.full((1, 9), 7.0), few, variance=variance).any()
 
@@ -311,11 +359,16 @@ def test_whitening_divides_by_the_variance_it_names_over_all_ranks(variance):
 def test_variance_is_that_of_all_tokens_of_all_ranks(ranks):
     torch.manual_seed(3)
     x = torch.randn(ranks, 4, 9) * 5 + torch.arange(ranks)[:, None, None] * 4 + 3  # the ranks' means differ
-    masks = torch.stack([MASK.roll(rank, 0) if rank != 1 else responses((0, 3), (0, 0), (0, 0), (5, 6)) for rank in range(ranks)])
+    masks = torch.stack([
+        MASK.roll(rank, 0) if rank != 1 else responses((0, 3), (0, 0), (0, 0), (5, 6))
+        for rank in range(ranks)
+    ])
     found = on_ranks(ranks, lambda rank, all_sum: variance(x[rank], masks[rank], all_sum).item())
-    assert len(set(found)) == 1 and found[0] == pytest.approx(torch.var(x[masks].double(), correction=0).item(), rel=1e-5)
+    assert len(set(found)) == 1
+    assert found[0] == pytest.approx(torch.var(x[masks].double(), correction=0).item(), rel=1e-5)
     shuffled = torch.where(masks, x, 1e4 * torch.randn(x.shape))  # what padding holds doesn't count
-    assert on_ranks(ranks, lambda rank, all_sum: variance(shuffled[rank], masks[rank], all_sum).item()) == pytest.approx(found)
+    again = on_ranks(ranks, lambda rank, all_sum: variance(shuffled[rank], masks[rank], all_sum).item())
+    assert again == pytest.approx(found)
 
 
 @pytest.mark.case(31)
@@ -338,15 +391,17 @@ def test_nothing_is_explained_of_returns_that_do_not_vary(value):
 # -- losses
 
 @pytest.mark.parametrize("call", [
-    lambda: preference_loss(torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1, kind="new"),
+    lambda: preference_loss(torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1,
+                            kind="new"),
     lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "new"),
-    lambda: policy_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
-    lambda: kl_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2).bool(), "new", 2),
+    lambda: policy_loss(*torch.zeros(3, 1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
+    lambda: kl_loss(*torch.zeros(3, 1, 2), torch.ones(1, 2).bool(), "new", 2),
     lambda: whiten(torch.randn(2, 3), torch.ones(2, 3).bool(), variance="new"),
     lambda: normalise_scores(torch.zeros(2), [2, 0.0, 1.0], "new", 0.0),
     lambda: missing_eos_scores(torch.zeros(2), torch.ones(2).bool(), "new", 1.0, torch.zeros(())),
     lambda: steps_mask(torch.ones(1, 2).bool(), "new"),
-    lambda: scheduled_lr(5, 10, 1, 1.0, "new")])
+    lambda: scheduled_lr(5, 10, 1, 1.0, "new"),
+])
 def test_a_choice_that_has_no_branch_is_an_error_and_nothing_else_instead(call):
     with pytest.raises((ValueError, KeyError), match="new"):
         call()
@@ -359,7 +414,8 @@ def slow_losses(logprobs, old, advantages, values, old_values, returns, clip, va
         for t in range(MASK.shape[1]):
             if MASK[b, t]:
                 ratio = math.exp(logprobs[b, t] - old[b, t])
-                pg -= min(ratio * advantages[b, t].item(), min(max(ratio, 1 - clip), 1 + clip) * advantages[b, t].item())
+                pg -= min(ratio * advantages[b, t].item(),
+                          min(max(ratio, 1 - clip), 1 + clip) * advantages[b, t].item())
                 v, v_old, r = values[b, t].item(), old_values[b, t].item(), returns[b, t].item()
                 held = min(max(v, v_old - value_clip), v_old + value_clip)
                 vf += 0.5 * max((v - r) ** 2, (held - r) ** 2)
@@ -392,7 +448,12 @@ def test_ppo_gradient_at_ratio_1_is_that_of_reinforce():
     assert loss.item() == pytest.approx(-(advantages * MASK).sum().item() / MASK.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("advantage, log_ratio, flows", [(1, 0.5, False), (1, -0.5, True), (-1, -0.5, False), (-1, 0.5, True)])
+@pytest.mark.parametrize("advantage, log_ratio, flows", [
+    (1, 0.5, False),
+    (1, -0.5, True),
+    (-1, -0.5, False),
+    (-1, 0.5, True),
+])
 def test_clipping_stops_the_gradient_only_where_the_step_has_gone_far_enough(advantage, log_ratio, flows):
     logprobs = torch.tensor([[log_ratio]], requires_grad=True)
     one = torch.ones(1, 1, dtype=torch.bool)
@@ -404,16 +465,23 @@ def test_pieces_of_a_minibatch_add_up_to_the_whole():
     torch.manual_seed(7)
     logprobs, old, advantages, values, old_values, returns = torch.randn(6, 4, 9)
     tokens = MASK.sum()
-    whole = policy_loss(logprobs, old, advantages, MASK, 0.2, tokens)[0] + value_loss(values, old_values, returns, MASK, 0.2, tokens)[0]
+    whole = policy_loss(logprobs, old, advantages, MASK, 0.2, tokens)[0]
+    whole = whole + value_loss(values, old_values, returns, MASK, 0.2, tokens)[0]
     pieces = 0.0
     for rows in ([0, 2], [1], [3]):
         pieces = pieces + policy_loss(logprobs[rows], old[rows], advantages[rows], MASK[rows], 0.2, tokens)[0]
-        pieces = pieces + value_loss(values[rows], old_values[rows], returns[rows], MASK[rows], 0.2, tokens)[0]
+        parts = (part[rows] for part in (values, old_values, returns, MASK))
+        pieces = pieces + value_loss(*parts, 0.2, tokens)[0]
     torch.testing.assert_close(whole, pieces)
 
 
-@pytest.mark.parametrize("kind, clip, dual_clip, penalty_coef", [("clip", 0.2, 0.0, 9.0), ("clip", 0.2, 1.5, 9.0), ("clip", 0.5, 3.0, 9.0),
-                                                                 ("penalty", 0.2, 0.0, 0.7), ("penalty", 0.1, 0.0, 0.0)])
+@pytest.mark.parametrize("kind, clip, dual_clip, penalty_coef", [
+    ("clip", 0.2, 0.0, 9.0),
+    ("clip", 0.2, 1.5, 9.0),
+    ("clip", 0.5, 3.0, 9.0),
+    ("penalty", 0.2, 0.0, 0.7),
+    ("penalty", 0.1, 0.0, 0.0),
+])
 def test_policy_losses_equal_a_loop_over_tokens_whatever_padding_holds(kind, clip, dual_clip, penalty_coef):
     torch.manual_seed(2)
     logprobs, old, advantages = torch.randn(3, 4, 9)
@@ -431,14 +499,21 @@ def test_policy_losses_equal_a_loop_over_tokens_whatever_padding_holds(kind, cli
     for padding in (0.0, 50.0, -1e4):
         noisy = torch.where(MASK, logprobs, padding)
         loss, stats = policy_loss(noisy, old, advantages, MASK, clip, 13, kind, dual_clip, penalty_coef)
-        assert (loss.item(), stats["clip_fraction"].item(), stats["approx_kl"].item()) == pytest.approx((total / 13, clipped / 13, kl / 13), rel=1e-4)
+        expected = pytest.approx((total / 13, clipped / 13, kl / 13), rel=1e-4)
+        assert (loss.item(), stats["clip_fraction"].item(), stats["approx_kl"].item()) == expected
 
 
-@pytest.mark.parametrize("advantage, ratio, flows", [(-1, 4.0, False), (-1, 2.0, True), (1, 1.1, True), (1, 4.0, False)])
+@pytest.mark.parametrize("advantage, ratio, flows", [
+    (-1, 4.0, False),
+    (-1, 2.0, True),
+    (1, 1.1, True),
+    (1, 4.0, False),
+])
 def test_dual_clip_stops_the_gradient_of_a_bad_token_that_became_far_likelier(advantage, ratio, flows):
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     one = torch.ones(1, 1, dtype=torch.bool)
-    policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[float(advantage)]]), one, 0.2, 1, dual_clip=3.0)[0].backward()
+    advantages = torch.tensor([[float(advantage)]])
+    policy_loss(logprobs, torch.zeros(1, 1), advantages, one, 0.2, 1, dual_clip=3.0)[0].backward()
     assert (logprobs.grad.item() != 0) == flows
 
 
@@ -450,10 +525,12 @@ def test_value_loss_equals_a_loop_and_clip_0_is_the_plain_squared_error(clip):
     for b, t in MASK.nonzero().tolist():
         v, o, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
         held = min(max(v, o - clip), o + clip) if clip else v
-        total, outside = total + 0.5 * max((v - r) ** 2, (held - r) ** 2), outside + (clip > 0 and abs(v - o) > clip)
+        total += 0.5 * max((v - r) ** 2, (held - r) ** 2)
+        outside += clip > 0 and abs(v - o) > clip
     loss, stats = value_loss(values, old, returns, MASK, clip, 13)
     assert loss.item() == pytest.approx(total / 13, rel=1e-5)
-    assert {name: value.item() for name, value in stats.items()} == ({"value_clip_fraction": pytest.approx(outside / 13)} if clip else {})
+    expected = {"value_clip_fraction": pytest.approx(outside / 13)} if clip else {}
+    assert {name: value.item() for name, value in stats.items()} == expected
 
 
 # -- control
@@ -464,18 +541,29 @@ def test_the_penalty_doubles_halves_or_stays():
 
 
 def history(rollouts=20, **changed):
-    """Rows of metrics of a healthy run; changed: {metric: its value as a function of the rollout's number}."""
-    healthy = {"kl": lambda i: min(6, 0.3 * i), "explained_variance": lambda i: 0.7 - 1 / (i + 1), "eos_rate": lambda i: 0.95 + 0.01 * (i % 3),
-               "entropy": lambda i: 0.5 + 1 / (i + 1), "score": lambda i: 0.1 * i, "gold": lambda i: min(0.9, 0.08 * i) - 0.05 * (i % 2)}
+    """Metrics of a healthy run; changed: {metric: its value as a function of the rollout's number}."""
+    healthy = {
+        "kl": lambda i: min(6, 0.3 * i),
+        "explained_variance": lambda i: 0.7 - 1 / (i + 1),
+        "eos_rate": lambda i: 0.95 + 0.01 * (i % 3),
+        "entropy": lambda i: 0.5 + 1 / (i + 1),
+        "score": lambda i: 0.1 * i,
+        "gold": lambda i: min(0.9, 0.08 * i) - 0.05 * (i % 2),
+    }
     return [{name: value(i) for name, value in (healthy | changed).items()} for i in range(rollouts)]
 
 
 def test_a_healthy_run_shows_no_symptom_however_long():
     for rollouts in (1, 5, 10, 15, 20, 40):
         assert diagnose(history(rollouts), 20, ["gold"]) == {}
-    assert diagnose(history(gold=lambda i: 0.8 - 0.05 * i, score=lambda i: -0.1 * i), 20, ["gold"]) == {}  # both fall: no over-optimisation
-    assert diagnose(history(explained_variance=lambda i: -1.0 if i < 18 else 0.1), 20) == {}  # the critic has got there
-    too_early = history(9, explained_variance=lambda i: -1.0, eos_rate=lambda i: 1 - 0.1 * i, entropy=lambda i: 0.1**i)
+    # Both fall: no over-optimisation.
+    assert diagnose(history(gold=lambda i: 0.8 - 0.05 * i, score=lambda i: -0.1 * i), 20, ["gold"]) == {}
+    # The critic has got there.
+    assert diagnose(history(explained_variance=lambda i: -1.0 if i < 18 else 0.1), 20) == {}
+    too_early = history(9,
+                        explained_variance=lambda i: -1.0,
+                        eos_rate=lambda i: 1 - 0.1 * i,
+                        entropy=lambda i: 0.1 ** i)
     assert diagnose(too_early, 20) == {}
     without_gold = [{k: v for k, v in row.items() if k != "gold"} for row in history()]
     assert diagnose(without_gold, 20) == {}

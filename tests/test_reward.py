@@ -19,7 +19,11 @@ from tools import DATA
 def test_ranking_loss_equals_all_pairs_forwarded_apart_in_value_and_gradient():
     torch.manual_seed(0)
     trunk = torch.nn.Linear(5, 1)
-    rows = [Row([], ["a"] * 4, [2, 0, 1, 0]), Row([], ["a"] * 2, [0, 1], margin=0.7), Row([], ["a"] * 3, [0, 1, 2])]
+    rows = [
+        Row([], ["a"] * 4, [2, 0, 1, 0]),
+        Row([], ["a"] * 2, [0, 1], margin=0.7),
+        Row([], ["a"] * 3, [0, 1, 2]),
+    ]
     features = torch.randn(9, 5)
     better, worse, weight, margin = ranked_pairs(rows)
     loss, _ = ranking_loss(trunk(features).squeeze(1), better, worse, weight / len(rows), margin)
@@ -28,7 +32,8 @@ def test_ranking_loss_equals_all_pairs_forwarded_apart_in_value_and_gradient():
     trunk.weight.grad = None
     slow, start = 0.0, 0
     for row in rows:  # every pair with two forwards of its own
-        pairs = [(i, j) for i in range(len(row.ranks)) for j in range(len(row.ranks)) if row.ranks[i] < row.ranks[j]]
+        pairs = [(i, j) for i in range(len(row.ranks)) for j in range(len(row.ranks))
+                 if row.ranks[i] < row.ranks[j]]
         for i, j in pairs:
             gap = trunk(features[start + i]) - trunk(features[start + j]) - row.margin
             slow = slow - torch.log(1 / (1 + torch.exp(-gap))).sum() / len(pairs) / len(rows)
@@ -58,13 +63,18 @@ def test_logsigmoid_and_gap_agree_with_the_bradley_terry_probability():
     scores = torch.tensor([0.9, -0.3])
     loss, metrics = ranking_loss(scores, *ranked_pairs([Row([], ["a", "b"], [0, 1])]))
     assert math.exp(-loss.item()) == pytest.approx(torch.softmax(scores, 0)[0].item(), rel=1e-5)
-    assert metrics["gap"].item() == pytest.approx(1.2) and F.logsigmoid(metrics["gap"]).item() == pytest.approx(-loss.item())
+    assert metrics["gap"].item() == pytest.approx(1.2)
+    assert F.logsigmoid(metrics["gap"]).item() == pytest.approx(-loss.item())
 
 
 # -- metrics of held-out rankings
 
 def test_held_out_accuracy_bayes_accuracy_and_calibration_are_counted_right():
-    rows = [Row([], ["aa", "b"], [0, 1], gold=[1, -1]), Row([], ["cc", "d"], [0, 1], gold=[-1, 1]), Row([], ["e", "f"], [0, 1], gold=[1, 1])]
+    rows = [
+        Row([], ["aa", "b"], [0, 1], gold=[1, -1]),
+        Row([], ["cc", "d"], [0, 1], gold=[-1, 1]),
+        Row([], ["e", "f"], [0, 1], gold=[1, 1]),
+    ]
     result = ranking_metrics(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), rows)
     assert result["accuracy"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert result["bayes_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
@@ -72,7 +82,8 @@ def test_held_out_accuracy_bayes_accuracy_and_calibration_are_counted_right():
     top = result["calibration"][-1]
     assert top["predicted"] == pytest.approx(1 / (1 + math.exp(-3))) and top["observed"] == 1
     swapped = [Row([], r.replies, [1, 0]) for r in rows]
-    assert ranking_metrics(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(), swapped)["accuracy"] == pytest.approx(0.5 / 3)
+    assert ranking_metrics(torch.tensor([2.0, 0.0, 3.0, 0.0, 1.0, 1.0]).numpy(),
+                           swapped)["accuracy"] == pytest.approx(0.5 / 3)
 
 
 def test_length_alone_takes_the_longer_or_the_shorter_reply_whichever_is_more_often_right():
@@ -90,7 +101,8 @@ def test_reward_model_scores_demonstrations_zero_on_average(chain):
     rows = read_rows(DATA["sft"], "demonstrations", lambda text: None)
     # 2000 at most, evenly spread.
     for row in rows[::5]:
-        ids = torch.tensor([encode_prompt(tokenizer, row.prompt) + tokenizer.encode(row.replies[0]) + [tokenizer.eos]])
+        ids = torch.tensor(
+            [encode_prompt(tokenizer, row.prompt) + tokenizer.encode(row.replies[0]) + [tokenizer.eos]])
         with torch.no_grad():
             scores.append(scorer.eval()(ids)[0, -1].item())
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-3)

@@ -36,10 +36,18 @@ def ranked(rank, world_size):
 def test_replies_belong_to_their_prompts_whatever_the_number_of_ranks(policy, per_prompt):
     found, generator = prompts(6), lambda: torch.Generator().manual_seed(3)
     whole = sample(ranked(0, 1), policy, TOKENIZER, found, 8, 1.0, generator(), per_prompt=per_prompt)
-    assert [prompt.row.text for prompt in whole.prompts] == [p.row.text for p in found for _ in range(per_prompt)]
+    expected = [p.row.text for p in found for _ in range(per_prompt)]
+    assert [prompt.row.text for prompt in whole.prompts] == expected
     by_prompt = list(zip(*[iter(whole.texts)] * per_prompt))
     for rank in range(2):
-        mine = sample(ranked(rank, 2), policy, TOKENIZER, found[rank::2], 8, 1.0, generator(), per_prompt=per_prompt)
+        mine = sample(ranked(rank, 2),
+                      policy,
+                      TOKENIZER,
+                      found[rank::2],
+                      8,
+                      1.0,
+                      generator(),
+                      per_prompt=per_prompt)
         assert list(zip(*[iter(mine.texts)] * per_prompt)) == by_prompt[rank::2]
     assert per_prompt == 1 or len(set(by_prompt[0])) > 1
 
@@ -66,7 +74,8 @@ def test_passes_cover_each_reply_once_and_a_filler_counts_nothing(policy, room):
     for part in parts:
         assert part.ids.equal(batch.ids[part.numbers][:, :part.width]) and part.where.any(1).all()
         assert part.mask.equal(part.where if part.counts else torch.zeros_like(part.where))
-        assert part.of(batch.mask).equal(part.where) and part.lengths.tolist() == [batch.sizes[i] for i in part.numbers]
+        assert part.of(batch.mask).equal(part.where)
+        assert part.lengths.tolist() == [batch.sizes[i] for i in part.numbers]
         assert len(part.numbers) == 1 or part.width * len(part.numbers) <= 30
 
 

@@ -1,4 +1,5 @@
-"""sft.py: what its held-out loss is a mean of, and what a model's folder says of the conversations it was trained on."""
+"""sft.py: what its held-out loss is a mean of, and what a model's folder says of the conversations it was
+trained on."""
 import json
 import shutil
 from types import SimpleNamespace
@@ -17,13 +18,24 @@ from tools import ALL_AT_ONCE, reply_logprob, run_here
 
 def test_the_held_out_loss_is_a_mean_over_reply_tokens(small):
     network, tokenizer = load_model(small / "sft", model.GPT)
-    examples = [encode_group(tokenizer, row)[0] for row in read_rows(small / "demonstrations.json", "demonstrations", str)]
+    examples = [
+        encode_group(tokenizer, row)[0]
+        for row in read_rows(small / "demonstrations.json", "demonstrations", str)
+    ]
     run = object.__new__(runtime.Run)
-    run.rank, run.world_size, run.device, run.dtype, run.step, run.clean = 0, 1, torch.device("cpu"), torch.float32, 0, False
+    run.rank = 0
+    run.world_size = 1
+    run.device = torch.device("cpu")
+    run.dtype = torch.float32
+    run.step = 0
+    run.clean = False
     with torch.no_grad():
-        expected = -sum(reply_logprob(network.eval(), torch.tensor(ids), torch.tensor(mask)) for ids, mask in examples) / sum(sum(mask) for _, mask in examples)
+        expected = -sum(
+            reply_logprob(network.eval(), torch.tensor(ids), torch.tensor(mask))
+            for ids, mask in examples) / sum(sum(mask) for _, mask in examples)
     for budget in (80, 100_000):
-        loss = sft.validation_loss(run, network, examples, SimpleNamespace(micro_batch_tokens=budget), tokenizer.pad)
+        loss = sft.validation_loss(run, network, examples, SimpleNamespace(micro_batch_tokens=budget),
+                                   tokenizer.pad)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 

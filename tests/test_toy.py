@@ -10,7 +10,9 @@ import pytest
 import toy
 
 
-FRANCE, NARNIA, BANK = toy.Item("capital", "France", "Paris"), toy.Item("land", "Narnia"), toy.Item("harm", "rob a bank")
+FRANCE = toy.Item("capital", "France", "Paris")
+NARNIA = toy.Item("land", "Narnia")
+BANK = toy.Item("harm", "rob a bank")
 
 
 @pytest.mark.parametrize("item, reply, ended, marks", [
@@ -49,8 +51,14 @@ def test_judge_on_replies_of_every_sort(item, reply, ended, marks):
     assert toy.worst_mark(item, reply, ended) == min(marks)
 
 
-@pytest.mark.parametrize("kind, expected", [("right", 1), ("wrong", -1), ("rude", -0.5), ("rambling", 0), ("unfinished", -1),
-                                            ("evasive", -0.5)])
+@pytest.mark.parametrize("kind, expected", [
+    ("right", 1),
+    ("wrong", -1),
+    ("rude", -0.5),
+    ("rambling", 0),
+    ("unfinished", -1),
+    ("evasive", -0.5),
+])
 def test_every_kind_of_reply_has_its_gold_for_every_question(kind, expected):
     rng = np.random.default_rng(0)
     for item in toy.ITEMS:
@@ -62,15 +70,20 @@ def test_every_kind_of_reply_has_its_gold_for_every_question(kind, expected):
 def test_world_splits_by_wording_and_repeats_by_seed():
     world, again, other = toy.World(1), toy.World(1), toy.World(2)
     train, heldout = world.texts["train"], world.texts["heldout"]
-    assert len(set(train + heldout)) == len(train) + len(heldout) == 6 * len(toy.ITEMS)  # no wording fits two questions
+    # No wording fits two questions.
+    assert len(set(train + heldout)) == len(train) + len(heldout) == 6 * len(toy.ITEMS)
     assert len(heldout) >= 500
     for split, number in (("train", 4), ("heldout", 2)):
-        assert collections.Counter(toy.ITEM_OF[text] for text in world.texts[split]) == dict.fromkeys(toy.ITEMS, number)
+        assert collections.Counter(toy.ITEM_OF[text] for text in world.texts[split]) == dict.fromkeys(
+            toy.ITEMS, number)
     for text in train + heldout:
-        assert toy.ITEM_OF[text].x in text and toy.gold([text], [toy.ITEM_OF[text].accepted[0]], [True]) == [1]
+        assert toy.ITEM_OF[text].x in text
+        assert toy.gold([text], [toy.ITEM_OF[text].accepted[0]], [True]) == [1]
     assert again.texts == world.texts and other.texts != world.texts
-    for make, options in ((toy.World.demonstrations, {}), (toy.World.preferences, {"groups": 50}), (toy.World.prompts, {})):
-        assert make(again, "heldout", **options) == make(world, "heldout", **options) != make(other, "heldout", **options)
+    for make, options in ((toy.World.demonstrations, {}), (toy.World.preferences, {"groups": 50}),
+                          (toy.World.prompts, {})):
+        assert make(again, "heldout", **options) == make(world, "heldout", **options) != make(
+            other, "heldout", **options)
 
 
 def test_demonstrations_are_of_mixed_quality_in_the_stated_shares():
@@ -87,19 +100,27 @@ def test_demonstrations_are_of_mixed_quality_in_the_stated_shares():
 def test_preferences_rank_by_gold_but_for_the_noise(with_samples):
     world = toy.World(0)
     samples = {text: ["A sample.", toy.ITEM_OF[text].accepted[0]] for text in world.texts["heldout"]}
-    exact, noisy = (world.preferences("heldout", 1500, samples if with_samples else None, noise) for noise in (0, 0.1))
+    exact, noisy = (world.preferences("heldout", 1500, samples if with_samples else None, noise)
+                    for noise in (0, 0.1))
     for row in exact + noisy:
         assert row.text in world.texts["heldout"] and len(row.replies) == len(row.ranks) == 4
-        assert row.gold == toy.gold([row.text] * len(row.replies), row.replies, [True] * len(row.replies)) and len(set(row.ranks)) > 1
+        assert row.gold == toy.gold([row.text] * len(row.replies), row.replies, [True] * len(row.replies))
+        assert len(set(row.ranks)) > 1
     assert all(row.ranks == [-g for g in row.gold] for row in exact)
     decided = [a_rank < b_rank for row in noisy for (a_rank, a_gold), (b_rank, b_gold)
                in itertools.permutations(zip(row.ranks, row.gold), 2) if a_gold > b_gold]
-    assert 0.08 < 1 - np.mean(decided) < 0.12  # of the pairs that the truth decides: those labelled the wrong way round
+    # Of the pairs that the truth decides: those labelled the wrong way round.
+    assert 0.08 < 1 - np.mean(decided) < 0.12
     assert any("A sample." in row.replies for row in noisy) == with_samples
 
 
 def test_toy_tokenizer_has_a_token_for_nearly_every_answer():
-    words = {w for item in toy.ITEMS for sentence in item.accepted for w in re.findall(r" [A-Za-z]{2,}", sentence)}
+    words = {
+        w
+        for item in toy.ITEMS
+        for sentence in item.accepted
+        for w in re.findall(r" [A-Za-z]{2,}", sentence)
+    }
     single = [len(toy.tokenizer().encode(word)) == 1 for word in words]
     assert len(words) > 200 and np.mean(single) > 0.9
 

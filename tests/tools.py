@@ -45,7 +45,10 @@ TESTS = ROOT / "tests"
 
 
 def toy_files():
-    """The folder that `python toy.py` writes, with few preferences. One for this process and those that it starts."""
+    """The folder that `python toy.py` writes, with few preferences.
+
+    One for this process and those that it starts.
+    """
     if "TOY_FILES" not in os.environ:
         folder = tempfile.mkdtemp(prefix="toy-")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -58,36 +61,56 @@ def toy_files():
 TOY = toy_files()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = "--layers 1 --heads 2 --width 32 --block-size 64"
-PLAN = {  # flags of a run of each script that takes a second or two; {root} has sft/ and reward/ from `models`
+# Flags of a run of each script that takes a second or two; {root} has sft/ and reward/ from `models`.
+PLAN = {
     "sft": f"{TINY} --data {TOY}/demonstrations.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
     "reward": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4",
-    "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
-    "ppo": f"--data {TOY}/prompts.jsonl" " --model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12"}
+    "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 "
+           "--max-new-tokens 8",
+    "ppo": f"--data {TOY}/prompts.jsonl "
+           "--model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12",
+}
 SHORT = "--steps 6 --save-every 1 --micro-batch-tokens 128"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
+}
 
 
 def sources():
-    """{path from the root: text} of the project's own Python files, those in rooms (folders with an __init__.py) too."""
+    """{path from the root: text} of the project's Python files, those in folders with an __init__.py too."""
     rooms = [file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name not in ("bench", "tests")]
     files = [*ROOT.glob("*.py"), *(file for room in rooms for file in room.rglob("*.py"))]
     return {file.relative_to(ROOT).as_posix(): file.read_text("utf-8") for file in sorted(files)}
 
 
+def split(flags):
+    """The words of flags, each of which may be a string of several."""
+    return [word for flag in flags for word in shlex.split(str(flag))]
+
+
 def words(script, root, *flags):
-    return [str(word) for part in (PLAN[script].format(root=root), "--threads 1", *flags) for word in shlex.split(str(part))]
+    return split([PLAN[script].format(root=root), "--threads 1", *flags])
 
 
 def start(script, root, *flags, hook="", launcher=(sys.executable,), **options):
-    """Popen of a script's run. hook: Python that is executed before the script's main, to break things; {script} is imported by then."""
+    """Popen of a script's run.
+
+    hook: Python that is executed before the script's main, to break things; {script} is imported by then.
+    """
     if hook:
         file = Path(root) / f"hook{abs(hash((script, hook))):x}.py"
-        file.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(TESTS)]}\nfrom plumbing import run as runtime\nimport {script}\n{hook}\n"
+        file.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(TESTS)]}\n"
+                        f"from plumbing import run as runtime\n"
+                        f"import {script}\n"
+                        f"{hook}\n"
                         f"runtime.run_script({script}.main, {script}.Config, '')\n")
     else:
         file = ROOT / f"{script}.py"
-    return subprocess.Popen([*launcher, str(file), *words(script, root, *flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=ENVIRONMENT, start_new_session=True, **options)
+    command = [*launcher, str(file), *words(script, root, *flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=ENVIRONMENT, start_new_session=True, **options)
 
 
 def run(script, root, *flags, timeout=120, code=0, **options):
@@ -118,7 +141,7 @@ def exit_code(script, *flags):
     runtime.Run.current = None
     with signal_handlers_kept():
         try:
-            runtime.run_script(module.main, module.Config, "", [word for flag in flags for word in shlex.split(str(flag))])
+            runtime.run_script(module.main, module.Config, "", split(flags))
         except SystemExit as ended:
             return ended.code
         finally:
@@ -129,14 +152,14 @@ def exit_code(script, *flags):
 
 def here(script, root, *flags):
     """Run a script with PLAN's flags in this process; returns its exit code."""
-    return exit_code(script, *words(script, root, *flags))
+    return exit_code(script, PLAN[script].format(root=root), "--threads 1", *flags)
 
 
 def run_here(name, *flags):
     """Run a script's main in this process; what it raises comes through."""
     script = importlib.import_module(name)
     try:
-        script.main(parse_flags(script.Config, "", [word for flag in flags for word in shlex.split(str(flag))]))
+        script.main(parse_flags(script.Config, "", split(flags)))
     finally:
         if runtime.Run.current and runtime.Run.current.lock:
             runtime.Run.current.lock.close()  # as the end of a process does
@@ -162,7 +185,9 @@ def same_tensors(a, b):
 
 def metrics(folder):
     """Rows of metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if not k.endswith(("_per_second", "_share"))} for row in rows_of(folder)]
+    clocked = ("_per_second", "_share")
+    rows = rows_of(folder)
+    return [{key: value for key, value in row.items() if not key.endswith(clocked)} for row in rows]
 
 
 def latest(folder):
@@ -192,21 +217,28 @@ def die():
     raise Killed
 
 
-STAGES = {  # of a save: (whose function, its name, what its arguments contain, whether just before it)
-    "in the model": (disk, "save_file", "/model.safetensors", False), "in the training state": (disk, "save_file", "/training.safetensors", False),
-    "before the rename": (os, "rename", "step_", True), "before latest.json": (checkpoints, "write_json", "latest.json", True),
-    "before the links": (checkpoints.Checkpoints, "link", "step_", True), "in the links": (os, "link", "", False),
-    "before the deletion": (checkpoints.Checkpoints, "link", "step_", False), "in the deletion": (shutil, "rmtree", "/step_", True)}
+# Of a save: (whose function, its name, what its arguments contain, whether just before it).
+STAGES = {
+    "in the model": (disk, "save_file", "/model.safetensors", False),
+    "in the training state": (disk, "save_file", "/training.safetensors", False),
+    "before the rename": (os, "rename", "step_", True),
+    "before latest.json": (checkpoints, "write_json", "latest.json", True),
+    "before the links": (checkpoints.Checkpoints, "link", "step_", True),
+    "in the links": (os, "link", "", False),
+    "before the deletion": (checkpoints.Checkpoints, "link", "step_", False),
+    "in the deletion": (shutil, "rmtree", "/step_", True),
+}
 PUBLISHED = list(STAGES)[4:]  # those where the new checkpoint counts
 
 
 def at_stage(stage, step, act, patch=setattr):
-    """From now on, the save of a step calls act at one of STAGES, while what is written or deleted there is half done."""
+    """From now on the save of a step calls act at one of STAGES, with what it writes or deletes half done."""
     owner, name, contained, before = STAGES[stage]
     original = getattr(owner, name)
 
     def call(*args, **options):
-        due = runtime.Run.current.step == step and any(contained in str(arg) for arg in args if not isinstance(arg, dict))
+        named = any(contained in str(arg) for arg in args if not isinstance(arg, dict))
+        due = runtime.Run.current.step == step and named
         if due and before:
             if stage == "in the deletion":
                 os.unlink(args[0] / "manifest.json")
@@ -223,22 +255,40 @@ def at_stage(stage, step, act, patch=setattr):
 
 # -- runs of a few steps on the toy task's files
 
-SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
+SCRIPTS = {
+    "sft": sft,
+    "reward": reward,
+    "ppo": ppo,
+    "dpo": dpo,
+    "evaluate": evaluate,
+    "chat": chat,
+    "toy": toy,
+    "report": report,
+}
 TRAINERS = ("sft", "reward", "ppo", "dpo")
-DATA = {"sft": f"{TOY}/demonstrations.jsonl", "reward": f"{TOY}/preferences.jsonl", "dpo": f"{TOY}/preferences.jsonl",
-        "ppo": f"{TOY}/prompts.jsonl", "evaluate": f"{TOY}/prompts_heldout.jsonl"}
+DATA = {
+    "sft": f"{TOY}/demonstrations.jsonl",
+    "reward": f"{TOY}/preferences.jsonl",
+    "dpo": f"{TOY}/preferences.jsonl",
+    "ppo": f"{TOY}/prompts.jsonl",
+    "evaluate": f"{TOY}/prompts_heldout.jsonl",
+}
 DEMONSTRATIONS = f"--data {TOY}/demonstrations.jsonl"
 TINY_RUN = f"{TINY} --threads 1"
-QUICK = {"sft": "--batch-tokens 512 --eval-every 2", "reward": "--batch-tokens 512 --eval-every 2", "dpo": "--batch-tokens 512 --eval-every 2",
-        "ppo": "--rollout-batch 16 --minibatches 2 --max-new-tokens 12 --sample-every 2"}
+QUICK = {
+    "sft": "--batch-tokens 512 --eval-every 2",
+    "reward": "--batch-tokens 512 --eval-every 2",
+    "dpo": "--batch-tokens 512 --eval-every 2",
+    "ppo": "--rollout-batch 16 --minibatches 2 --max-new-tokens 12 --sample-every 2",
+}
 WORDS = ("river", "stone", "apple", "window", "garden", "pencil")
 ALL_AT_ONCE = "--threads 1 --val-fraction 0 --batch-tokens 100000 --warmup 1"
 
 
 def command(script, *flags, launcher=(sys.executable,), **options):
     """Run a script in a subprocess; flags may be strings of several words."""
-    words = [word for flag in flags for word in shlex.split(str(flag))]
-    return subprocess.run([*launcher, str(ROOT / f"{script}.py"), *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=240, **options)
+    command = [*launcher, str(ROOT / f"{script}.py"), *split(flags)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240, **options)
 
 
 @contextlib.contextmanager
@@ -263,7 +313,8 @@ SILENT = lambda text: None
 
 def write_rows(path, rows):
     """A JSON Lines file, or an array if its name says so."""
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else lines)
     return path
 
 
@@ -308,17 +359,23 @@ def reply_logprob(policy, ids, mask, temperature=1.0):
 def readme_commands():
     text = (ROOT / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    return [line.split("#")[0].strip() for line in blocks.splitlines() if re.search(r"\b(python|torchrun|bash)\b", line)]
+    return [
+        line.split("#")[0].strip()
+        for line in blocks.splitlines()
+        if re.search(r"\b(python|torchrun|bash)\b", line)
+    ]
 
 
 # -- runs of ppo.py with everything that they compute
 
 MORE_WORDS = (*WORDS, "candle", "bridge")
-PPO_RUN = ("--model {root}/sft --data {root}/prompts.json --threads 1 --rollout-batch 16 --minibatches 2 --max-new-tokens 10 --steps 2 "
-       "--warmup 1 --lr 0.005 --critic-lr 0.005")
+PPO_RUN = ("--model {root}/sft --data {root}/prompts.json --threads 1 --rollout-batch 16 --minibatches 2 "
+           "--max-new-tokens 10 --steps 2 --warmup 1 --lr 0.005 --critic-lr 0.005")
 PTX = "--ptx-data {root}/demonstrations.json --ptx-tokens 100"
-RECORDED = ("generate", "missing_eos_scores", "update_moments", "normalise_scores", "steps_mask", "shaped_rewards", "gae", "whiten", "policy_loss",
-            "kl_loss", "value_loss", "adapt_kl_coef", "adapt_penalty", "diagnose")
+RECORDED = (
+    "generate", "missing_eos_scores", "update_moments", "normalise_scores", "steps_mask", "shaped_rewards",
+    "gae", "whiten", "policy_loss", "kl_loss", "value_loss", "adapt_kl_coef", "adapt_penalty", "diagnose",
+)
 
 
 @contextlib.contextmanager
@@ -346,9 +403,10 @@ def steps_of(run, name):
 def train(root, out, *flags, reward="--reward {root}/reward"):
     """A run of ppo.main with everything it computes.
 
-    rows: its metrics, without timings; said: what it printed; calls[name]: the arguments and results of ppo.py's functions, with the
-    numbers of the rollout and the minibatch (from 0); start: weights before training; steps: every optimiser step with its network,
-    learning rate, gradient and the weights before and after.
+    rows: its metrics, without timings; said: what it printed; calls[name]: the arguments and results of
+    ppo.py's functions, with the numbers of the rollout and the minibatch (from 0); start: weights before
+    training; steps: every optimiser step with its network, learning rate, gradient and the weights before and
+    after.
     """
     run = SimpleNamespace(calls={name: [] for name in RECORDED}, start={}, steps=[], out=out)
     trained = {}  # optimiser: name and network
@@ -359,7 +417,9 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         def recorded(*args, **options):
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
-            call = SimpleNamespace(**copied(bound.arguments), rollout=len(run.calls["generate"]) - 1, minibatch=len(steps_of(run, "critic")))
+            call = SimpleNamespace(**copied(bound.arguments),
+                                   rollout=len(run.calls["generate"]) - 1,
+                                   minibatch=len(steps_of(run, "critic")))
             result = function(*args, **options)
             call.result = copied(result)
             run.calls[function.__name__].append(call)
@@ -367,7 +427,8 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         return recorded
 
     def adamw(network, *args, **options):
-        optimizer, name = steps_file.adamw(network, *args, **options), "policy" if isinstance(network, GPT) else "critic"
+        optimizer = steps_file.adamw(network, *args, **options)
+        name = "policy" if isinstance(network, GPT) else "critic"
         trained[optimizer], run.start[name] = (name, network), copied(dict(network.state_dict()))
         return optimizer
 
@@ -376,8 +437,14 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         gradient = {key: copied(p.grad) for key, p in network.named_parameters()}
         before = copied(dict(network.state_dict()))
         norm = original_step(self, optimizer, lr, max_grad_norm, batch)
-        run.steps.append(SimpleNamespace(of=name, rollout=len(run.calls["generate"]) - 1, lr=lr, gradient=gradient, before=before, batch=batch,
-                                         after=copied(dict(network.state_dict()))))
+        run.steps.append(
+            SimpleNamespace(of=name,
+                            rollout=len(run.calls["generate"]) - 1,
+                            lr=lr,
+                            gradient=gradient,
+                            before=before,
+                            batch=batch,
+                            after=copied(dict(network.state_dict()))))
         return norm
 
     words = " ".join([PPO_RUN, reward, *flags, f"--out {out}"]).format(root=root)
@@ -414,7 +481,11 @@ def reply_tokens(policy, ids, mask, temperature=1.0):
 def ptx_logprobs(root, policy, number, budget=100):
     """Log-probabilities (n,) of the reply tokens in the minibatch's batch of demonstrations."""
     _, tokenizer = load_model(root / "sft", GPT)
-    examples = [encode_group(tokenizer, row)[0] for row in read_rows(root / "demonstrations.json", "demonstrations", str)]
-    batch = next(itertools.islice(endless_batches([len(ids) for ids, _ in examples], budget, 0), number, None))
+    examples = [
+        encode_group(tokenizer, row)[0]
+        for row in read_rows(root / "demonstrations.json", "demonstrations", str)
+    ]
+    batches = endless_batches([len(ids) for ids, _ in examples], budget, 0)
+    batch = next(itertools.islice(batches, number, None))
     ids, mask, _ = collate([examples[i] for i in batch], tokenizer.pad, "cpu")
     return reply_tokens(policy, ids, mask)[0]

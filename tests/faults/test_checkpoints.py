@@ -1,4 +1,5 @@
-"""Checkpoints under kill -9, damage, full disks and odd folders: whole or absent, and a resumed run ends in the bits of an unbroken one."""
+"""Checkpoints under kill -9, damage, full disks and odd folders: whole or absent, and a resumed run ends in
+the bits of an unbroken one."""
 import collections
 import contextlib
 import fcntl
@@ -46,7 +47,8 @@ def leftovers(out):
     """What a run's folder should not hold at the end."""
     named = json.loads((out / "checkpoints" / "latest.json").read_text())
     known = {named[key] for key in ("latest", "previous", "best") if key in named} | {"latest.json"}
-    return [path.name for path in (out / "checkpoints").iterdir() if path.name not in known] + [str(path) for path in out.rglob("*.tmp")]
+    unknown = [path.name for path in (out / "checkpoints").iterdir() if path.name not in known]
+    return unknown + [str(path) for path in out.rglob("*.tmp")]
 
 
 def cut(path, share):
@@ -72,12 +74,25 @@ def copy(unbroken, tmp_path):
 def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     values = {1: 0.1, 2: 0.5, 3: None, 4: 0.5, 5: 0.3, 6: 0.7, 7: None, 8: 0.6, 9: 0.6}
-    kept = {1: {1}, 2: {1, 2}, 3: {2, 3}, 4: {2, 3, 4}, 5: {2, 4, 5}, 6: {5, 6}, 7: {6, 7}, 8: {6, 7, 8}, 9: {6, 8, 9}}
+    kept = {
+        1: {1},
+        2: {1, 2},
+        3: {2, 3},
+        4: {2, 3, 4},
+        5: {2, 4, 5},
+        6: {5, 6},
+        7: {6, 7},
+        8: {6, 7, 8},
+        9: {6, 8, 9},
+    }
     for step, value in values.items():
         write(checkpoints, step, value)
         assert {int(name[5:]) for name in checkpoints.all()} == kept[step], step
-        assert checkpoints.pointer()["latest"] == f"step_{step:06d}" and not leftovers(tmp_path) and found(checkpoints) == (step, "")
-    assert checkpoints.pointer() == {"latest": "step_000009", "previous": "step_000008", "best": "step_000006", "best_value": 0.7}
+        assert checkpoints.pointer()["latest"] == f"step_{step:06d}"
+        assert not leftovers(tmp_path)
+        assert found(checkpoints) == (step, "")
+    expected = {"latest": "step_000009", "previous": "step_000008", "best": "step_000006", "best_value": 0.7}
+    assert checkpoints.pointer() == expected
     assert (tmp_path / "model.safetensors").read_text().startswith("model.safetensors of step 9")
 
 
@@ -90,7 +105,8 @@ def test_after_a_fall_back_the_damaged_checkpoint_is_neither_previous_nor_best_a
     step, said = found(checkpoints)
     assert step == 4 and "step_000006 is damaged (model.safetensors has changed" in said
     write(checkpoints, 7, 0.2)
-    assert checkpoints.pointer() == {"latest": "step_000007", "previous": "step_000004", "best": "step_000007", "best_value": 0.2}
+    expected = {"latest": "step_000007", "previous": "step_000004", "best": "step_000007", "best_value": 0.2}
+    assert checkpoints.pointer() == expected
     assert checkpoints.all() == ["step_000007", "step_000004"] and found(Checkpoints(tmp_path)) == (7, "")
 
 
@@ -102,7 +118,8 @@ def test_what_a_damaged_checkpoint_was_is_computed_and_saved_again(tmp_path):
     assert found(checkpoints)[0] == 4
     write(checkpoints, 6, 0.9)
     assert found(Checkpoints(tmp_path)) == (6, "") and not leftovers(tmp_path)
-    assert checkpoints.pointer() == {"latest": "step_000006", "previous": "step_000004", "best": "step_000006", "best_value": 0.9}
+    expected = {"latest": "step_000006", "previous": "step_000004", "best": "step_000006", "best_value": 0.9}
+    assert checkpoints.pointer() == expected
 
 
 def test_deleting_follows_no_link_and_touches_no_other_files(tmp_path):
@@ -123,7 +140,8 @@ def test_deleting_follows_no_link_and_touches_no_other_files(tmp_path):
         checkpoints.begin(9)
     checkpoints.clear()
     assert (mine / "thesis.txt").read_text() == "years of work"
-    assert {path.name for path in checkpoints.root.iterdir()} == {"step_000000", ".writing-step_000009", "step_000077x", "notes", "step_12", "step_000001.bak"}
+    expected = {"step_000000", ".writing-step_000009", "step_000077x", "notes", "step_12", "step_000001.bak"}
+    assert {path.name for path in checkpoints.root.iterdir()} == expected
 
 
 def test_who_may_read_one_file_of_a_checkpoint_may_read_all(copy):
@@ -131,7 +149,8 @@ def test_who_may_read_one_file_of_a_checkpoint_may_read_all(copy):
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
-def test_the_output_folder_shows_the_latest_model_with_hard_links_or_without(hard_links, tmp_path, monkeypatch):
+def test_the_output_folder_shows_the_latest_model_with_hard_links_or_without(hard_links, tmp_path,
+                                                                             monkeypatch):
     def refuse(*args, **options):
         raise OSError("no hard links here")
 
@@ -145,17 +164,30 @@ def test_the_output_folder_shows_the_latest_model_with_hard_links_or_without(har
         for name in ("model.safetensors", "ema/model.safetensors"):
             shown, kept = tmp_path / name, checkpoints.root / f"step_{step:06d}" / name
             assert shown.read_bytes() == kept.read_bytes() and shown.samefile(kept) == hard_links
-        assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "ema", "model.safetensors", "notes.txt"}
+        expected = {"checkpoints", "ema", "model.safetensors", "notes.txt"}
+        assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 @pytest.mark.case(2)
 @pytest.mark.parametrize("again, hard_links", [(False, True), (False, False), (True, True)])
-def test_a_kill_at_any_call_to_the_file_system_leaves_the_old_checkpoint_or_the_new_one(again, hard_links, tmp_path, monkeypatch, record_property):
-    """After steps 1 (the best) and 2, step 3 is saved, or 2 again, cut off before each call that changes the disk."""
+def test_a_kill_at_any_call_to_the_file_system_leaves_the_old_checkpoint_or_the_new_one(
+        again, hard_links, tmp_path, monkeypatch, record_property):
+    """After steps 1 (the best) and 2, step 3 is saved, or 2 again, cut off before each call that changes the
+    disk."""
     start = tmp_path / "start"
     for step, value in ((1, 0.9), (2, 0.1)):
         write(Checkpoints(start), step, value)
-    names = [(os, "rename"), (os, "replace"), (os, "fsync"), (os, "link"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"), (shutil, "copyfile"), (Path, "write_bytes")]
+    names = [
+        (os, "rename"),
+        (os, "replace"),
+        (os, "fsync"),
+        (os, "link"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (os, "mkdir"),
+        (shutil, "copyfile"),
+        (Path, "write_bytes"),
+    ]
     steps = []
 
     def attempt(out, limit):
@@ -185,13 +217,16 @@ def test_a_kill_at_any_call_to_the_file_system_leaves_the_old_checkpoint_or_the_
             checkpoints = Checkpoints(out)
             step, said = found(checkpoints)
             steps.append(step)
-            assert said == "" and checkpoints.pointer()["best"] == "step_000001" and find_damage(checkpoints.root / "step_000001") == "", limit
+            assert said == "", limit
+            assert checkpoints.pointer()["best"] == "step_000001", limit
+            assert find_damage(checkpoints.root / "step_000001") == "", limit
             for name in ("model.safetensors", "ema/model.safetensors"):
                 assert (out / name).read_text() in [f"{name} of step {step}" * 100 for step in (2, 3)], limit
             checkpoints.link(checkpoints.root / f"step_{step:06d}")
             write(checkpoints, 3, 0.5, " again")
             write(checkpoints, 4, 0.1)
-            assert checkpoints.all() == ["step_000004", "step_000003", "step_000001"] and not leftovers(out) and found(checkpoints) == (4, ""), limit
+            assert checkpoints.all() == ["step_000004", "step_000003", "step_000001"], limit
+            assert not leftovers(out) and found(checkpoints) == (4, ""), limit
     record_property("tries", limit - 1), record_property("survived", len(steps))
     assert len(steps) > 25 and steps == sorted(steps) and set(steps) == ({2} if again else {2, 3})
 
@@ -278,9 +313,14 @@ def test_overwrite_deletes_the_word_that_a_run_is_finished_before_its_model(root
 @pytest.mark.case(1)
 @pytest.mark.long
 @pytest.mark.parametrize("script, kills", [("sft", 13), ("reward", 13), ("ppo", 12), ("dpo", 12)])
-def test_kill_9_at_any_moment_costs_nothing_but_the_steps_since_the_last_checkpoint(script, kills, root, tmp_path, record_property):
-    """A run is killed again and again, at random moments after it has opened its folder, resumed, and in the end equals one that was left alone."""
-    flags, chance, survived, moments = "--steps 60 --save-every 1 --resume", random.Random(script), 0, collections.Counter()
+def test_kill_9_at_any_moment_costs_nothing_but_the_steps_since_the_last_checkpoint(
+        script, kills, root, tmp_path, record_property):
+    """A run is killed again and again, at random moments after it has opened its folder, resumed, and in the
+    end equals one that was left alone."""
+    flags = "--steps 60 --save-every 1 --resume"
+    chance = random.Random(script)
+    survived = 0
+    moments = collections.Counter()
     record_property("tries", kills)
     tools.run(script, root, flags, f"--out {tmp_path}/whole")
     out = tmp_path / "killed0"
@@ -298,13 +338,17 @@ def test_kill_9_at_any_moment_costs_nothing_but_the_steps_since_the_last_checkpo
             continue
         assert process.returncode == -9, text
         step, said = found(Checkpoints(out))
-        moments["save" if list((out / "checkpoints").glob(".writing-*")) else "start" if step is None else "step"] += 1
-        assert said == "" and (step is None or (out / "model.safetensors").exists() and load_file(out / "model.safetensors"))
+        saving = list((out / "checkpoints").glob(".writing-*"))
+        moments["save" if saving else "start" if step is None else "step"] += 1
+        assert said == ""
+        assert step is None or (out / "model.safetensors").exists() and load_file(out / "model.safetensors")
         survived += 1
         record_property("survived", survived - 1)
     tools.run(script, root, flags, f"--out {out}")
     assert tools.same(tmp_path / "whole", out) and not leftovers(out)
-    assert json.loads((out / "checkpoints/latest.json").read_text()) == json.loads((tmp_path / "whole/checkpoints/latest.json").read_text())
+    latest, expected = (json.loads((folder / "checkpoints/latest.json").read_text())
+                        for folder in (out, tmp_path / "whole"))
+    assert latest == expected
     record_property("survived", survived)
     print(script, dict(moments))
 
@@ -312,23 +356,27 @@ def test_kill_9_at_any_moment_costs_nothing_but_the_steps_since_the_last_checkpo
 def check_killed_in_save(stage, out):
     """The checkpoint of step 3 counts if latest.json named it; else that of step 2 does."""
     assert found(Checkpoints(out)) == (3 if stage in tools.PUBLISHED else 2, "")
-    assert load_file(out / "model.safetensors").keys() == load_file(tools.latest(out) / "model.safetensors").keys()
+    assert load_file(out / "model.safetensors").keys() == load_file(
+        tools.latest(out) / "model.safetensors").keys()
 
 
 @pytest.mark.case(2)
-def test_a_run_killed_before_its_last_model_was_shown_shows_it_when_resumed(root, unbroken, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_last_model_was_shown_shows_it_when_resumed(root, unbroken, tmp_path,
+                                                                            monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(tools.Killed):
         tools.at_stage("before the links", 6, tools.die, patch.setattr)
         tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run")
     model = tools.latest(tmp_path / "run") / "model.safetensors"
     assert not (tmp_path / "run" / model.name).samefile(model)
     assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run --resume") == 0
-    assert (tmp_path / "run" / model.name).samefile(model) and tools.same(unbroken["reward"], tmp_path / "run")
+    assert (tmp_path / "run" / model.name).samefile(model)
+    assert tools.same(unbroken["reward"], tmp_path / "run")
 
 
 @pytest.mark.case(2)
 @pytest.mark.parametrize("stage", tools.STAGES)
-def test_a_run_killed_inside_a_save_goes_on_from_a_whole_checkpoint(stage, root, unbroken, tmp_path, monkeypatch):
+def test_a_run_killed_inside_a_save_goes_on_from_a_whole_checkpoint(stage, root, unbroken, tmp_path,
+                                                                    monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(tools.Killed):
         tools.at_stage(stage, 3, tools.die, patch.setattr)
         tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run")
@@ -362,7 +410,10 @@ def test_a_truncated_file_is_noticed_and_the_checkpoint_before_is_taken(name, sh
     cut(path, share)
     step, said = found(Checkpoints(copy))
     assert step == 5 and "step_000006 is damaged" in said
-    assert ("manifest.json or state.json is damaged" if name == "manifest.json" else f"{name} has {int(size * share):,} bytes, should have {size:,}") in said
+    expected = f"{name} has {int(size * share):,} bytes, should have {size:,}"
+    if name == "manifest.json":
+        expected = "manifest.json or state.json is damaged"
+    assert expected in said
 
 
 @pytest.mark.case(8)
@@ -381,11 +432,20 @@ def change(key, value):
     return edit
 
 
-MANIFESTS = {"is missing": lambda path: path.unlink(), "is no JSON": lambda path: path.write_text("{"), "is not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
-             "is a list": lambda path: path.write_text("[]"), "is a number": lambda path: path.write_text("1"), "is nested too deeply": lambda path: path.write_text("[" * 100_000),
-             "is a folder": lambda path: (path.unlink(), path.mkdir()), "names no files": change("files", None), "names strange files": change("files", {"config.json": 5}),
-             "has sizes that are text": change("files", {"config.json": {"bytes": "many", "sha256": ""}}),
-             "is of a later version": change("version", 2), "is of no version": change("version", None)}
+MANIFESTS = {
+    "is missing": lambda path: path.unlink(),
+    "is no JSON": lambda path: path.write_text("{"),
+    "is not UTF-8": lambda path: path.write_bytes(b"\xff\xfe{}"),
+    "is a list": lambda path: path.write_text("[]"),
+    "is a number": lambda path: path.write_text("1"),
+    "is nested too deeply": lambda path: path.write_text("[" * 100_000),
+    "is a folder": lambda path: (path.unlink(), path.mkdir()),
+    "names no files": change("files", None),
+    "names strange files": change("files", {"config.json": 5}),
+    "has sizes that are text": change("files", {"config.json": {"bytes": "many", "sha256": ""}}),
+    "is of a later version": change("version", 2),
+    "is of no version": change("version", None),
+}
 
 
 @pytest.mark.case(9)
@@ -401,39 +461,65 @@ def test_a_manifest_that_is_missing_damaged_or_of_another_version_is_noticed(how
 @pytest.mark.parametrize("how", ["missing", "no JSON", "edited"])
 def test_a_state_that_is_missing_or_damaged_is_noticed(how, copy):
     path = tools.latest(copy) / "state.json"
-    {"missing": path.unlink, "no JSON": lambda: path.write_text("{"), "edited": lambda: change("step", 5)(path)}[how]()
+    if how == "missing":
+        path.unlink()
+    elif how == "no JSON":
+        path.write_text("{")
+    else:
+        change("step", 5)(path)
     step, said = found(Checkpoints(copy))
     assert step == 5 and "step_000006 is damaged (state.json" in said
 
 
 @pytest.mark.case(9)
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "null", '{"latest": 7}', '{"latest": "../../step_000006"}', '{"latest": "step_000099"}', '{"best_value": "high"}',
-                                  '{"latest": "step_000006", "best": "step_000001"}', '{"latest": "step_000006", "best": "step_000005", "best_value": "high"}'])
-def test_without_a_readable_latest_json_the_newest_whole_checkpoint_is_taken_and_the_next_save_mends_it(text, copy):
+@pytest.mark.parametrize("text", [
+    None,
+    "",
+    "{",
+    "[]",
+    "null",
+    '{"latest": 7}',
+    '{"latest": "../../step_000006"}',
+    '{"latest": "step_000099"}',
+    '{"best_value": "high"}',
+    '{"latest": "step_000006", "best": "step_000001"}',
+    '{"latest": "step_000006", "best": "step_000005", "best_value": "high"}',
+])
+def test_without_a_readable_latest_json_the_newest_whole_checkpoint_is_taken_and_the_next_save_mends_it(
+        text, copy):
     path = copy / "checkpoints" / "latest.json"
     path.unlink() if text is None else path.write_text(text)
     checkpoints = Checkpoints(copy)
     assert found(checkpoints)[0] == 6
     write(checkpoints, 7, 0.1)
-    assert checkpoints.pointer() == {"latest": "step_000007", "previous": "step_000006", "best": "step_000007", "best_value": 0.1}
+    expected = {"latest": "step_000007", "previous": "step_000006", "best": "step_000007", "best_value": 0.1}
+    assert checkpoints.pointer() == expected
 
 
 @pytest.mark.case(7, 8)
 @pytest.mark.parametrize("break_file", [lambda path: cut(path, 0.5), flip])
-def test_a_run_whose_latest_checkpoint_is_damaged_says_so_and_ends_as_if_nothing_had_happened(break_file, root, unbroken, tmp_path, capsys):
+def test_a_run_whose_latest_checkpoint_is_damaged_says_so_and_ends_as_if_nothing_had_happened(
+        break_file, root, unbroken, tmp_path, capsys):
     assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 0
     break_file(tools.latest(tmp_path / "run") / "training.safetensors")
     capsys.readouterr()
     assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run --resume") == 0
     said = capsys.readouterr().out
-    assert "step_000006 is damaged (training.safetensors has" in said and "looking for the one before" in said and "after step 5" in said
+    assert "step_000006 is damaged (training.safetensors has" in said
+    assert "looking for the one before" in said
+    assert "after step 5" in said
     assert tools.same(unbroken["reward"], tmp_path / "run") and not leftovers(tmp_path / "run")
 
 
 @pytest.mark.case(7, 8, 9)
-@pytest.mark.parametrize("name, break_file, said", [("model.safetensors", lambda path: cut(path, 0.99), "bytes, should have"), ("model.safetensors", flip, "SHA-256"),
-                                                    ("manifest.json", lambda path: path.unlink(), "No such file"), ("manifest.json", change("version", 2), "version 2")])
-def test_where_no_checkpoint_is_whole_a_run_ends_in_one_line_and_changes_nothing(name, break_file, said, root, copy, capsys):
+@pytest.mark.parametrize("name, break_file, said", [
+    ("model.safetensors", lambda path: cut(path, 0.99), "bytes, should have"),
+    ("model.safetensors", flip, "SHA-256"),
+    ("manifest.json", lambda path: path.unlink(), "No such file"),
+    ("manifest.json", change("version", 2), "version 2"),
+])
+def test_where_no_checkpoint_is_whole_a_run_ends_in_one_line_and_changes_nothing(
+        name, break_file, said, root, copy, capsys):
     for folder in (copy / "checkpoints").glob("step_*"):
         break_file(folder / name)
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"}
@@ -441,7 +527,8 @@ def test_where_no_checkpoint_is_whole_a_run_ends_in_one_line_and_changes_nothing
     assert tools.here("reward", root, tools.SHORT, f"--out {copy} --resume") == 2
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1 and "no checkpoint in" in shown.err and "is whole" in shown.err
-    assert all(f"{folder} is damaged" in shown.out for folder in (copy / "checkpoints").glob("step_*")) and said in shown.out
+    assert all(f"{folder} is damaged" in shown.out for folder in (copy / "checkpoints").glob("step_*"))
+    assert said in shown.out
     assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"}
 
 
@@ -456,7 +543,8 @@ def disk():
 
 
 def full_between(monkeypatch, disk, out, first, last, more):
-    """The disk is full while these steps are taken and saved: metrics.jsonl can grow by some bytes more, and no file can be larger."""
+    """The disk is full while these steps are taken and saved: metrics.jsonl can grow by some bytes more, and
+    no file can be larger."""
     original = runtime.Run.seed_step
 
     def seed_step(self, step):
@@ -471,24 +559,30 @@ def full_between(monkeypatch, disk, out, first, last, more):
 
 @pytest.mark.case(13)
 @pytest.mark.parametrize("more", [0, 10])
-def test_while_the_disk_is_full_training_goes_on_and_afterwards_nothing_is_missing(more, root, unbroken, tmp_path, monkeypatch, disk, capsys):
+def test_while_the_disk_is_full_training_goes_on_and_afterwards_nothing_is_missing(
+        more, root, unbroken, tmp_path, monkeypatch, disk, capsys):
     """more: bytes of a row that still fit."""
     full_between(monkeypatch, disk, tmp_path / "run", 2, 4, more)
     assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 0
     said = capsys.readouterr().out
     for step in (3, 4):
-        assert f"warning: the checkpoint of step {step} can't be written to {tmp_path}/run/checkpoints (" in said
-    assert said.count("Training goes on") == 2 and said.count("rows wait in memory") == 1 and "File too large" in said
+        warning = f"warning: the checkpoint of step {step} can't be written to {tmp_path}/run/checkpoints ("
+        assert warning in said
+    assert said.count("Training goes on") == 2
+    assert said.count("rows wait in memory") == 1
+    assert "File too large" in said
     assert tools.same(unbroken["reward"], tmp_path / "run") and not leftovers(tmp_path / "run")
 
 
 @pytest.mark.case(13)
-def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(root, unbroken, tmp_path, monkeypatch, disk, capsys):
+def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(
+        root, unbroken, tmp_path, monkeypatch, disk, capsys):
     full_between(monkeypatch, disk, tmp_path / "run", 3, 99, 10)
     assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 1
     disk()
     shown = capsys.readouterr()
-    assert shown.err.count("\n") == 1 and f"error: the checkpoint of step 6 can't be written to {tmp_path}/run/checkpoints (" in shown.err
+    assert shown.err.count("\n") == 1
+    assert f"error: the checkpoint of step 6 can't be written to {tmp_path}/run/checkpoints (" in shown.err
     assert "bytes, " in shown.err and "are free; the one before is untouched" in shown.err
     assert found(Checkpoints(tmp_path / "run")) == (3, "") and not leftovers(tmp_path / "run")
     monkeypatch.undo()
@@ -499,19 +593,23 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(
 @pytest.mark.case(13)
 @pytest.mark.long
 @pytest.mark.parametrize("script", ["sft", "reward", "ppo", "dpo"])
-def test_a_process_that_may_write_no_large_files_trains_to_its_end_keeps_the_old_checkpoint_and_fails_in_one_line(script, root, unbroken, tmp_path):
-    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook=KILLED.format(stage="before the rename"), code=-9)
+def test_a_process_that_may_write_no_large_files_trains_to_its_end_and_keeps_the_old_checkpoint(
+        script, root, unbroken, tmp_path):
+    hook = KILLED.format(stage="before the rename")
+    tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run", hook=hook, code=-9)
     text = tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume", code=1,
                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert text.count("Training goes on") == 3 and "Traceback" not in text
-    assert f"error: the checkpoint of step 6 can't be written to {tmp_path}/run/checkpoints (" in text and "bytes" in text
+    assert f"error: the checkpoint of step 6 can't be written to {tmp_path}/run/checkpoints (" in text
+    assert "bytes" in text
     assert found(Checkpoints(tmp_path / "run")) == (2, "") and not leftovers(tmp_path / "run")
     tools.run(script, root, tools.SHORT, f"--out {tmp_path}/run --resume")
     assert tools.same(unbroken[script], tmp_path / "run")
 
 
 @pytest.mark.case(13)
-def test_rows_and_what_is_printed_wait_until_the_last_checkpoint_has_room(root, unbroken, tmp_path, monkeypatch, disk):
+def test_rows_and_what_is_printed_wait_until_the_last_checkpoint_has_room(root, unbroken, tmp_path,
+                                                                          monkeypatch, disk):
     """stdout is a file on the same disk, as it is with nohup."""
     full_between(monkeypatch, disk, tmp_path / "run", 5, 99, 0)
     original = Checkpoints.begin
@@ -519,12 +617,14 @@ def test_rows_and_what_is_printed_wait_until_the_last_checkpoint_has_room(root, 
     with open(tmp_path / "log.txt", "w") as log, contextlib.redirect_stdout(log):
         assert tools.here("reward", root, tools.SHORT, f"--out {tmp_path}/run") == 0
     assert tools.same(unbroken["reward"], tmp_path / "run")
-    assert "rows wait in memory" in (tmp_path / "log.txt").read_text() and "held-out accuracy" in (tmp_path / "log.txt").read_text()
+    assert "rows wait in memory" in (tmp_path / "log.txt").read_text()
+    assert "held-out accuracy" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.case(13)
 def test_rows_of_metrics_are_whole_though_the_disk_takes_some_bytes_at_a_time(tmp_path):
-    written, rows = Metrics(sft.Config(out=str(tmp_path)), 0, False), [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    written = Metrics(sft.Config(out=str(tmp_path)), 0, False)
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
     file = written.file
     written.file = SimpleNamespace(write=lambda data: file.write(data[:7]))
     for number, row in enumerate(rows):
@@ -537,7 +637,8 @@ Usage = collections.namedtuple("Usage", "total used free")
 
 @pytest.mark.case(13)
 @pytest.mark.parametrize("flags", ["", "--overwrite", "--resume"])
-def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step_and_before_anything_is_deleted(flags, root, copy, tmp_path, monkeypatch, capsys):
+def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step_and_before_anything_is_deleted(
+        flags, root, copy, tmp_path, monkeypatch, capsys):
     out = copy if flags else tmp_path / "new"
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     held = sum(path.stat().st_size for path in (copy / "checkpoints").rglob("*")) if flags else 0
@@ -546,14 +647,18 @@ def test_a_disk_known_to_be_too_small_is_refused_before_the_first_step_and_befor
     monkeypatch.setattr(runtime, "bytes_needed", lambda *args: held // 4 + 1251 if flags else 1251)
     assert tools.here("reward", root, tools.SHORT, flags, f"--out {out}") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"--out {out} has 5,000 bytes free" in error and "more (two, the best, and one being written)" in error
-    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} and not (tmp_path / "new" / "metrics.jsonl").exists()
+    assert error.count("\n") == 1
+    assert f"--out {out} has 5,000 bytes free" in error
+    assert "more (two, the best, and one being written)" in error
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert not (tmp_path / "new" / "metrics.jsonl").exists()
 
 
 # -- odd output folders
 
 @pytest.mark.case(14)
-def test_overwrite_leaves_nothing_of_the_run_before_even_if_killed_before_its_first_save(root, copy, monkeypatch):
+def test_overwrite_leaves_nothing_of_the_run_before_even_if_killed_before_its_first_save(
+        root, copy, monkeypatch):
     (copy / "notes.txt").write_text("mine")
     (copy / "checkpoints" / ".writing-step_000009").mkdir()
     with monkeypatch.context() as patch, pytest.raises(tools.Killed):
@@ -561,18 +666,33 @@ def test_overwrite_leaves_nothing_of_the_run_before_even_if_killed_before_its_fi
         tools.here("reward", root, "--steps 2 --overwrite", f"--out {copy}")
     assert found(Checkpoints(copy)) == (None, "") and not (copy / "model.safetensors").exists()
     assert tools.here("reward", root, "--steps 2 --resume", f"--out {copy}") == 0
-    assert Checkpoints(copy).all() == ["step_000002"] and not leftovers(copy) and tools.metrics(copy)[-1]["step"] == 2
+    assert Checkpoints(copy).all() == ["step_000002"]
+    assert not leftovers(copy)
+    assert tools.metrics(copy)[-1]["step"] == 2
     assert (copy / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.case(14)
-@pytest.mark.parametrize("kind, said", [("a file", "is a file; name a folder"), ("below a file", "can't be written: Not a directory"), ("a link to nowhere", "can't be written: File exists"),
-                                        ("with a file as checkpoints", "can't be written: File exists"), ("a run", "already holds a run; add --resume"),
-                                        ("a model", "already holds a run; add --resume"), ("a model, resumed", "holds a model, but no run to go on with"),
-                                        ("read-only", "is read-only"), ("in use", "another process writes to it"), ("in use, resumed", "another process writes to it")])
-def test_an_output_folder_that_cannot_be_used_is_refused_before_the_first_step(kind, said, root, copy, tmp_path, monkeypatch, capsys):
-    out = {"below a file": tmp_path / "file" / "run", "a file": tmp_path / "file", "with a file as checkpoints": tmp_path / "odd", "a link to nowhere": tmp_path / "link"}.get(kind, copy)
-    flags = "--resume" if "resumed" in kind or "read-only" in kind else "--overwrite" if kind == "in use" else ""
+@pytest.mark.parametrize("kind, said", [
+    ("a file", "is a file; name a folder"),
+    ("below a file", "can't be written: Not a directory"),
+    ("a link to nowhere", "can't be written: File exists"),
+    ("with a file as checkpoints", "can't be written: File exists"),
+    ("a run", "already holds a run; add --resume"),
+    ("a model", "already holds a run; add --resume"),
+    ("a model, resumed", "holds a model, but no run to go on with"),
+    ("read-only", "is read-only"),
+    ("in use", "another process writes to it"),
+    ("in use, resumed", "another process writes to it"),
+])
+def test_an_output_folder_that_cannot_be_used_is_refused_before_the_first_step(
+        kind, said, root, copy, tmp_path, monkeypatch, capsys):
+    out = {
+        "below a file": tmp_path / "file" / "run", "a file": tmp_path / "file",
+        "with a file as checkpoints": tmp_path / "odd", "a link to nowhere": tmp_path / "link"
+    }.get(kind, copy)
+    resumed = "resumed" in kind or "read-only" in kind
+    flags = "--resume" if resumed else "--overwrite" if kind == "in use" else ""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "odd").mkdir()
@@ -581,7 +701,11 @@ def test_an_output_folder_that_cannot_be_used_is_refused_before_the_first_step(k
         (copy / "metrics.jsonl").unlink(), (copy / "run.json").unlink()
     if kind == "read-only":
         monkeypatch.setattr(os, "access", lambda path, mode: not (mode == os.W_OK and str(path) == str(copy)))
-    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock" and path.is_file()}
+    before = {
+        path: path.lstat().st_mtime_ns
+        for path in tmp_path.rglob("*")
+        if path.name != ".lock" and path.is_file()
+    }
     monkeypatch.setattr(runtime.Run, "steps", None)
     with open(copy / ".lock", "a") as lock:
         if "in use" in kind:
@@ -589,7 +713,11 @@ def test_an_output_folder_that_cannot_be_used_is_refused_before_the_first_step(k
         assert tools.here("reward", root, tools.SHORT, f"--out {out}", flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error and str(out) in error
-    assert before == {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock" and path.is_file()}
+    assert before == {
+        path: path.lstat().st_mtime_ns
+        for path in tmp_path.rglob("*")
+        if path.name != ".lock" and path.is_file()
+    }
 
 
 @pytest.mark.case(14)
@@ -598,15 +726,26 @@ def test_an_output_folder_that_nobody_may_make_is_refused_before_the_first_step(
     monkeypatch.setattr(runtime.Run, "steps", None)
     assert tools.here("reward", root, "--steps 2 --out /proc/run") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--out /proc/run" in error and ("can't be written" in error or "is read-only" in error)
+    assert error.count("\n") == 1
+    assert "--out /proc/run" in error
+    assert "can't be written" in error or "is read-only" in error
 
 
 @pytest.mark.case(14)
 @pytest.mark.long
 def test_two_processes_never_write_to_one_folder(root, unbroken, tmp_path):
     out = tmp_path / "run"
-    first = tools.start("sft", root, tools.SHORT, f"--out {out}", hook="original = sft.validation_loss\n"
-                        "def slow(run, *args):\n    import time\n    time.sleep(6 if run.step == 4 else 0)\n    return original(run, *args)\nsft.validation_loss = slow")
+    first = tools.start(
+        "sft",
+        root,
+        tools.SHORT,
+        f"--out {out}",
+        hook="original = sft.validation_loss\n"
+             "def slow(run, *args):\n"
+             "    import time\n"
+             "    time.sleep(6 if run.step == 4 else 0)\n"
+             "    return original(run, *args)\n"
+             "sft.validation_loss = slow")
     tools.wait_for(lambda: (out / "checkpoints" / "step_000003").is_dir(), first)
     for flags in ("--resume", "--overwrite"):
         text = tools.run("sft", root, tools.SHORT, f"--out {out}", flags, code=2)

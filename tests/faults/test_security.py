@@ -16,9 +16,12 @@ from formats.model_folder import load_model, save_model
 from plumbing.flags import UserError
 from model import GPT, GPTConfig
 
-FORBIDDEN = re.compile(r"import pickle|pickle\.|torch\.(save|jit)\b|torch\.load\((?!.*weights_only=True)|weights_only=False|(?<![\w.])(eval|exec)\(|"
-                       r"trust_remote_code|shell\s*=\s*True|np\.load|allow_pickle=True|yaml\.load|marshal|os\.system")
-ALLOWED = {"plumbing/checkpoints.py": ["import pickle", "pickle.", "pickle."]}  # the class that refuses, and the error it may meet
+FORBIDDEN = re.compile(
+    r"import pickle|pickle\.|torch\.(save|jit)\b|torch\.load\((?!.*weights_only=True)|weights_only=False|"
+    r"(?<![\w.])(eval|exec)\(|"
+    r"trust_remote_code|shell\s*=\s*True|np\.load|allow_pickle=True|yaml\.load|marshal|os\.system")
+# The class that refuses, and the error it may meet.
+ALLOWED = {"plumbing/checkpoints.py": ["import pickle", "pickle.", "pickle."]}
 
 
 class Touch:
@@ -56,7 +59,8 @@ def test_a_pickle_is_refused_under_any_name(wrap, protocol, tmp_path):
         load_model(folder, GPT)
     for name in ("model.pt", "model.bin", "weights.safetensors"):
         (tmp_path / name).write_bytes(evil)
-        with pytest.raises(UserError, match=f"{name} is a file, and a model is a folder .* this one is a pickle"):
+        with pytest.raises(UserError,
+                           match=f"{name} is a file, and a model is a folder .* this one is a pickle"):
             load_model(tmp_path / name, GPT)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(evil)

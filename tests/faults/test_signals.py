@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C, wherever they come: the run stops soon, loses nothing, and once resumed ends in the bits of one that was never stopped."""
+"""SIGTERM and Ctrl-C, wherever they come: the run stops soon, loses nothing, and once resumed ends in the
+bits of one that was never stopped."""
 import collections
 import json
 import os
@@ -19,7 +20,8 @@ FLAGS = f"{tools.SHORT} --save-every 0"
 
 
 def watch(patch, at=None, act=None):
-    """List of what happens in the steps of runs from now on, as (steps done, "pass", "token", "update" or "save"); "evaluation pass", "save pass", ... if it is part of such.
+    """List of what happens in the steps of runs from now on, as (steps done, "pass", "token", "update" or
+    "save"); "evaluation pass", "save pass", ... if it is part of such.
 
     act is called in the middle of the first thing that equals `at`, or of the one with that number.
     """
@@ -71,15 +73,25 @@ def send(number):
 
 
 PLACES = [  # script, where, steps done when it stops, what still happens
-    ("sft", (3, "pass"), 3, set()), ("reward", (3, "pass"), 3, set()), ("ppo", (3, "token"), 3, set()), ("ppo", (3, "pass"), 3, set()),
-    ("dpo", (3, "update"), 4, set()), ("ppo", (3, "update"), 4, {"pass", "update"}),  # PPO finishes its update
-    ("reward", (6, "evaluation pass"), 6, set()), ("dpo", (4, "evaluation pass"), 4, set()), ("dpo", (4, "evaluation token"), 4, set()),
-    ("reward", (3, "save pass"), 3, set()), ("ppo", (3, "save end"), 3, set())]
+    ("sft", (3, "pass"), 3, set()),
+    ("reward", (3, "pass"), 3, set()),
+    ("ppo", (3, "token"), 3, set()),
+    ("ppo", (3, "pass"), 3, set()),
+    ("dpo", (3, "update"), 4, set()),
+    # PPO finishes its update.
+    ("ppo", (3, "update"), 4, {"pass", "update"}),
+    ("reward", (6, "evaluation pass"), 6, set()),
+    ("dpo", (4, "evaluation pass"), 4, set()),
+    ("dpo", (4, "evaluation token"), 4, set()),
+    ("reward", (3, "save pass"), 3, set()),
+    ("ppo", (3, "save end"), 3, set())
+]
 
 
 @pytest.mark.case(3)
 @pytest.mark.parametrize("script, at, stopped, rest", PLACES)
-def test_a_signal_stops_within_one_pass_or_token_and_the_resumed_run_equals_an_unbroken_one(script, at, stopped, rest, root, unbroken, tmp_path, monkeypatch, capfd):
+def test_a_signal_stops_within_one_pass_or_token_and_the_resumed_run_equals_an_unbroken_one(
+        script, at, stopped, rest, root, unbroken, tmp_path, monkeypatch, capfd):
     run = [script, root, tools.SHORT if at[1].startswith("save") else FLAGS, f"--out {tmp_path}/run"]
     with monkeypatch.context() as patch:
         events = watch(patch, at, send(signal.SIGTERM))
@@ -87,7 +99,8 @@ def test_a_signal_stops_within_one_pass_or_token_and_the_resumed_run_equals_an_u
     assert {what for _, what in events[events.index(at) + 1:] if not what.startswith("save")} == rest
     assert json.loads((tools.latest(tmp_path / "run") / "state.json").read_text())["step"] == stopped
     shown = capfd.readouterr()
-    assert f"stopped after step {stopped} of 6; the same command with --resume goes on" in shown.out and "once more stops at once" in shown.err
+    assert f"stopped after step {stopped} of 6; the same command with --resume goes on" in shown.out
+    assert "once more stops at once" in shown.err
     assert tools.here(*run, "--resume") == 0
     assert tools.same(unbroken[script], tmp_path / "run")
 
@@ -102,16 +115,22 @@ def test_a_signal_at_any_moment_loses_nothing(script, root, unbroken, tmp_path, 
         tools.here(script, root, tools.SHORT, f"--out {tmp_path}/whole")
     chance, survived, places = random.Random(script), 0, collections.Counter()
     kinds = list(dict.fromkeys(events))
-    moments = [chance.choice([i for i, event in enumerate(events) if event == kind]) for kind in chance.sample(kinds, 15)]
+    moments = [
+        chance.choice([i for i, event in enumerate(events) if event == kind])
+        for kind in chance.sample(kinds, 15)
+    ]
     record_property("tries", len(moments))
     for number in moments:
         out = tmp_path / str(number)
         with monkeypatch.context() as patch:
             watch(patch, number, send(signal.SIGTERM))
             code = tools.here(script, root, tools.SHORT, f"--out {out}")
-        assert code == (0 if (events[number][0] == 6 and events[number][1].startswith("save")) else 143), (number, events[number])
-        assert tools.here(script, root, tools.SHORT, f"--out {out} --resume") == 0 and tools.same(unbroken[script], out), (number, events[number])
-        assert tools.latest(out).parent.joinpath("latest.json").read_text() == tools.latest(unbroken[script]).parent.joinpath("latest.json").read_text(), (number, events[number])
+        assert code == (0 if (events[number][0] == 6 and events[number][1].startswith("save")) else
+                        143), (number, events[number])
+        assert tools.here(script, root, tools.SHORT, f"--out {out} --resume") == 0 and tools.same(
+            unbroken[script], out), (number, events[number])
+        assert tools.latest(out).parent.joinpath("latest.json").read_text() == tools.latest(
+            unbroken[script]).parent.joinpath("latest.json").read_text(), (number, events[number])
         survived += 1
         places[events[number][1]] += 1
         record_property("survived", survived)
@@ -119,7 +138,8 @@ def test_a_signal_at_any_moment_loses_nothing(script, root, unbroken, tmp_path, 
 
 
 @pytest.mark.case(3)
-def test_an_evaluation_that_was_cut_short_still_decides_which_checkpoint_is_the_best(root, tmp_path, monkeypatch):
+def test_an_evaluation_that_was_cut_short_still_decides_which_checkpoint_is_the_best(
+        root, tmp_path, monkeypatch):
     losses, cut = {0: 3.0, 4: 1.0, 6: 2.0}, [4]
 
     def validation_loss(run, *args):
@@ -137,13 +157,15 @@ def test_an_evaluation_that_was_cut_short_still_decides_which_checkpoint_is_the_
 
 
 @pytest.mark.case(3)
-def test_a_last_evaluation_that_was_cut_short_is_made_up_for_in_the_reward_models_folder(root, unbroken, tmp_path, monkeypatch):
+def test_a_last_evaluation_that_was_cut_short_is_made_up_for_in_the_reward_models_folder(
+        root, unbroken, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         watch(patch, (6, "evaluation pass"), send(signal.SIGTERM))
         assert tools.here("reward", root, FLAGS, f"--out {tmp_path}/run") == 143
     assert tools.here("reward", root, FLAGS, f"--out {tmp_path}/run --resume") == 0
     for folder in (tmp_path / "run", tools.latest(tmp_path / "run")):
-        assert (folder / "evaluation.json").read_text() == (unbroken["reward"] / "evaluation.json").read_text()
+        assert (folder / "evaluation.json").read_text() == (unbroken["reward"]
+                                                            / "evaluation.json").read_text()
 
 
 @pytest.mark.case(3)
@@ -164,8 +186,14 @@ def end_at_once(code):
 
 
 @pytest.mark.case(4)
-@pytest.mark.parametrize("script, at, whole", [("ppo", (3, "update"), 3), ("ppo", (3, "token"), 3), ("dpo", (4, "evaluation token"), 3), ("reward", (3, "save end"), 2)])
-def test_a_second_ctrl_c_ends_the_run_at_once_and_leaves_whole_files(script, at, whole, root, unbroken, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, at, whole", [
+    ("ppo", (3, "update"), 3),
+    ("ppo", (3, "token"), 3),
+    ("dpo", (4, "evaluation token"), 3),
+    ("reward", (3, "save end"), 2),
+])
+def test_a_second_ctrl_c_ends_the_run_at_once_and_leaves_whole_files(script, at, whole, root, unbroken,
+                                                                     tmp_path, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -196,8 +224,12 @@ runtime.Run.optimizer_step = optimizer_step
 
 @pytest.mark.case(4)
 @pytest.mark.long
-@pytest.mark.parametrize("signals, code, seconds", [([signal.SIGINT], 130, (2, 20)), ([signal.SIGINT, signal.SIGINT], 130, (0, 2)), ([signal.SIGTERM, signal.SIGINT], 130, (0, 2)),
-                                                    ([signal.SIGINT, signal.SIGTERM], 143, (0, 2))])
+@pytest.mark.parametrize("signals, code, seconds", [
+    ([signal.SIGINT], 130, (2, 20)),
+    ([signal.SIGINT, signal.SIGINT], 130, (0, 2)),
+    ([signal.SIGTERM, signal.SIGINT], 130, (0, 2)),
+    ([signal.SIGINT, signal.SIGTERM], 143, (0, 2)),
+])
 def test_one_signal_waits_for_ppos_update_and_two_do_not(signals, code, seconds, root, unbroken, tmp_path):
     """The eight parts of the update take a second each."""
     process = tools.start("ppo", root, tools.SHORT, f"--out {tmp_path}/run", hook=SLOW)
@@ -209,7 +241,9 @@ def test_one_signal_waits_for_ppos_update_and_two_do_not(signals, code, seconds,
         process.send_signal(number)
         time.sleep(0.2)
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == code and seconds[0] < time.monotonic() - began < seconds[1] and "Traceback" not in text
+    assert process.returncode == code
+    assert seconds[0] < time.monotonic() - began < seconds[1]
+    assert "Traceback" not in text
     assert ("stopped after step 4" in text) == (len(signals) == 1)
     folder, state = Checkpoints(tmp_path / "run").newest(pytest.fail)
     assert state["step"] == (4 if len(signals) == 1 else 3)
@@ -221,14 +255,18 @@ def test_one_signal_waits_for_ppos_update_and_two_do_not(signals, code, seconds,
 @pytest.mark.long
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("script", ["sft", "reward", "ppo", "dpo"])
-def test_a_signal_from_outside_ends_a_process_with_its_exit_code_and_no_traceback(script, number, code, root, unbroken, tmp_path):
+def test_a_signal_from_outside_ends_a_process_with_its_exit_code_and_no_traceback(
+        script, number, code, root, unbroken, tmp_path):
     process = tools.start(script, root, FLAGS, "--steps 5000", f"--out {tmp_path}/run")
     file = tmp_path / "run" / "metrics.jsonl"
     tools.wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") > 8, process)
     process.send_signal(number)
     began = time.monotonic()
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == code and time.monotonic() - began < 10 and "Traceback" not in text and "--resume goes on" in text
+    assert process.returncode == code
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in text
+    assert "--resume goes on" in text
     assert Checkpoints(tmp_path / "run").newest(pytest.fail)[1]["step"] > 0
 
 

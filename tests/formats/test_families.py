@@ -15,12 +15,17 @@ from small_models import (
 
 
 def greedy(peer, row, number):
-    ids = peer.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=number, do_sample=False, num_beams=1)
+    ids = peer.generate(row,
+                        attention_mask=torch.ones_like(row),
+                        max_new_tokens=number,
+                        do_sample=False,
+                        num_beams=1)
     return ids[0].tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_greedy_text_equal_transformers_and_so_do_those_of_the_folder_we_write(name, peers, tmp_path):
+def test_logits_and_greedy_text_equal_transformers_and_so_do_those_of_the_folder_we_write(
+        name, peers, tmp_path):
     peer = made_by(peers, name, GPT, tmp_path / "theirs")
     model, _ = load_model(tmp_path / "theirs", GPT)
     assert {p.dtype for p in model.state_dict().values()} == {torch.float32}
@@ -48,8 +53,12 @@ def test_scores_equal_transformers_and_so_do_those_of_the_folder_we_write(name, 
     expected = peer_outputs(peer, ScalarModel)
     close(outputs(model), expected)
     assert model.can_shift == (name in ("gpt2", "gpt2-n_inner", "opt"))
-    save_model(tmp_path / "ours", model, TOKENIZER, change=lambda weights: shifted(weights, 0.7) if model.can_shift else weights)
-    close(peer_outputs(open_with(auto(peers, ScalarModel), tmp_path / "ours"), ScalarModel), expected - 0.7 * model.can_shift)
+    save_model(tmp_path / "ours",
+               model,
+               TOKENIZER,
+               change=lambda weights: shifted(weights, 0.7) if model.can_shift else weights)
+    close(peer_outputs(open_with(auto(peers, ScalarModel), tmp_path / "ours"), ScalarModel),
+          expected - 0.7 * model.can_shift)
     close(outputs(model), expected)  # what is written is changed, not the model
 
 
@@ -67,14 +76,20 @@ def test_config_json_may_be_of_transformers_5_or_before(name, tmp_path):
     written = MODELS[name]
     theta, scaling = written.get("rope_theta", 10000.0), written.get("rope_scaling", {"rope_type": "default"})
     plain = {key: value for key, value in written.items() if not key.startswith("rope_")}
-    before = {"rope_theta": theta, "torch_dtype": "float32"} | ({"rope_scaling": None} if "rope_scaling" not in written else {
-        "rope_scaling": {"type" if key == "rope_type" and name == "linear" else key: value for key, value in scaling.items()}})
+    before = {"rope_theta": theta, "torch_dtype": "float32"
+              } | ({"rope_scaling": None} if "rope_scaling" not in written else {
+                  "rope_scaling": {
+                      "type" if key == "rope_type" and name == "linear" else key: value
+                      for key, value in scaling.items()
+                  }
+              })
     after = {"rope_parameters": scaling | {"rope_theta": theta}, "dtype": "float32"}
     results = []
     for style in (before, after):
         save_model(tmp_path / "model", tiny_of(name=name), TOKENIZER)
         path = tmp_path / "model" / "config.json"
-        path.write_text(json.dumps(plain | style | {"architectures": json.loads(path.read_text())["architectures"]}))
+        path.write_text(
+            json.dumps(plain | style | {"architectures": json.loads(path.read_text())["architectures"]}))
         results.append(outputs(load_model(tmp_path / "model", GPT)[0]))
         save_model(tmp_path / "again", load_model(tmp_path / "model", GPT)[0], TOKENIZER)
         assert torch.equal(outputs(load_model(tmp_path / "again", GPT)[0]), results[-1])
@@ -95,6 +110,11 @@ def test_what_config_json_leaves_out_is_as_transformers_has_it():
 def test_old_folders_leave_out_the_trunks_name_and_hold_buffers(name, tmp_path):
     model = tiny_of(name=name)
     save_model(tmp_path, model, TOKENIZER)
-    edit_weights(lambda tensors: [tensors.update({key.split(".", 1)[1]: tensors.pop(key)}) for key in list(tensors)])(tmp_path)
-    edit_weights(lambda tensors: tensors.update({"h.0.attn.bias": torch.ones(1, 1, 64, 64), "lm_head.weight": tensors.get("wte.weight", torch.ones(1)).clone()}))(tmp_path)
+    edit_weights(
+        lambda tensors: [tensors.update({key.split(".", 1)[1]: tensors.pop(key)}) for key in list(tensors)])(
+                                             tmp_path)
+    edit_weights(lambda tensors: tensors.update({
+        "h.0.attn.bias": torch.ones(1, 1, 64, 64), "lm_head.weight": tensors.get("wte.weight", torch.ones(1)).
+        clone()
+    }))(tmp_path)
     assert torch.equal(outputs(load_model(tmp_path, GPT)[0]), outputs(model))

@@ -1,4 +1,5 @@
-"""formats/model_folder.py: folders written and read to the same bits, added tokens, adapters' files, new tokenizers."""
+"""formats/model_folder.py: folders written and read to the same bits, added tokens, adapters' files, new
+tokenizers."""
 import copy
 import json
 import math
@@ -36,10 +37,15 @@ def test_shards_are_read_as_one(peers, tmp_path):
 def test_bf16_weights_are_read_as_float32_and_written_as_bf16_when_asked(peers, tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "float32", tiny_of(name="qwen3"), TOKENIZER)
-    edit_weights(lambda tensors: tensors.update({key: p.bfloat16() for key, p in tensors.items()}))(tmp_path / "float32")
+
+    def round_all(tensors):
+        tensors.update({key: p.bfloat16() for key, p in tensors.items()})
+
+    edit_weights(round_all)(tmp_path / "float32")
     model, _ = load_model(tmp_path / "float32", GPT)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    save_model(tmp_path / "bfloat16", model, TOKENIZER, SimpleNamespace(save_dtype="bfloat16", lora_save="merged"))
+    save_model(tmp_path / "bfloat16", model, TOKENIZER,
+               SimpleNamespace(save_dtype="bfloat16", lora_save="merged"))
     with safe_open(tmp_path / "bfloat16" / "model.safetensors", "pt") as f:
         assert {f.get_slice(key).get_dtype() for key in f.keys()} == {"BF16"}
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -53,7 +59,8 @@ def test_bf16_weights_are_read_as_float32_and_written_as_bf16_when_asked(peers, 
 def scratch(kind=GPT, **changes):
     """A random model as --model scratch makes it: without a config.json behind it."""
     torch.manual_seed(0)
-    model = kind(GPTConfig(**{"vocab_size": VOCAB, "block_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32} | changes)).eval()
+    shape = {"vocab_size": VOCAB, "block_size": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 4, "n_embd": 32}
+    model = kind(GPTConfig(**shape | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.2 * torch.randn_like(p)
@@ -72,7 +79,8 @@ def test_a_new_models_folder_gives_the_same_bits_back_and_opens_in_transformers(
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
     assert tokenizer.same_as(TOKENIZER)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    expected = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in folder.iterdir()) == expected
     close(peer_outputs(open_with(auto(peers, kind), folder), kind), outputs(model))
 
 
@@ -87,7 +95,15 @@ def test_every_familys_folder_gives_the_same_bits_back(name, kind, tmp_path):
 
 
 @pytest.mark.case(12)
-@pytest.mark.parametrize("changes", [{"n_kv_head": 2}, {"norm": "rmsnorm"}, {"mlp": "swiglu"}, {"head_dim": 10}, {"norm_eps": 1e-3}, {"tied": False}, {"block_size": 65}])
+@pytest.mark.parametrize("changes", [
+    {"n_kv_head": 2},
+    {"norm": "rmsnorm"},
+    {"mlp": "swiglu"},
+    {"head_dim": 10},
+    {"norm_eps": 1e-3},
+    {"tied": False},
+    {"block_size": 65},
+])
 def test_a_model_that_its_config_json_would_not_describe_is_not_written(tmp_path, changes):
     model = scratch(**changes) if changes.keys() - {"norm_eps", "block_size"} else tiny_of()
     if changes.keys() & {"norm_eps", "block_size"}:  # of a folder, and changed since
@@ -133,12 +149,21 @@ def test_shards_of_ours_are_read(tmp_path):
 
 # -- tokens that were added to a tokenizer
 
-@pytest.mark.parametrize("name, vocab", [("gpt2", 258), ("llama3", 258), ("qwen2.5-tied", 258), ("qwen2", 280), ("gpt2", 280), ("llama3", 259)])
+@pytest.mark.parametrize("name, vocab", [
+    ("gpt2", 258),
+    ("llama3", 258),
+    ("qwen2.5-tied", 258),
+    ("qwen2", 280),
+    ("gpt2", 280),
+    ("llama3", 259),
+])
 @pytest.mark.parametrize("kind", [GPT, ScalarModel])
 def test_added_tokens_get_rows_and_nothing_else_changes(tmp_path, monkeypatch, name, vocab, kind):
     """The last three of 261 tokens are new; the embedding has 258 rows, or is padded to more."""
     before = tiny_of(kind, name, vocab_size=vocab)
-    tables = [lambda m: m.transformer.wte.weight] + ([lambda m: m.lm_head.weight] if getattr(before, "lm_head", None) is not None else [])
+    tables = [lambda m: m.transformer.wte.weight]
+    if getattr(before, "lm_head", None) is not None:
+        tables.append(lambda m: m.lm_head.weight)
     for table in tables:
         table(before).data += 2.0  # a mean to be seen
     tokenizer = copy.copy(TOKENIZER)
@@ -150,8 +175,11 @@ def test_added_tokens_get_rows_and_nothing_else_changes(tmp_path, monkeypatch, n
     for table in tables:
         old, new = table(before).detach(), table(model).detach()
         assert new.shape == (max(vocab, 261), old.shape[1]) and table(model).requires_grad
-        assert torch.equal(new[:258], old[:258]) and torch.equal(new[261:], old[261:]) and torch.equal(new, table(again))
-        assert (new[258:261] - old[:258].mean(0)).abs().max() < 0.6 * old[:258].std(0).max() and len(new[258:261].unique(dim=0)) == 3
+        assert torch.equal(new[:258], old[:258])
+        assert torch.equal(new[261:], old[261:])
+        assert torch.equal(new, table(again))
+        assert (new[258:261] - old[:258].mean(0)).abs().max() < 0.6 * old[:258].std(0).max()
+        assert len(new[258:261].unique(dim=0)) == 3
     if kind is GPT:
         assert torch.equal(outputs(model)[:, :258], outputs(before)[:, :258])
     else:
@@ -166,7 +194,8 @@ def test_an_embedding_padded_beyond_the_tokenizer_stays_as_it_is(tmp_path, name)
     before = tiny_of(name=name, vocab_size=300)
     save_model(tmp_path, before, TOKENIZER)
     model, tokenizer = load_model(tmp_path, GPT)
-    assert (tokenizer.n_vocab, model.config.vocab_size) == (261, 300) and torch.equal(outputs(model), outputs(before))
+    assert (tokenizer.n_vocab, model.config.vocab_size) == (261, 300)
+    assert torch.equal(outputs(model), outputs(before))
 
 
 def outputs_of(model, ids):
@@ -176,18 +205,25 @@ def outputs_of(model, ids):
 
 def test_another_projects_tokenizer_without_a_template_is_given_ours_with_rows_for_it(tmp_path, peers):
     tokenizers = pytest.importorskip("tokenizers")
-    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
-    library.pre_tokenizer, library.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
     library.add_special_tokens(["<|endoftext|>"])
     before = tiny_of(name="llama3", vocab_size=257, bos_token_id=256, pad_token_id=None)
-    save_model(tmp_path / "base", before, SimpleNamespace(eos=256, pad=None, save=lambda folder: library.save(str(folder / "tokenizer.json"))))
+    save_model(
+        tmp_path / "base", before,
+        SimpleNamespace(eos=256, pad=None, save=lambda folder: library.save(str(folder / "tokenizer.json"))))
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     model, tokenizer = load_model(tmp_path / "base", GPT)
     assert tokenizer.added == 4 and model.config.vocab_size == tokenizer.n_vocab == 261
     assert torch.equal(outputs_of(model, ROWS[0])[..., :257], outputs_of(before, ROWS[0]))
     save_model(tmp_path / "ours", model, tokenizer)
     again, other = load_model(tmp_path / "ours", GPT)
-    assert other.added == 0 and other.same_as(tokenizer) and torch.equal(outputs_of(again, ROWS[0]), outputs_of(model, ROWS[0]))
+    assert other.added == 0
+    assert other.same_as(tokenizer)
+    assert torch.equal(outputs_of(again, ROWS[0]), outputs_of(model, ROWS[0]))
     close(open_with(auto(peers, GPT), tmp_path / "ours")(ROWS[0]).logits, outputs_of(model, ROWS[0]))
     assert open_tokenizer(tmp_path / "ours").same_as(tokenizer)
 
@@ -206,7 +242,8 @@ def test_a_model_from_scratch_takes_the_tokenizer_that_is_named(tmp_path, tokeni
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "把这句话翻译成英文", "completion": "这句话翻译成英文"}] * 3)
     for name, expected in [(tools.TOY, toy.tokenizer()), (str(tmp_path / "folder"), tokenizer)]:
         assert scratch_tokenizer(a_run(tmp_path, tokenizer=name)).same_as(expected)
-    assert scratch_tokenizer(a_run(tmp_path, tokenizer="auto", data=f"{tools.TOY}/prompts.jsonl")).same_as(toy.tokenizer())
+    beside = a_run(tmp_path, tokenizer="auto", data=f"{tools.TOY}/prompts.jsonl")
+    assert scratch_tokenizer(beside).same_as(toy.tokenizer())
     learned = scratch_tokenizer(a_run(tmp_path, tokenizer="bpe:300"))
     assert learned.same_as(Tokenizer("bpe", *train_bpe(["把这句话翻译成英文", "这句话翻译成英文"] * 3, 300, ALL_LETTERS)))
     assert len(learned.encode("这句话翻译成英文")) == 1
@@ -259,7 +296,7 @@ def test_a_learned_vocabulary_is_the_runs_own_to_the_end(tmp_path):
 # -- adapters' folders
 
 def peft_folder(tmp_path, kind=GPT, name="gpt2", **changes):
-    """A base, and an adapter of it in the layout of PEFT. Returns (base folder, adapter folder, the model)."""
+    """(Base folder, folder of an adapter of it in the layout of PEFT, the model)."""
     base, folder, model = tmp_path / "base", tmp_path / "adapter", adapted(kind, name, **changes)
     trunk = tiny_of(kind, name)
     whole = tiny_of(GPT, name)
@@ -274,26 +311,36 @@ def test_a_peft_folder_has_the_names_and_shapes_of_peft(tmp_path, targets):
     base, folder, model = peft_folder(tmp_path, name="llama3", lora_targets=targets)
     attention = {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16), "o_proj": (32, 32)}
     mlp = {"gate_proj": (32, 48), "up_proj": (32, 48), "down_proj": (48, 32)}
-    parts = {f"self_attn.{name}": shape for name, shape in attention.items()} | ({f"mlp.{name}": shape for name, shape in mlp.items()} if targets == "all" else {})
+    parts = {f"self_attn.{name}": shape for name, shape in attention.items()}
+    if targets == "all":
+        parts |= {f"mlp.{name}": shape for name, shape in mlp.items()}
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert {key: tuple(p.shape) for key, p in tensors.items()} == {
-        f"base_model.model.model.layers.{layer}.{part}.lora_{side}.weight": (3, width) if side == "A" else (height, 3)
-        for layer in range(2) for part, (width, height) in parts.items() for side in "AB"}
+    expected = {}
+    for layer in range(2):
+        for part, (width, height) in parts.items():
+            name = f"base_model.model.model.layers.{layer}.{part}"
+            expected[f"{name}.lora_A.weight"] = (3, width)
+            expected[f"{name}.lora_B.weight"] = (height, 3)
+    assert {key: tuple(p.shape) for key, p in tensors.items()} == expected
     block = model.transformer.h[1].attn.c_attn
     q, k, v = (f"base_model.model.model.layers.1.self_attn.{letter}_proj.lora_" for letter in "qkv")
     assert all(torch.equal(tensors[f"{part}A.weight"], block.lora_A) for part in (q, k, v))
     assert torch.equal(torch.cat([tensors[f"{part}B.weight"] for part in (q, k, v)]), block.lora_B)
     written = json.loads((folder / "adapter_config.json").read_text())
-    assert written == written | {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": 3, "lora_alpha": 6.0, "bias": "none",
-                                 "fan_in_fan_out": False, "target_modules": sorted(parts)}
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert written == written | {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": 3,
+        "lora_alpha": 6.0, "bias": "none", "fan_in_fan_out": False, "target_modules": sorted(parts)
+    }
+    expected = ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in folder.iterdir()) == expected
 
 
 @kinds
 def test_a_peft_folder_by_pefts_formula_is_the_model_in_transformers_and_here(tmp_path, peers, kind, name):
     """W + alpha / r B A for the modules that the tensors name, done by hand to transformers' weights."""
     base, folder, model = peft_folder(tmp_path, kind, name)
-    written, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
     again, _ = load_model(folder, kind)
     close(outputs(again), outputs(model), 1e-5)
     peer = auto(peers, kind).from_pretrained(base, **({} if kind is GPT else {"num_labels": 1})).eval()
@@ -302,7 +349,8 @@ def test_a_peft_folder_by_pefts_formula_is_the_model_in_transformers_and_here(tm
         for key, A in tensors.items():
             if key.endswith("lora_A.weight"):
                 module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                assert module.split(".", 3 if name != "opt" else 4)[-1].endswith(tuple(written["target_modules"]))
+                assert module.split(".", 3 if name != "opt" else 4)[-1].endswith(
+                    tuple(written["target_modules"]))
                 delta = written["lora_alpha"] / written["r"] * tensors[key.replace("lora_A", "lora_B")] @ A
                 weight = peer.get_submodule(module).weight
                 weight += delta.T if written["fan_in_fan_out"] else delta
@@ -317,7 +365,8 @@ def test_a_peft_folder_by_pefts_formula_is_the_model_in_transformers_and_here(tm
 def edit(**changes):
     def damage(folder):
         path = folder / "adapter_config.json"
-        path.write_text(json.dumps({key: value for key, value in (json.loads(path.read_text()) | changes).items() if value != "gone"}))
+        written = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in written.items() if value != "gone"}))
     return damage
 
 
@@ -346,13 +395,19 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     (edit(base_model_name_or_path="nowhere"), r"nowhere: no such checkpoint folder"),
     (edit(r=4), r"adapter of .*c_attn\.weight has a wrong shape"),
     (lambda folder: (folder / "adapter_config.json").write_text("[]"), r"adapter_config\.json is damaged"),
-    (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors is missing"),
-    (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), r"adapter_model\.safetensors is damaged"),
-    (edit_tensors(lambda tensors: tensors.pop(Q + "B.weight")), r"adapter_model\.safetensors lacks .*q_proj\.lora_B"),
-    (edit_tensors(lambda tensors: tensors.update({"base_model.model.model.norm.weight": torch.ones(32)})), r"no place for: base_model\.model\.model\.norm"),
-    (edit_tensors(lambda tensors: tensors.update({Q + "A.weight": torch.ones(3, 31)})), r"adapter of .* has a wrong shape"),
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(),
+     r"adapter_model\.safetensors is missing"),
+    (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
+     r"adapter_model\.safetensors is damaged"),
+    (edit_tensors(lambda tensors: tensors.pop(Q + "B.weight")),
+     r"adapter_model\.safetensors lacks .*q_proj\.lora_B"),
+    (edit_tensors(lambda tensors: tensors.update({"base_model.model.model.norm.weight": torch.ones(32)})),
+     r"no place for: base_model\.model\.model\.norm"),
+    (edit_tensors(lambda tensors: tensors.update({Q + "A.weight": torch.ones(3, 31)})),
+     r"adapter of .* has a wrong shape"),
     (lambda folder: edit(base_model_name_or_path=str(folder))(folder), r"which is an adapter itself"),
-    (lambda folder: Tokenizer("bytes", r"\S+|\s+", TOKENIZER.ranks | {b"ab": 256}).save(folder), r"tokenizer has 262 tokens, .* 261"),
+    (lambda folder: Tokenizer("bytes", r"\S+|\s+", TOKENIZER.ranks | {b"ab": 256}).save(folder),
+     r"tokenizer has 262 tokens, .* 261"),
 ])
 def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(tmp_path, damage, message):
     _, folder, _ = peft_folder(tmp_path, name="llama3")

@@ -1,4 +1,5 @@
-"""formats/model_folder.py: foreign, damaged and hostile folders are refused in one line, and nothing in them is run."""
+"""formats/model_folder.py: foreign, damaged and hostile folders are refused in one line, and nothing in them
+is run."""
 import itertools
 import json
 import math
@@ -26,7 +27,8 @@ TORCH = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
 def edit_config(remove=(), **changes):
     def damage(folder):
         written = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps({key: value for key, value in written.items() if key not in remove}))
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in written.items() if key not in remove}))
     return damage
 
 
@@ -48,38 +50,58 @@ REFUSED = [
     ("gpt2", lambda folder: folder.rename(folder.with_name("elsewhere")), r"no such checkpoint folder"),
     ("gpt2", lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
     ("gpt2", lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
-    ("gpt2", lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json is missing|needs the package tokenizers"),
+    ("gpt2", lambda folder: (folder / "tokenizer.json").unlink(),
+     r"tokenizer\.json is missing|needs the package tokenizers"),
     ("gpt2", rewrite("config.json", lambda raw: raw[:-20]), r"config\.json is damaged"),
     ("gpt2", rewrite("config.json", lambda raw: b"\xff" + raw), r"config\.json is damaged"),
     ("gpt2", rewrite("config.json", lambda raw: b"[]"), r"config\.json is damaged \(it holds no object\)"),
     ("gpt2", rewrite("config.json", lambda raw: b"[" * 10**6), r"config\.json is damaged"),
-    ("gpt2", rewrite("config.json", lambda raw: b'{"a": ' * 10**5 + b"1" + b"}" * 10**5), r"config\.json is damaged"),
-    ("gpt2", rewrite("config.json", lambda raw: raw.replace(b'"n_layer": 2', b'"n_layer": ' + b"9" * 5000)), r"config\.json"),
+    ("gpt2", rewrite("config.json", lambda raw: b'{"a": ' * 10**5 + b"1" + b"}" * 10**5),
+     r"config\.json is damaged"),
+    ("gpt2", rewrite("config.json", lambda raw: raw.replace(b'"n_layer": 2', b'"n_layer": ' + b"9" * 5000)),
+     r"config\.json"),
     ("gpt2", too_large, r"config\.json is too large"),
-    ("gpt2", rewrite("config.json", lambda raw: b'{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'), r"config\.json is damaged or incomplete .*vocab_size"),
+    ("gpt2",
+     rewrite("config.json", lambda raw: b'{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}'),
+     r"config\.json is damaged or incomplete .*vocab_size"),
     ("llama3", edit_config(remove=["rms_norm_eps"]), r"config\.json is damaged or incomplete .*rms_norm_eps"),
     ("llama3", rope("llama3"), r"config\.json is damaged or incomplete .*low_freq_factor"),
     ("gpt2", rewrite("tokenizer.json", lambda raw: raw[:-20]), r"tokenizer\.json is damaged"),
     ("gpt2", rewrite("model.safetensors", lambda raw: raw[:-20]), r"model\.safetensors is damaged"),
     ("gpt2", rewrite("model.safetensors", lambda raw: raw[:20]), r"model\.safetensors is damaged"),
     ("gpt2", rewrite("model.safetensors", lambda raw: b""), r"model\.safetensors is damaged"),
-    ("gpt2", rewrite("model.safetensors", lambda raw: b"\x80\x04" + raw), r"model\.safetensors is refused: it is a pickle"),
-    ("gpt2", rewrite("model.safetensors", lambda raw: pickle.dumps({"a": 1})), r"model\.safetensors is refused: it is a pickle"),
+    ("gpt2", rewrite("model.safetensors", lambda raw: b"\x80\x04" + raw),
+     r"model\.safetensors is refused: it is a pickle"),
+    ("gpt2", rewrite("model.safetensors", lambda raw: pickle.dumps({"a": 1})),
+     r"model\.safetensors is refused: it is a pickle"),
     # weights that don't agree with config.json
-    ("gpt2", edit_weights(lambda tensors: tensors.pop("transformer.h.1.attn.c_attn.bias")), r"model\.safetensors lacks transformer\.h\.1\.attn\.c_attn\.bias"),
-    ("qwen2", edit_weights(lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias")), r"model\.safetensors lacks model\.layers\.1\.self_attn\.k_proj\.bias"),
-    ("qwen2", edit_weights(lambda tensors: tensors.pop("lm_head.weight")), r"model\.safetensors lacks lm_head\.weight"),
+    ("gpt2", edit_weights(lambda tensors: tensors.pop("transformer.h.1.attn.c_attn.bias")),
+     r"model\.safetensors lacks transformer\.h\.1\.attn\.c_attn\.bias"),
+    ("qwen2", edit_weights(lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.bias")),
+     r"model\.safetensors lacks model\.layers\.1\.self_attn\.k_proj\.bias"),
+    ("qwen2", edit_weights(lambda tensors: tensors.pop("lm_head.weight")),
+     r"model\.safetensors lacks lm_head\.weight"),
     ("gpt2", edit_weights(lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(31)})),
      r"model\.safetensors: transformer\.ln_f\.weight .*\(31,\).*\(32,\)"),
-    ("gpt2", edit_config(n_positions=65), r"model\.safetensors: transformer\.wpe\.weight .*\(64, 32\).*\(65, 32\)"),
-    ("gpt2", edit_config(vocab_size=260), r"model\.safetensors: transformer\.wte\.weight .*\(261, 32\).*\(260, 32\)"),
-    ("llama3", edit_config(num_key_value_heads=4), r"model\.safetensors: transformer\.h\.0\.attn\.c_attn\.weight .*\(64, 32\).*\(96, 32\)"),
+    ("gpt2", edit_config(n_positions=65),
+     r"model\.safetensors: transformer\.wpe\.weight .*\(64, 32\).*\(65, 32\)"),
+    ("gpt2", edit_config(vocab_size=260),
+     r"model\.safetensors: transformer\.wte\.weight .*\(261, 32\).*\(260, 32\)"),
+    ("llama3", edit_config(num_key_value_heads=4),
+     r"model\.safetensors: transformer\.h\.0\.attn\.c_attn\.weight .*\(64, 32\).*\(96, 32\)"),
     ("llama3", edit_config(head_dim=16), r"model\.safetensors: transformer\.h\.0\.attn\.c_attn\.weight "),
-    ("llama3", edit_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(())})), r"model\.safetensors: transformer\.ln_f\.weight .*\(\)"),
+    ("llama3", edit_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(())})),
+     r"model\.safetensors: transformer\.ln_f\.weight .*\(\)"),
     ("llama3", edit_config(num_hidden_layers=1), r"no place for: model\.layers\.1\."),
-    ("llama3", edit_weights(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})), r"no place for: .*q_proj\.bias"),
-    ("opt", edit_weights(lambda tensors: tensors.update({"score.weight": torch.ones(1, 32)})), r"no place for: score\.weight"),
-    ("gpt2", edit_weights(lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(32, dtype=torch.int8)})), r"model\.safetensors: .*ln_f\.weight is int8"),
+    ("llama3",
+     edit_weights(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})),
+     r"no place for: .*q_proj\.bias"),
+    ("opt", edit_weights(lambda tensors: tensors.update({"score.weight": torch.ones(1, 32)})),
+     r"no place for: score\.weight"),
+    ("gpt2",
+     edit_weights(
+         lambda tensors: tensors.update({"transformer.ln_f.weight": torch.ones(32, dtype=torch.int8)})),
+     r"model\.safetensors: .*ln_f\.weight is int8"),
     # shards
     ("llama3", shards(kept=False), r"lacks model-00001-of-00001\.safetensors"),
     ("llama3", shards("../x.safetensors"), r"model\.safetensors\.index\.json is damaged"),
@@ -89,32 +111,47 @@ REFUSED = [
     ("llama3", shards(index={"weight_map": {"a": 1}}), r"model\.safetensors\.index\.json is damaged"),
     ("llama3", shards(index=[]), r"model\.safetensors\.index\.json is damaged"),
     # kinds of models that this project doesn't compute
-    ("gpt2", edit_config(model_type="mamba"), r"config\.json: models of type 'mamba' are not supported, only gpt2, llama"),
+    ("gpt2", edit_config(model_type="mamba"),
+     r"config\.json: models of type 'mamba' are not supported, only gpt2, llama"),
     ("gpt2", edit_config(model_type=["gpt2"]), r"config\.json: models of type"),
     ("gpt2", edit_config(remove=["model_type"]), r"config\.json: models of type 'None'"),
-    ("gpt2", edit_config(architectures=["GPT2DoubleHeadsModel"]), r"config\.json: the architecture 'GPT2DoubleHeadsModel' is not supported, only GPT2LMHeadModel and GPT2For"),
-    ("llama3", edit_config(architectures=["LlamaForTokenClassification"]), r"config\.json: the architecture 'LlamaForTokenClassification'"),
-    ("llama3", edit_config(architectures=["MistralForCausalLM"]), r"config\.json: the architecture 'MistralForCausalLM'"),
+    ("gpt2", edit_config(architectures=["GPT2DoubleHeadsModel"]),
+     r"config\.json: the architecture 'GPT2DoubleHeadsModel' is not supported, "
+     r"only GPT2LMHeadModel and GPT2For"),
+    ("llama3", edit_config(architectures=["LlamaForTokenClassification"]),
+     r"config\.json: the architecture 'LlamaForTokenClassification'"),
+    ("llama3", edit_config(architectures=["MistralForCausalLM"]),
+     r"config\.json: the architecture 'MistralForCausalLM'"),
     ("llama3", edit_config(architectures=None), r"config\.json: the architecture 'None'"),
     ("llama3", edit_config(architectures=[{}]), r"config\.json"),
-    *[("llama3", rope(kind), rf"config\.json: rotary positions of kind '{kind}' are not supported, only default, linear, llama3") for kind in ("yarn", "dynamic", "longrope")],
-    ("llama3", edit_config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), r"config\.json: rotary positions of kind 'yarn'"),
-    ("llama3", edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), r"config\.json: partial_rotary_factor 0\.5 is not supported"),
+    *[("llama3", rope(kind),
+       rf"config\.json: rotary positions of kind '{kind}' are not supported, only default, linear, llama3")
+      for kind in ("yarn", "dynamic", "longrope")],
+    ("llama3", edit_config(rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+     r"config\.json: rotary positions of kind 'yarn'"),
+    ("llama3", edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+     r"config\.json: partial_rotary_factor 0\.5 is not supported"),
     ("llama3", edit_config(partial_rotary_factor=0.5), r"config\.json: partial_rotary_factor 0\.5"),
     ("llama3", edit_config(hidden_act="gelu"), r"config\.json: hidden_act gelu is not supported, only silu"),
     ("llama3", edit_config(mlp_bias=True), r"config\.json: mlp_bias True is not supported"),
     ("llama3", edit_config(attention_bias=True), r"config\.json: attention_bias True is not supported"),
     ("qwen3", edit_config(attention_bias=True), r"config\.json: attention_bias True is not supported"),
-    ("llama3", edit_config(quantization_config={"bits": 4}), r"config\.json: quantised checkpoints are not supported"),
-    ("gpt2", edit_config(activation_function="gelu"), r"config\.json: activation_function gelu is not supported, only gelu_new"),
-    ("gpt2", edit_config(scale_attn_by_inverse_layer_idx=True), r"config\.json: scale_attn_by_inverse_layer_idx True"),
+    ("llama3", edit_config(quantization_config={"bits": 4}),
+     r"config\.json: quantised checkpoints are not supported"),
+    ("gpt2", edit_config(activation_function="gelu"),
+     r"config\.json: activation_function gelu is not supported, only gelu_new"),
+    ("gpt2", edit_config(scale_attn_by_inverse_layer_idx=True),
+     r"config\.json: scale_attn_by_inverse_layer_idx True"),
     ("gpt2", edit_config(scale_attn_weights=False), r"config\.json: scale_attn_weights False"),
     ("gpt2", edit_config(add_cross_attention=True), r"config\.json: add_cross_attention True"),
-    *[("opt", edit_config(**{name: value}), rf"config\.json: {name} {value} is not supported") for name, value in (
-        ("activation_function", "gelu"), ("enable_bias", False), ("layer_norm_elementwise_affine", False), ("_remove_final_layer_norm", True))],
+    *[("opt", edit_config(**{name: value}), rf"config\.json: {name} {value} is not supported")
+      for name, value in (
+        ("activation_function", "gelu"), ("enable_bias", False), ("layer_norm_elementwise_affine", False),
+        ("_remove_final_layer_norm", True))],
     # numbers
     ("gpt2", edit_config(n_head=3), r"config\.json: .*width 32 is not divisible by 3 heads"),
-    ("llama3", edit_config(num_key_value_heads=3), r"config\.json: .*4 heads are not divisible by 3 key/value heads"),
+    ("llama3", edit_config(num_key_value_heads=3),
+     r"config\.json: .*4 heads are not divisible by 3 key/value heads"),
     ("llama3", edit_config(head_dim=9), r"config\.json: .*even head width, not 9"),
     ("gpt2", edit_config(n_layer=10**9), r"config\.json: .*out of range .*n_layer=1000000000"),
     ("llama3", edit_config(num_hidden_layers=10**6), r"config\.json: .*1000000 layers are too many"),
@@ -131,8 +168,11 @@ REFUSED = [
     ("llama3", edit_config(rope_scaling=[1]), r"config\.json is damaged"),
     ("llama3", edit_config(tie_word_embeddings="no"), r"config\.json: .*neither true nor false .*tied='no'"),
     ("mistral", edit_config(sliding_window="wide"), r"config\.json is damaged"),
-    ("gpt2", edit_config(n_embd=1 << 20, vocab_size=1 << 20), r"model\.safetensors: transformer\.wte\.weight .*\(1048576, 1048576\)"),  # 4 TiB, if made
-    ("llama3", edit_config(hidden_size=1 << 20, vocab_size=1 << 20), r"model\.safetensors: transformer\.wte\.weight .*\(1048576, 1048576\)"),
+    # 4 TiB, if made.
+    ("gpt2", edit_config(n_embd=1 << 20, vocab_size=1 << 20),
+     r"model\.safetensors: transformer\.wte\.weight .*\(1048576, 1048576\)"),
+    ("llama3", edit_config(hidden_size=1 << 20, vocab_size=1 << 20),
+     r"model\.safetensors: transformer\.wte\.weight .*\(1048576, 1048576\)"),
 ]
 
 
@@ -149,7 +189,8 @@ def test_a_foreign_or_damaged_folder_is_refused_in_one_line(tmp_path, name, dama
 
 
 def hostile(header=None, size=None, data=bytes(8), raw=b""):
-    """Bytes of a safetensors file: a header (JSON or raw bytes), what its size is said to be, the tensors' bytes."""
+    """Bytes of a safetensors file: a header (JSON or raw bytes), what its size is said to be, the tensors'
+    bytes."""
     raw = raw or json.dumps(header).encode()
     return (len(raw) if size is None else size).to_bytes(8, "little") + raw + data
 
@@ -172,10 +213,13 @@ HOSTILE = {
     "a negative shape": hostile({"a": tensor(-2)}),
     "a shape whose product overflows": hostile({"a": tensor(1 << 33, 1 << 33)}),
     "a shape that the bytes don't fill": hostile({"a": tensor(3)}),
-    "a name that comes twice": hostile(raw=f'{{"a": {json.dumps(tensor(1, offsets=(0, 4)))}, "a": {json.dumps(tensor(1, offsets=(4, 8)))}}}'.encode()),
-    "a field that comes twice": hostile(raw=b'{"a": {"dtype": "F32", "shape": [1], "shape": [2], "data_offsets": [0, 8]}}'),
+    "a name that comes twice": hostile(raw=f'{{"a": {json.dumps(tensor(1, offsets=(0, 4)))}, "a": '
+                                           f'{json.dumps(tensor(1, offsets=(4, 8)))}}}'.encode()),
+    "a field that comes twice": hostile(raw=b'{"a": {"dtype": "F32", "shape": [1], "shape": [2], '
+                                            b'"data_offsets": [0, 8]}}'),
     "NaN for a size": hostile({"a": tensor(math.nan)}),
-    "a number with 5000 digits": hostile(raw=json.dumps({"a": tensor("@")}).replace('"@"', "9" * 5000).encode()),
+    "a number with 5000 digits":
+        hostile(raw=json.dumps({"a": tensor("@")}).replace('"@"', "9" * 5000).encode()),
     "an unknown dtype": hostile({"a": tensor(2, dtype="F128")}),
     "a nested header": hostile(raw=b'{"a": ' + b"[" * 10**6),
     "a header of 101 MiB": hostile({}, size=101 << 20),
@@ -204,7 +248,23 @@ def refused_or_opened(folder, kind=GPT):
     return False
 
 
-NUMBERS = ("NaN", "Infinity", "-Infinity", "-1", "0", "0.5", "1e999", "1" + "0" * 30, "9" * 5000, '"x"', "null", "[]", "{}", "true", "[1]")
+NUMBERS = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "-1",
+    "0",
+    "0.5",
+    "1e999",
+    "1" + "0" * 30,
+    "9" * 5000,
+    '"x"',
+    "null",
+    "[]",
+    "{}",
+    "true",
+    "[1]",
+)
 
 
 @pytest.mark.case(11)
@@ -219,7 +279,9 @@ def test_any_field_of_config_json_may_hold_anything(name, tmp_path, record_prope
         path.write_text(json.dumps(changed).replace('"@"', value))
         refused += [key] if refused_or_opened(tmp_path) else []
     record_property("tries", len(tries)), record_property("survived", len(tries))
-    sizes = {"vocab_size", "n_positions", "n_layer", "num_hidden_layers", "hidden_size", "max_position_embeddings"} & fields.keys()
+    sizes = {
+        "vocab_size", "n_positions", "n_layer", "num_hidden_layers", "hidden_size", "max_position_embeddings"
+    } & fields.keys()
     assert len(sizes) >= 3 and all(refused.count(size) == len(NUMBERS) for size in sizes)
 
 
@@ -232,17 +294,22 @@ def test_a_folder_with_random_damage_is_refused_in_one_line_or_opened(tmp_path, 
     for seed in range(tries):
         rng = random.Random(seed)
         folder = tmp_path / rng.choice(["gpt2", "llama3", "opt"])
-        path = folder / rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "model.safetensors"])
+        path = folder / rng.choice([
+            "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "model.safetensors"
+        ])
         whole = path.read_bytes()
         raw = bytearray(whole)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(min(len(raw), 6000) or 1)
-            part, random_bytes = slice(at, at + rng.randint(1, 200)), bytes(rng.randrange(256) for _ in range(9))
+            part = slice(at, at + rng.randint(1, 200))
+            random_bytes = bytes(rng.randrange(256) for _ in range(9))
             how = rng.randrange(4)
             if how == 0 and raw:
                 raw[at] ^= 1 << rng.randrange(8)
             else:
-                raw[part if how == 1 else slice(at, at)] = [raw[part], b"", random_bytes, rng.choice(written).encode()][how]
+                raw[part if how == 1 else slice(at, at)] = [
+                    raw[part], b"", random_bytes, rng.choice(written).encode()
+                ][how]
         path.write_bytes(raw)
         refused += refused_or_opened(folder)
         path.write_bytes(whole)
@@ -278,7 +345,8 @@ def test_a_plain_pickle_is_opened_only_when_allowed(folder_without_weights, shar
     folder, tensors = folder_without_weights
     torch.save(tensors, folder / ("shard.bin" if sharded else "pytorch_model.bin"))
     if sharded:
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "shard.bin")}))
+        (folder / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(tensors, "shard.bin")}))
     with pytest.raises(UserError, match=r"\.bin is a pickle, which can run code .* --allow-pickle"):
         load_model(folder, GPT)
     model, _ = load_model(folder, GPT, allow_pickle=True)
@@ -329,13 +397,17 @@ def test_an_old_torch_opens_no_pickle_at_all(folder_without_weights, monkeypatch
 def test_a_hub_name_is_fetched_and_pickles_only_when_allowed(tmp_path, monkeypatch, allowed):
     save_model(tmp_path / "cache", tiny_of(name="llama3"), TOKENIZER)
     asked = []
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(
-        snapshot_download=lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path / "cache")))
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub",
+        SimpleNamespace(snapshot_download=lambda name, allow_patterns: asked.append(
+            (name, allow_patterns)) or str(tmp_path / "cache")))
     monkeypatch.chdir(tmp_path)
     model, _ = load_model("org/a-model_1.5B", GPT, allow_pickle=allowed)
     assert torch.equal(outputs(model), outputs(tiny_of(name="llama3")))
     (name, patterns), = asked
-    assert name == "org/a-model_1.5B" and any(".bin" in pattern for pattern in patterns) == allowed and not any(pattern.endswith(".py") for pattern in patterns)
+    assert name == "org/a-model_1.5B"
+    assert any(".bin" in pattern for pattern in patterns) == allowed
+    assert not any(pattern.endswith(".py") for pattern in patterns)
 
 
 def test_a_hub_name_that_can_not_be_fetched_is_one_line(tmp_path, monkeypatch):
@@ -344,7 +416,9 @@ def test_a_hub_name_that_can_not_be_fetched_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=fail))
-    with pytest.raises(UserError, match=r"^org/model: .*could not be fetched from the hub \(OSError: 401 Client Error\)$"):
+    with pytest.raises(
+            UserError,
+            match=r"^org/model: .*could not be fetched from the hub \(OSError: 401 Client Error\)$"):
         load_model("org/model", GPT)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"^org/model: .*pip install -r requirements-hf\.txt$"):
@@ -355,7 +429,8 @@ def test_a_hub_name_that_can_not_be_fetched_is_one_line(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch, name):
     (tmp_path / "here" / "runs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=lambda *a, **k: pytest.fail("asked the hub")))
+    monkeypatch.setitem(sys.modules, "huggingface_hub",
+                        SimpleNamespace(snapshot_download=lambda *a, **k: pytest.fail("asked the hub")))
     with pytest.raises(UserError, match="no such checkpoint folder$|is not a checkpoint folder"):
         load_model(name, GPT)
 
@@ -365,9 +440,13 @@ def test_a_folder_that_is_not_there_is_no_hub_name(tmp_path, monkeypatch, name):
     ("runs/reward/", "; python reward.py --out runs/reward makes one"),
     ("runs/ppo", "; python ppo.py --out runs/ppo makes one"),
     ("runs/dpo", "; python dpo.py --out runs/dpo makes one"),
-    ("runs/demo/sft", "; bash run.sh makes it"), ("runs/demo/dpo", "; bash run.sh makes it"),
-    ("runs/sft2", ""), ("runs/my/sft", "")])
-def test_a_folder_that_is_not_there_comes_with_the_command_that_makes_it(name, command, tmp_path, monkeypatch):
+    ("runs/demo/sft", "; bash run.sh makes it"),
+    ("runs/demo/dpo", "; bash run.sh makes it"),
+    ("runs/sft2", ""),
+    ("runs/my/sft", ""),
+])
+def test_a_folder_that_is_not_there_comes_with_the_command_that_makes_it(name, command, tmp_path,
+                                                                         monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
         load_model(name, GPT)

@@ -15,10 +15,16 @@ from tools import SILENT, dropped, write_rows
 @pytest.mark.parametrize("want, source, form, expected", CASES)
 def test_every_format_is_recognised_and_read_as_the_right_row(tmp_path, want, source, form, expected):
     said = []
-    assert sources_file.read_rows(write_rows(tmp_path / "rows.json", [source]), want, said.append) == [expected]
+    assert sources_file.read_rows(write_rows(tmp_path / "rows.json", [source]), want,
+                                  said.append) == [expected]
     assert len(said) == 1 and f"1 rows ({form}), 1 kept as {want}" in said[0] and "dropped" not in said[0]
-    nulls = dict.fromkeys(["system", "history", "messages", "label", "rating", "chosen", "question", "margin", "gold", "text", "instances"])
-    assert sources_file.read_rows(write_rows(tmp_path / "rows.json", [nulls | source]), want, SILENT) == [expected]  # null is absent
+    nulls = dict.fromkeys([
+        "system", "history", "messages", "label", "rating", "chosen", "question", "margin", "gold", "text",
+        "instances"
+    ])
+    # Null is absent.
+    assert sources_file.read_rows(write_rows(tmp_path / "rows.json", [nulls | source]), want,
+                                  SILENT) == [expected]
 
 
 def test_every_want_takes_the_formats_that_can_serve_it_and_refuses_the_rest(tmp_path):
@@ -26,8 +32,9 @@ def test_every_want_takes_the_formats_that_can_serve_it_and_refuses_the_rest(tmp
     for want in ("demonstrations", "preferences", "prompts"):
         for _, source, form, _ in CASES:
             path, said = write_rows(tmp_path / "rows.jsonl", [source]), []
-            alone = form in ("labelled replies", "rated replies") if want == "preferences" else want == "demonstrations" and (
-                source is ASKED or source.get("label") is False)
+            alone = form in ("labelled replies",
+                             "rated replies") if want == "preferences" else want == "demonstrations" and (
+                                 source is ASKED or source.get("label") is False)
             if want in rows_file.FORMATS[form][1] and not alone:
                 assert len(sources_file.read_rows(path, want, said.append)) == 1 and f"({form})" in said[0]
             else:
@@ -41,7 +48,9 @@ def test_an_answer_can_be_checked_however_it_is_written(tmp_path):
                            ("####", ""), ("72", "So\n72"), ("#### 1\n#### 2", "2"),
                            ("#### Then\nit is 1,2.", "So\n#### Then\nit is 1,2."),
                            ("\\boxed{1} or \\boxed{ 2^{3}} .", "2^{3}"), ("\\boxed{1", "So\n\\boxed{1")]:
-        row, = sources_file.read_rows(write_rows(tmp_path / "a.jsonl", [{"question": "?", "answer": f"So\n{ending}"}]), "prompts", SILENT)
+        row, = sources_file.read_rows(
+            write_rows(tmp_path / "a.jsonl", [{"question": "?", "answer": f"So\n{ending}"}]), "prompts",
+            SILENT)
         assert row.answer == answer
 
 
@@ -65,7 +74,9 @@ def test_a_prompt_of_every_format_brings_its_answer(tmp_path, fields, answer):
 
 
 def test_self_instruct_rows_give_a_row_for_each_instance(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", [SEEDS | {"instances": [{"input": "4", "output": "64"}, {"input": "", "output": "?"}]}, SEEDS])
+    path = write_rows(
+        tmp_path / "a.jsonl",
+        [SEEDS | {"instances": [{"input": "4", "output": "64"}, {"input": "", "output": "?"}]}, SEEDS])
     assert [(row.text, *row.replies) for row in sources_file.read_rows(path, "demonstrations", SILENT)] == [
         ("Cube it.\n\n4", "64"), ("Cube it.", "?"), ("Cube it.\n\n4", "64")]
 
@@ -73,31 +84,57 @@ def test_self_instruct_rows_give_a_row_for_each_instance(tmp_path):
 def test_labels_and_ratings_become_a_ranking_of_each_prompt(tmp_path):
     rated = lambda prompt, reply, rating: {"prompt": prompt, "completion": reply, "rating": rating}
     path, said = tmp_path / "rows.jsonl", []
-    write_rows(path, [rated("a", "good", 5), rated("b", "lonely", 3), rated("a", "bad", 1.5), rated("a", "fair", 3), rated("c", "x", 2),
-                 rated("a", " good ", 2), rated("c", "y", 2), rated("a", "too", 5), rated("d", "", 1)])
-    assert sources_file.read_rows(path, "preferences", said.append) == [Row(user("a"), ["good", "bad", "fair", "too"], [-5, -1.5, -3, -5])]
+    write_rows(path, [
+        rated("a", "good", 5),
+        rated("b", "lonely", 3),
+        rated("a", "bad", 1.5),
+        rated("a", "fair", 3),
+        rated("c", "x", 2),
+        rated("a", " good ", 2),
+        rated("c", "y", 2),
+        rated("a", "too", 5),
+        rated("d", "", 1)
+    ])
+    assert sources_file.read_rows(path, "preferences", said.append) == [
+        Row(user("a"), ["good", "bad", "fair", "too"], [-5, -1.5, -3, -5])
+    ]
     assert "9 rows (rated replies), 1 kept as preferences, one for all replies to a prompt" in said[0]
     assert dropped(said[0]) == {"no second rating of the same prompt to compare with": 3, "empty reply": 1,
                                 "the same reply to the same prompt again": 1}
     rows = sources_file.read_rows(path, "demonstrations", said.append)
-    assert rows == [Row(user("a"), ["good"], [0]), Row(user("b"), ["lonely"], [0]), Row(user("c"), ["x"], [0])]
+    assert rows == [
+        Row(user("a"), ["good"], [0]),
+        Row(user("b"), ["lonely"], [0]),
+        Row(user("c"), ["x"], [0])
+    ]
     assert dropped(said[1]) == {"rated no higher than another reply to the same prompt": 5, "empty reply": 1}
     assert len(sources_file.read_rows(path, "prompts", SILENT)) == 9
 
-    labels = [COMPLETION | {"completion": "65", "label": False}, COMPLETION | {"label": True}, COMPLETION | {"completion": "?", "label": False},
-              COMPLETION | {"label": True, "system": "Be brief."}, KTO, KTO | {"messages": chat("Hi", "Ho", "Cube 4.", "65"), "label": False}]
+    labels = [
+        COMPLETION | {"completion": "65", "label": False},
+        COMPLETION | {"label": True},
+        COMPLETION | {"completion": "?", "label": False},
+        COMPLETION | {"label": True, "system": "Be brief."},
+        KTO,
+        KTO | {"messages": chat("Hi", "Ho", "Cube 4.", "65"), "label": False},
+    ]
     assert sources_file.read_rows(write_rows(path, labels), "preferences", said.append) == [
         Row(SHORT, ["65", "64", "?"], [1, 0, 1]), Row(user("Hi", "Ho", "Cube 4."), ["64", "65"], [0, 1])]
-    assert dropped(said[2]) == {"no second rating of the same prompt to compare with": 1}  # another system turn, another prompt
-    assert [row.replies for row in sources_file.read_rows(path, "demonstrations", said.append)] == [["64"]] * 3
+    # Another system turn, another prompt.
+    assert dropped(said[2]) == {"no second rating of the same prompt to compare with": 1}
+    assert [row.replies
+            for row in sources_file.read_rows(path, "demonstrations", said.append)] == [["64"]] * 3
     assert dropped(said[3]) == {"label false": 3}
 
 
 def test_single_labelled_or_rated_replies_are_not_taken_for_preferences(tmp_path):
     singles = [{"prompt": f"p{i}", "completion": "r", "label": i < 3} for i in range(5)]
     path = write_rows(tmp_path / "kto.jsonl", singles)
-    message = (r"kto.jsonl holds 5 single replies with good or bad labels \(3 true, 2 false\), and no prompt with "
-               r"two that .* give each prompt a chosen and a rejected reply, or a row for each of its replies; sft.py")
+    message = (
+        r"kto.jsonl holds 5 single replies with good or bad labels \(3 true, 2 false\), and no prompt with "
+        r"two that .* give each prompt a chosen and a rejected reply, or a row for each of its replies; "
+        r"sft.py"
+    )
     with pytest.raises(UserError, match=message):
         sources_file.read_rows(path, "preferences", SILENT)
     assert len(sources_file.read_rows(path, "demonstrations", SILENT)) == 3

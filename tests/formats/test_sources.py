@@ -1,4 +1,5 @@
-"""formats/sources.py: files of every kind, damaged ones, several at once, mixtures, parts and what is held out."""
+"""formats/sources.py: files of every kind, damaged ones, several at once, mixtures, parts and what is held
+out."""
 import contextlib
 import csv
 import gzip
@@ -133,22 +134,29 @@ def test_a_folder_is_said_to_be_one_with_the_files_that_could_be_named(tmp_path)
 
 def test_parquet_rows_are_those_of_json(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    sources = [ULTRA, ULTRA | {"chosen": chat("Hi", "日本"), "rejected": chat("Hi", "Ho"), "prompt": "Hi"}] * 700  # more than a batch
+    # More than a batch.
+    other = {"chosen": chat("Hi", "日本"), "rejected": chat("Hi", "Ho"), "prompt": "Hi"}
+    sources = [ULTRA, ULTRA | other] * 700
     parquet.write_table(pyarrow.Table.from_pylist(sources), tmp_path / "a.parquet")
     rows = sources_file.read_rows(tmp_path / "a.parquet", "preferences", SILENT)
-    assert rows == sources_file.read_rows(write_rows(tmp_path / "a.jsonl", sources), "preferences", SILENT) and len(rows) == len(sources)
+    assert rows == sources_file.read_rows(write_rows(tmp_path / "a.jsonl", sources), "preferences", SILENT)
+    assert len(rows) == len(sources)
     mixed = [ALPACA, MESSAGES, COMPLETION]
     absent = dict.fromkeys([name for row in mixed for name in row])  # null in a table
     parquet.write_table(pyarrow.Table.from_pylist([absent | row for row in mixed]), tmp_path / "b.parquet")
-    assert [row.replies for row in sources_file.read_rows(tmp_path / "b.parquet", "demonstrations", SILENT)] == [["64"], ["Yes"], ["64"]]
+    rows = sources_file.read_rows(tmp_path / "b.parquet", "demonstrations", SILENT)
+    assert [row.replies for row in rows] == [["64"], ["Yes"], ["64"]]
     (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(UserError, match="c.parquet can't be read"):
         sources_file.read_rows(tmp_path / "c.parquet", "preferences", SILENT)
 
 
-@pytest.mark.parametrize("spec, expected", [("hf:org/name", ("org/name", None, "train")), ("hf:org/name:test", ("org/name", None, "test")),
-                                            ("hf:org/name/main:train[:10]", ("org/name", "main", "train[:10]")),
-                                            ("hf:org/name/main", ("org/name", "main", "train"))])
+@pytest.mark.parametrize("spec, expected", [
+    ("hf:org/name", ("org/name", None, "train")),
+    ("hf:org/name:test", ("org/name", None, "test")),
+    ("hf:org/name/main:train[:10]", ("org/name", "main", "train[:10]")),
+    ("hf:org/name/main", ("org/name", "main", "train")),
+])
 def test_a_data_set_of_the_hub_comes_through_datasets(monkeypatch, spec, expected):
     asked = []
 
@@ -159,14 +167,17 @@ def test_a_data_set_of_the_hub_comes_through_datasets(monkeypatch, spec, expecte
         return [ALPACA, DOLLY]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert [row.replies for row in sources_file.read_rows(spec, "demonstrations", SILENT)] == [["64"], ["64"]] and asked == [expected]
+    assert [row.replies for row in sources_file.read_rows(spec, "demonstrations", SILENT)] == [["64"], ["64"]]
+    assert asked == [expected]
     with pytest.raises(UserError, match=r"hf:org/name.*, row 1 doesn't hold a prompt, chosen and rejected"):
         sources_file.read_rows(spec, "preferences", SILENT)
-    with pytest.raises(UserError, match=r"hf:org/gone can't be loaded \(ConnectionError: no network x{189}\)$"):
+    with pytest.raises(UserError,
+                       match=r"hf:org/gone can't be loaded \(ConnectionError: no network x{189}\)$"):
         sources_file.read_rows("hf:org/gone", "demonstrations", SILENT)
     with pytest.raises(UserError, match=r"hf:name: write hf:org/name"):
         sources_file.read_rows("hf:name", "demonstrations", SILENT)
-    assert len(sources_file.read_rows(f"{spec}:0.25,hf:org/other:train:.25", "demonstrations", SILENT)) == 4  # with weights
+    # With weights.
+    assert len(sources_file.read_rows(f"{spec}:0.25,hf:org/other:train:.25", "demonstrations", SILENT)) == 4
 
 
 @pytest.mark.parametrize("name, package", [("rows.parquet", "pyarrow"), ("hf:org/name", "datasets")])
@@ -183,14 +194,18 @@ def test_rows_that_cannot_be_read_are_left_out_if_asked_to_and_at_most_one_in_a_
     good = [json.dumps({"prompt": f"p{i}", "completion": f"r{i}"}).encode() for i in range(297)]
     ill = [b'{"prompt": "a", "completion"', b'{"prompt": "a", "completion": "\xff"}', b"[1]"]
     path, said = tmp_path / "rows.jsonl", []
-    path.write_bytes(b"\n".join([*good[:16], ill[0], *good[16:200], ill[1], b"", *good[200:], ill[2]]) + b"\n")
+    path.write_bytes(b"\n".join([*good[:16], ill[0], *good[16:200], ill[1], b"", *good[200:], ill[2]])
+                     + b"\n")
     rows = sources_file.read_rows(path, "demonstrations", said.append, skip_bad=True)
     assert [row.replies[0] for row in rows] == [f"r{i}" for i in range(297)]
-    assert said[0].startswith(f"warning: {path}: left out 3 of 300 rows; the first is {path}:17 is not valid JSON")
+    assert said[0].startswith(
+        f"warning: {path}: left out 3 of 300 rows; the first is {path}:17 is not valid JSON")
     with pytest.raises(UserError, match=r"rows.jsonl:17 is not valid JSON"):
         sources_file.read_rows(path, "demonstrations", SILENT)
     path.write_bytes(b"\n".join([*good[:296], *ill]))
-    with pytest.raises(UserError, match=r"3 of 299 rows can't be read, and --skip-bad leaves out one in a hundred at most; the first is .*:297 is not valid"):
+    message = (r"3 of 299 rows can't be read, and --skip-bad leaves out one in a hundred at most; "
+               r"the first is .*:297 is not valid")
+    with pytest.raises(UserError, match=message):
         sources_file.read_rows(path, "demonstrations", SILENT, skip_bad=True)
 
 
@@ -198,8 +213,10 @@ def test_rows_that_cannot_be_read_are_left_out_if_asked_to_and_at_most_one_in_a_
 def test_a_line_that_is_too_long_is_left_out_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(sources_file, "LONGEST", 100)
     lines = [json.dumps({"prompt": f"p{i}", "completion": "r"}) for i in range(99)]
-    (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:50], json.dumps({"prompt": "p", "completion": 1000 * "r"}), *lines[50:]]))
-    assert [row.text for row in sources_file.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)] == [f"p{i}" for i in range(99)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(
+        [*lines[:50], json.dumps({"prompt": "p", "completion": 1000 * "r"}), *lines[50:]]))
+    rows = sources_file.read_rows(tmp_path / "rows.jsonl", "demonstrations", SILENT, skip_bad=True)
+    assert [row.text for row in rows] == [f"p{i}" for i in range(99)]
 
 
 # -- rows that cannot be used, and damage
@@ -207,23 +224,35 @@ def test_a_line_that_is_too_long_is_left_out_whole(tmp_path, monkeypatch):
 @pytest.mark.case(19)
 def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
     turn = "\n\nHuman: Hi\n\nAssistant: Yes"
-    sources = [HH, {"chosen": turn, "rejected": "\n\nHuman: Ho\n\nAssistant: No"}, ULTRA | {"prompt": "Cube 5."},
-               ULTRA | {"rejected": chat("Cube 5.", "1")},
-               {"chosen": turn, "rejected": "\n\nHuman: Hi\n\nAssistant: "},
-               {"chosen": turn, "rejected": turn + "\n"},
-               {"chosen": turn + "\n\nAssistant: No", "rejected": turn}, WHOLE_PAIR | {"chosen": chat("Hi", "Ho") + system("x")},
-               {"chosen": "\n\nAssistant: No", "rejected": "\n\nAssistant: Yes"}, PAIR | {"prompt": " "}, SHAREGPT_PAIR | {"conversations": []},
-               {"chosen": turn + "\n\nHuman: Bye", "rejected": turn}, WHOLE_PAIR | {"chosen": []},
-               {"chosen": "Say" + turn, "rejected": turn}, {"chosen": "x", "rejected": turn},
-               WHOLE_PAIR | {"chosen": chat("Hi", "", "Ho", "a"), "rejected": chat("Hi", "", "Ho", "b")},
-               TURNS_PAIR | {"prompt": chat("Cube 4.", "64")},
-               RANKING | {"ranks": [1, 1, 1, 1]},
-               RANKING | {"ranks": [1]}, RANKING | {"completions": ["a"], "ranks": [1]},
-               RANKING | {"completions": ["a", "", "b", "c"]}, RANKING | {"completions": ["a", "a", "b", "c"], "gold": None}]
+    sources = [
+        HH,
+        {"chosen": turn, "rejected": "\n\nHuman: Ho\n\nAssistant: No"},
+        ULTRA | {"prompt": "Cube 5."},
+        ULTRA | {"rejected": chat("Cube 5.", "1")},
+        {"chosen": turn, "rejected": "\n\nHuman: Hi\n\nAssistant: "},
+        {"chosen": turn, "rejected": turn + "\n"},
+        {"chosen": turn + "\n\nAssistant: No", "rejected": turn},
+        WHOLE_PAIR | {"chosen": chat("Hi", "Ho") + system("x")},
+        {"chosen": "\n\nAssistant: No", "rejected": "\n\nAssistant: Yes"},
+        PAIR | {"prompt": " "},
+        SHAREGPT_PAIR | {"conversations": []},
+        {"chosen": turn + "\n\nHuman: Bye", "rejected": turn},
+        WHOLE_PAIR | {"chosen": []},
+        {"chosen": "Say" + turn, "rejected": turn},
+        {"chosen": "x", "rejected": turn},
+        WHOLE_PAIR | {"chosen": chat("Hi", "", "Ho", "a"), "rejected": chat("Hi", "", "Ho", "b")},
+        TURNS_PAIR | {"prompt": chat("Cube 4.", "64")},
+        RANKING | {"ranks": [1, 1, 1, 1]},
+        RANKING | {"ranks": [1]},
+        RANKING | {"completions": ["a"], "ranks": [1]},
+        RANKING | {"completions": ["a", "", "b", "c"]},
+        RANKING | {"completions": ["a", "a", "b", "c"], "gold": None},
+    ]
     said = []
     rows = sources_file.read_rows(write_rows(tmp_path / "rows.jsonl", sources), "preferences", said.append)
     assert [row.replies[0] for row in rows] == ["I don’t know.", "a"]
-    assert len(said) == 1 and f"{len(sources)} rows (transcripts, preferences, rankings), 2 kept as preferences" in said[0]
+    assert len(said) == 1
+    assert f"{len(sources)} rows (transcripts, preferences, rankings), 2 kept as preferences" in said[0]
     assert said[0].endswith("; ...")  # the rarest reasons
 
 
@@ -238,19 +267,25 @@ def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
     ("preferences", HH | {"rejected": HH["chosen"] + "\n"}, "chosen equals rejected"),
     ("preferences", RANKING | {"ranks": [1, 1, 1, 1]}, "all replies tied"),
     ("preferences", RANKING | {"ranks": [1]}, "completions and ranks don't match, or fewer than two"),
-    ("preferences", RANKING | {"completions": ["a"], "ranks": [1]}, "completions and ranks don't match, or fewer than two"),
+    ("preferences", RANKING | {"completions": ["a"], "ranks": [1]},
+     "completions and ranks don't match, or fewer than two"),
     ("preferences", HH | {"chosen": HH["chosen"] + "\n\nAssistant: No"}, "roles don't alternate"),
     ("preferences", HH | {"chosen": HH["chosen"] + "\n\nHuman: No\n\nHuman: No"}, "roles don't alternate"),
-    ("demonstrations", {"messages": chat("Hi", "Ho") + system("x") + chat("Hi", "Ho")}, "roles don't alternate"),
-    ("demonstrations", {"conversations": sharegpt("64", "Sure?", "Yes", names=("gpt", "human"))}, "roles don't alternate"),
+    ("demonstrations", {"messages": chat("Hi", "Ho") + system("x") + chat("Hi", "Ho")},
+     "roles don't alternate"),
+    ("demonstrations", {"conversations": sharegpt("64", "Sure?", "Yes", names=("gpt", "human"))},
+     "roles don't alternate"),
     ("demonstrations", {"conversations": sharegpt("Hi", "x", "64", names=("human", "observation", "gpt"))},
      "a turn by 'observation', who is not system, user or assistant"),
-    ("demonstrations", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a turn with parts that are no text"),
-    ("demonstrations", {"messages": chat("Hi") + [{"role": "assistant", "content": None, "tool_calls": []}]}, "a turn without text"),
+    ("demonstrations", {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+     "a turn with parts that are no text"),
+    ("demonstrations", {"messages": chat("Hi") + [{"role": "assistant", "content": None, "tool_calls": []}]},
+     "a turn without text"),
     ("demonstrations", ASKED, "no reply by the assistant at the end"),
     ("demonstrations", {"messages": []}, "no reply by the assistant at the end"),
     ("preferences", HH | {"chosen": HH["chosen"] + "\n\nHuman: Bye"}, "no reply by the assistant at the end"),
-    ("preferences", HH | {"rejected": "Say" + HH["rejected"]}, "no transcript with Human: and Assistant: turns"),
+    ("preferences", HH | {"rejected": "Say" + HH["rejected"]},
+     "no transcript with Human: and Assistant: turns"),
     ("preferences", {"chosen": "a", "rejected": "b"}, "no transcript with Human: and Assistant: turns"),
     ("demonstrations", {"messages": chat("64", names=["assistant"])}, "empty prompt"),
     ("preferences", PAIR | {"prompt": " "}, "empty prompt"),
@@ -260,14 +295,17 @@ def test_unusable_rows_are_dropped_counted_and_said(tmp_path):
     ("prompts", {"messages": system("Be brief.")}, "the prompt doesn't end with the user"),
     ("demonstrations", {"messages": chat("Hi", "", "Ho", "64")}, "empty turn"),
     ("demonstrations", COMPLETION | {"label": False}, "label false"),
-    ("demonstrations", ALPACA | {"output": "\ud83d half"}, "a NUL character or half a surrogate pair, which is no text"),
-    ("prompts", {"messages": system("\udc00") + chat("Hi")}, "a NUL character or half a surrogate pair, which is no text"),
+    ("demonstrations", ALPACA | {"output": "\ud83d half"},
+     "a NUL character or half a surrogate pair, which is no text"),
+    ("prompts", {"messages": system("\udc00") + chat("Hi")},
+     "a NUL character or half a surrogate pair, which is no text"),
     ("demonstrations", {"text": "a\0b"}, "a NUL character or half a surrogate pair, which is no text"),
 ])
 def test_each_defect_of_a_row_has_its_reason(tmp_path, want, source, reason):
     good = {"demonstrations": ALPACA, "preferences": PAIR, "prompts": {"prompt": "x"}}[want]
     said = []
-    assert len(sources_file.read_rows(write_rows(tmp_path / "rows.jsonl", [good, source, source]), want, said.append)) == 1
+    path = write_rows(tmp_path / "rows.jsonl", [good, source, source])
+    assert len(sources_file.read_rows(path, want, said.append)) == 1
     assert "3 rows (" in said[0] and dropped(said[0]) == {reason: 2}
 
 
@@ -284,7 +322,8 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
     ("a.jsonl", GOOD + b"\n\0\0\n", "preferences", r":2 is not valid JSON"),
     ("a.json", b"[\n" + GOOD + b",\n{bad\n]", "preferences", r":3 is not valid JSON"),
     ("a.json", b"[" + GOOD + b",\n\n]", "preferences", r":3 is not valid JSON"),
-    ("a.json", b"[" + GOOD + b"\n" + GOOD + b"]", "preferences", r", row 1 is not valid JSON: neither a comma nor \]"),
+    ("a.json", b"[" + GOOD + b"\n" + GOOD + b"]", "preferences",
+     r", row 1 is not valid JSON: neither a comma nor \]"),
     ("a.json", b"[" + GOOD, "preferences", r", row 1 is not valid JSON: neither a comma nor \]"),
     ("a.json", b"[", "preferences", r":1 is not valid JSON"),
     ("a.json", b"[" + GOOD + b"] x", "preferences", r" is not valid JSON: something follows the array"),
@@ -292,13 +331,16 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
      r":2 is not valid JSON: the field 'chosen' comes twice"),
     ("a.json", b"[" + GOOD + b', {"messages": [{"role": "user", "role": "user"}]}]', "prompts",
      r", row 2 is not valid JSON: the field 'role' comes twice"),
-    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [NaN, 1]}', "preferences", r":1 is not valid JSON: NaN is no JSON number"),
-    ("a.json", b'[{"prompt": "x", "score": -Infinity}]', "prompts", r", row 1 is not valid JSON: -Infinity is no JSON number"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [NaN, 1]}', "preferences",
+     r":1 is not valid JSON: NaN is no JSON number"),
+    ("a.json", b'[{"prompt": "x", "score": -Infinity}]', "prompts",
+     r", row 1 is not valid JSON: -Infinity is no JSON number"),
     ("a.jsonl", GOOD + b'\n{"prompt": ' + b"[" * 200000, "preferences", r":2 is nested too deeply"),
     ("a.json", b'[{"prompt": ' + b'{"a":' * 200000, "preferences", r", row 1 is nested too deeply"),
     ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [1e999, 1]}', "preferences",
      r":1: a rank, a gold score or the margin is not"),
-    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [1' + b"0" * 400 + b", 1]}", "preferences", r":1: "),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": [1' + b"0" * 400 + b", 1]}",
+     "preferences", r":1: "),
     ("a.jsonl", b"\xef\xbb\xbf" + GOOD + b"\n\xff", "preferences", r":2 is not UTF-8"),
     ("a.jsonl", GOOD + b"\n" + GOOD + b'\n{"prompt": "\xe9"}', "preferences", r":3 is not UTF-8"),
     ("a.json", b"[\n" + GOOD + b',\n{"prompt": "\xe9"}]', "preferences", r":3 is not UTF-8"),
@@ -314,29 +356,40 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
     ("a.json", b"[" + GOOD + b', {"question": "x", "answer": "y"}]', "preferences",
      r", row 2 doesn't hold .* chosen and rejected .*; its fields are question, answer"),
     ("a.jsonl", b"{}", "prompts", r":1 doesn't hold a prompt .*; its fields are none"),
-    ("a.jsonl", b'{"a\\n\\ud800' + b"b" * 99 + b'": 1}', "prompts", r":1 doesn't hold a prompt .*; its fields are a\\n\\ud800b{37}$"),
-    ("a.jsonl", json.dumps(ALPACA).encode(), "preferences", r":1 doesn't hold .* chosen and rejected .*; its fields are instruction, input, output"),
+    ("a.jsonl", b'{"a\\n\\ud800' + b"b" * 99 + b'": 1}', "prompts",
+     r":1 doesn't hold a prompt .*; its fields are a\\n\\ud800b{37}$"),
+    ("a.jsonl", json.dumps(ALPACA).encode(), "preferences",
+     r":1 doesn't hold .* chosen and rejected .*; its fields are instruction, input, output"),
     ("a.jsonl", b'{"prompt": "x"}', "demonstrations", r":1 doesn't hold a prompt and a reply"),
     ("a.jsonl", b'{"text": "x"}', "prompts", r":1 doesn't hold a prompt "),
-    ("a.jsonl", GOOD + b'\n{"prompt": 5, "chosen": "a", "rejected": "b"}', "preferences", r":2: the prompt is not a string"),
-    ("a.jsonl", b'{"prompt": "x", "chosen": ["a"], "rejected": "b"}', "preferences", r":1: a conversation is not a list of objects"),
-    ("a.jsonl", b'{"prompt": "x", "chosen": 5, "rejected": "b"}', "preferences", r":1: a reply is missing or not a string"),
-    ("a.jsonl", b'{"instruction": "x", "output": 5}', "demonstrations", r":1: a reply is missing or not a string .read as instructions"),
+    ("a.jsonl", GOOD + b'\n{"prompt": 5, "chosen": "a", "rejected": "b"}', "preferences",
+     r":2: the prompt is not a string"),
+    ("a.jsonl", b'{"prompt": "x", "chosen": ["a"], "rejected": "b"}', "preferences",
+     r":1: a conversation is not a list of objects"),
+    ("a.jsonl", b'{"prompt": "x", "chosen": 5, "rejected": "b"}', "preferences",
+     r":1: a reply is missing or not a string"),
+    ("a.jsonl", b'{"instruction": "x", "output": 5}', "demonstrations",
+     r":1: a reply is missing or not a string .read as instructions"),
     ("a.jsonl", b'{"chosen": 5, "rejected": "b"}', "preferences", r":1: a reply is missing or not a string"),
-    ("a.jsonl", b'{"messages": [{"speaker": "user", "content": "x"}]}', "prompts", r":1: a message has no role"),
-    ("a.jsonl", b'{"messages": [{"role": "user", "content": 5}]}', "prompts", r":1: the text of a turn is not a string"),
+    ("a.jsonl", b'{"messages": [{"speaker": "user", "content": "x"}]}', "prompts",
+     r":1: a message has no role"),
+    ("a.jsonl", b'{"messages": [{"role": "user", "content": 5}]}', "prompts",
+     r":1: the text of a turn is not a string"),
     ("a.jsonl", b'{"messages": "x"}', "prompts", r":1: a conversation is not a list of objects"),
     ("a.jsonl", b'{"prompt": "x", "system": 5}', "prompts", r":1: the system field is not a string"),
     ("a.jsonl", b'{"prompt": "x", "history": ["a"]}', "prompts", r":1: history is not a list"),
-    ("a.jsonl", b'{"instruction": "x", "instances": ["a"]}', "demonstrations", r":1: instances is not a list of objects"),
+    ("a.jsonl", b'{"instruction": "x", "instances": ["a"]}', "demonstrations",
+     r":1: instances is not a list of objects"),
     ("a.jsonl", b'{"question": "x", "answer": ["5"]}', "demonstrations",
      r":1: the answer is neither text nor a number"),
     ("a.jsonl", b'{"text": ["x"]}', "demonstrations", r":1: text is not a string"),
     ("a.jsonl", b'{"prompt": "x", "completions": ["a", "b"], "ranks": ["1", "2"]}', "preferences",
      r":1: a rank, a gold score or the margin is not"),
-    ("a.jsonl", b'{"prompt": "x", "completions": ["a", 5], "ranks": [1, 2]}', "preferences", r":1: a reply is missing or not a string"),
+    ("a.jsonl", b'{"prompt": "x", "completions": ["a", 5], "ranks": [1, 2]}', "preferences",
+     r":1: a reply is missing or not a string"),
     ("a.jsonl", b'{"prompt": "x", "completions": "ab", "ranks": [0, 1]}', "preferences", r":1: "),
-    ("a.jsonl", GOOD.replace(b"2}", b'"2"}'), "preferences", r":1: a rank, a gold score or the margin is not a finite number"),
+    ("a.jsonl", GOOD.replace(b"2}", b'"2"}'), "preferences",
+     r":1: a rank, a gold score or the margin is not a finite number"),
     ("a.xlsx", GOOD, "preferences", r": only \.json, .* are read"),
     ("a.jsonl", json.dumps(SHP | {"labels": 2}).encode(), "preferences",
      r":1: labels is neither 1, for A, nor 0, for B"),
@@ -393,8 +446,13 @@ def test_a_file_with_random_damage_gives_rows_or_is_named_in_one_line(tmp_path, 
     for seed in range(tries):
         rng = random.Random(seed)
         raw, at = bytearray(whole), rng.randrange(len(whole))
-        written = rng.choice([b"\0", b"\xff\xfe", b"NaN", b"-1e999", b"\"", b"{", b"]", b",", b"\n", b"\r\n", b"\\ud800", "\u2028".encode(), b"<|endoftext|>", b"null"])
-        raw[at:at + rng.choice([0, 0, 1, 30, 500])] = rng.choice([b"", written, raw[at:at + 40], bytes(rng.randrange(256) for _ in range(5))])
+        written = rng.choice([
+            b"\0", b"\xff\xfe", b"NaN", b"-1e999", b"\"", b"{", b"]", b",", b"\n", b"\r\n", b"\\ud800",
+            "\u2028".encode(), b"<|endoftext|>", b"null"
+        ])
+        raw[at:at + rng.choice([0, 0, 1, 30, 500])] = rng.choice(
+            [b"", written, raw[at:at + 40],
+             bytes(rng.randrange(256) for _ in range(5))])
         path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
         if name.endswith("gz") and seed % 2:
             path.write_bytes(path.read_bytes()[:rng.randrange(len(path.read_bytes()))])
@@ -405,7 +463,8 @@ def test_a_file_with_random_damage_gives_rows_or_is_named_in_one_line(tmp_path, 
                 refused += 1
                 assert str(path) in str(error) and "\n" not in str(error)
             else:
-                assert rows and all(turn["content"].encode() for row in rows for turn in row.prompt)  # text that can be encoded
+                # Text that can be encoded.
+                assert rows and all(turn["content"].encode() for row in rows for turn in row.prompt)
                 assert all(reply.strip() and reply.encode() for row in rows for reply in row.replies)
     record_property("tries", tries), record_property("survived", tries)
     assert refused > tries / 4
@@ -428,7 +487,9 @@ def test_hostile_text_is_parsed_in_linear_time(tmp_path):
         text = unit * (2**20 // len(unit))
         for row in ({"chosen": text, "rejected": text}, {"question": text, "answer": text},
                     RM_STATIC | {"prompt": text + "\n\nAssistant:"}, ALPACA | {"input": text}):
-            rows = sources_file.read_rows(write_rows(tmp_path / "a.jsonl", [{"prompt": "x"}, row]), "prompts", SILENT)  # in seconds, or in years
+            # In seconds, or in years.
+            rows = sources_file.read_rows(write_rows(tmp_path / "a.jsonl", [{"prompt": "x"}, row]), "prompts",
+                                          SILENT)
             assert rows[0].text == "x" and len(rows) <= 2
 
 
@@ -444,30 +505,42 @@ def test_several_files_are_read_one_after_the_other_whatever_their_names(tmp_pat
     for name in names:
         write_rows(Path(name), questions(name, 3))
     for name in names:
-        assert [row.text for row in sources_file.read_rows(name, "prompts", SILENT)] == [f"{name} {i}" for i in range(3)]
+        expected = [f"{name} {i}" for i in range(3)]
+        assert [row.text for row in sources_file.read_rows(name, "prompts", SILENT)] == expected
         assert len(sources_file.read_rows(f"{name}:2", "prompts", SILENT)) == 3
     for chosen in itertools.permutations(names):
-        assert [row.text for row in sources_file.read_rows(", ".join(chosen), "prompts", SILENT)] == [f"{name} {i}" for name in chosen for i in range(3)]
-    for spec, message in [("a.jsonl,a.jsonl", "names a.jsonl twice"), ("a.jsonl,", "names nothing"), ("", "names nothing"),
-                          ("a.jsonl:1,d:1.jsonl", "give every file a weight"), ("a.jsonl:0", "a weight must be > 0"), ("a.jsonl:-1", "a weight must"),
-                          ("a.jsonl:nan", "a weight must"), ("a.jsonl:inf", "a weight must"), ("a.jsonl:x", "a.jsonl:x: no such file")]:
+        expected = [f"{name} {i}" for name in chosen for i in range(3)]
+        assert [row.text for row in sources_file.read_rows(", ".join(chosen), "prompts", SILENT)] == expected
+    for spec, message in [("a.jsonl,a.jsonl", "names a.jsonl twice"), ("a.jsonl,", "names nothing"),
+                          ("", "names nothing"), ("a.jsonl:1,d:1.jsonl", "give every file a weight"),
+                          ("a.jsonl:0", "a weight must be > 0"), ("a.jsonl:-1", "a weight must"),
+                          ("a.jsonl:nan", "a weight must"), ("a.jsonl:inf", "a weight must"),
+                          ("a.jsonl:x", "a.jsonl:x: no such file")]:
         with pytest.raises(UserError, match=message):
             sources_file.read_rows(spec, "prompts", SILENT)
 
 
 @pytest.mark.parametrize("sizes, weights, expected", [
-    ((100, 100), (0.8, 0.2), (100, 25)), ((100, 100), (4, 1), (100, 25)), ((100, 10), (0.5, 0.5), (10, 10)),
-    ((30, 7, 50), (3, 0.7, 5), (30, 7, 50)), ((30, 3, 50), (0.1, 0.1, 0.2), (3, 3, 6)), ((9,), (0.3,), (9,)), ((100, 100), (1, 3), (33, 100)),
+    ((100, 100), (0.8, 0.2), (100, 25)),
+    ((100, 100), (4, 1), (100, 25)),
+    ((100, 10), (0.5, 0.5), (10, 10)),
+    ((30, 7, 50), (3, 0.7, 5), (30, 7, 50)),
+    ((30, 3, 50), (0.1, 0.1, 0.2), (3, 3, 6)),
+    ((9, ), (0.3, ), (9, )),
+    ((100, 100), (1, 3), (33, 100)),
 ])
-def test_a_mixture_has_its_shares_repeats_no_row_and_is_the_same_every_time(tmp_path, sizes, weights, expected):
+def test_a_mixture_has_its_shares_repeats_no_row_and_is_the_same_every_time(tmp_path, sizes, weights,
+                                                                            expected):
     paths = [write_rows(tmp_path / f"{i}.jsonl", questions(i, n)) for i, n in enumerate(sizes)]
     spec, said = ",".join(f"{path}:{weight}" for path, weight in zip(paths, weights)), []
     texts = [row.text for row in sources_file.read_rows(spec, "prompts", said.append)]
     assert tuple(sum(text.startswith(f"{i} ") for text in texts) for i in range(len(sizes))) == expected
-    assert len(set(texts)) == len(texts) and texts == [row.text for row in sources_file.read_rows(spec, "prompts", SILENT)]
+    assert len(set(texts)) == len(texts)
+    assert texts == [row.text for row in sources_file.read_rows(spec, "prompts", SILENT)]
     assert f"mixture of {sum(expected)} rows: {expected[0]} of {paths[0]}" in said[-1]
     chosen = [int(text.split()[1]) for text in texts if text.startswith("0 ")]
-    assert chosen == sorted(chosen) and (len(chosen) > sizes[0] / 2 or max(chosen) > sizes[0] / 2)  # not the first rows
+    # They are not the first rows.
+    assert chosen == sorted(chosen) and (len(chosen) > sizes[0] / 2 or max(chosen) > sizes[0] / 2)
 
 
 def test_a_share_of_less_than_a_row_is_refused(tmp_path):
@@ -478,9 +551,13 @@ def test_a_share_of_less_than_a_row_is_refused(tmp_path):
 
 def test_parts_are_disjoint_cover_everything_and_know_nothing_of_the_held_out_prompts(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", questions("a", 4000) + questions("a", 500))
-    parts = [[row.text for row in sources_file.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")] for i in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == sorted(row["prompt"] for row in questions("a", 4000) + questions("a", 500))
-    assert not set(parts[0]) & set(parts[1]) and not set(parts[1]) & set(parts[2]) and not set(parts[0]) & set(parts[2])
+    parts = [[row.text for row in sources_file.read_rows(path, "prompts", SILENT, f"2/4/4:{i}")]
+             for i in (1, 2, 3)]
+    expected = sorted(row["prompt"] for row in questions("a", 4000) + questions("a", 500))
+    assert sorted(sum(parts, [])) == expected
+    assert not set(parts[0]) & set(parts[1])
+    assert not set(parts[1]) & set(parts[2])
+    assert not set(parts[0]) & set(parts[2])
     for part, share in zip(parts, (0.2, 0.4, 0.4)):
         assert len(set(part)) / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
         held_out = sources_file.split_by_prompt([Row(user(text)) for text in set(part)], 0.1)[1]
@@ -494,22 +571,29 @@ def test_parts_are_disjoint_cover_everything_and_know_nothing_of_the_held_out_pr
     assert 150 < len(train) < 250 and len(train) + len(heldout) == 400
 
 
-@pytest.mark.parametrize("part", ["2/4/4", "2/4/4:0", "2/4/4:4", ":1", "a/b:1", "2//4:1", "2/0:1", "0:1", "-1/2:1", "nan/1:1", "1/1:1.5", "1/1:"])
+@pytest.mark.parametrize("part", [
+    "2/4/4", "2/4/4:0", "2/4/4:4", ":1", "a/b:1", "2//4:1", "2/0:1", "0:1", "-1/2:1", "nan/1:1", "1/1:1.5",
+    "1/1:",
+])
 def test_a_malformed_part_is_shown_the_form(tmp_path, part):
     path = write_rows(tmp_path / "a.jsonl", questions("a", 3))
-    with pytest.raises(UserError, match="write the shares of the stages and the number of this one, as in 2/4/4:1"):
+    with pytest.raises(UserError,
+                       match="write the shares of the stages and the number of this one, as in 2/4/4:1"):
         sources_file.read_rows(path, "prompts", SILENT, part)
 
 
 def test_a_part_of_a_mixture_keeps_its_shares(tmp_path):
     a, b = (write_rows(tmp_path / name, questions(name, 1000)) for name in ("a.jsonl", "b.jsonl"))
-    parts = [[row.text for row in sources_file.read_rows(f"{a}:3,{b}:1", "prompts", SILENT, f"1/1:{i}")] for i in (1, 2)]
+    parts = [[row.text for row in sources_file.read_rows(f"{a}:3,{b}:1", "prompts", SILENT, f"1/1:{i}")]
+             for i in (1, 2)]
     for part in parts:
-        assert sum("a" in text[:1] for text in part) == pytest.approx(3 * sum("b" in text[:1] for text in part), abs=3)
+        expected = pytest.approx(3 * sum("b" in text[:1] for text in part), abs=3)
+        assert sum("a" in text[:1] for text in part) == expected
     assert not set(parts[0]) & set(parts[1])
     with pytest.raises(UserError, match="has no row in part"):
         for i in (1, 2):  # a single prompt is in one of them
-            sources_file.read_rows(write_rows(tmp_path / "c.jsonl", questions("c", 1)), "prompts", SILENT, f"1/1:{i}")
+            sources_file.read_rows(write_rows(tmp_path / "c.jsonl", questions("c", 1)), "prompts", SILENT,
+                                   f"1/1:{i}")
 
 
 # -- what is held out
@@ -521,7 +605,8 @@ def test_split_keeps_a_prompt_on_one_side_whatever_the_order():
     assert not {row.text for row in train} & {row.text for row in heldout}
     assert 0.08 < len({row.text for row in heldout}) / 3000 < 0.12  # 3.6 standard deviations
     assert sources_file.split_by_prompt(rows[::-1], 0.1) == (train[::-1], heldout[::-1])
-    assert sources_file.split_by_prompt(rows, 0.0) == (rows, []) and sources_file.split_by_prompt(rows, 1.0) == ([], rows)
+    assert sources_file.split_by_prompt(rows, 0.0) == (rows, [])
+    assert sources_file.split_by_prompt(rows, 1.0) == ([], rows)
 
 
 @pytest.mark.parametrize("text, fraction, place", [

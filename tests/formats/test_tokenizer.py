@@ -54,14 +54,16 @@ def slow_merge(parts, pair):
     out, merged = [], False
     for part in parts:
         if out and (out[-1], part) == pair and not merged:
-            out[-1], merged = out[-1] + part, True  # what was just merged can't be the left half of the same pair
+            # What was just merged can't be the left half of the same pair.
+            out[-1], merged = out[-1] + part, True
         else:
             out, merged = out + [part], False
     return out
 
 
 def slow_bpe(texts, n_vocab, pattern):
-    """Byte-pair encoding, straight from its definition: count all pairs of the whole text anew for every merge."""
+    """Byte-pair encoding, straight from its definition: count all pairs of the whole text anew for every
+    merge."""
     corpus = [[bytes([b]) for b in piece.encode()] for text in texts for piece in regex.findall(pattern,
                                                                                                 text)]
     vocabulary, merges = [bytes([b]) for b in range(256)], []
@@ -80,7 +82,8 @@ def slow_bpe(texts, n_vocab, pattern):
 @pytest.mark.parametrize("texts, n_vocab", [
     (["low lower lowest, new newer newest; wide wider widest 10 100 1000"] * 2, 290),
     (["the then cat car cab can cap" + 9 * " the", "the"], 275),  # how often a word comes counts
-    (["aaaaaaa aaa aaaaa abababab", "日本 日本語 naïve"], 300),  # overlaps, several bytes a letter, and more room than pairs
+    # Overlaps, several bytes a letter, and more room than pairs.
+    (["aaaaaaa aaa aaaaa abababab", "日本 日本語 naïve"], 300),
 ])
 def test_train_bpe_equals_the_naive_algorithm_and_repeats(texts, n_vocab, pattern):
     _, ranks = train_bpe(texts, n_vocab, pattern)
@@ -127,7 +130,8 @@ def test_our_folder_reopens_as_the_same_without_the_library(tmp_path, monkeypatc
     assert list(after.ranks.items()) == sorted(before.ranks.items(), key=lambda item: item[1])
     for name in ("name", "pattern", "eos", "pad", "stops", "document", "roles", "added", "n_vocab", "files"):
         assert getattr(after, name) == getattr(before, name)
-    assert set(before.files) <= set(TOKENIZER_FILES) and {p.name for p in (tmp_path / "new").iterdir()} == set(before.files)
+    assert set(before.files) <= set(TOKENIZER_FILES)
+    assert {p.name for p in (tmp_path / "new").iterdir()} == set(before.files)
     (tmp_path / "new" / "tokenizer_config.json").unlink()
     assert open_tokenizer(tmp_path / "new").same_as(before)
 
@@ -144,18 +148,27 @@ def test_transformers_opens_our_folder_and_gives_the_same_ids(tmp_path, transfor
     ours.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (ours.eos, ours.pad, ours.n_vocab)
-    texts = ODD_TEXTS + list(CONTROLS) + random_texts(100) + [" ".join(" \n\t\r\x0b\u3000\xa0") * 2, "aaaa aaa  a"]
+    texts = ODD_TEXTS + list(CONTROLS) + random_texts(100) + [
+        " ".join(" \n\t\r\x0b\u3000\xa0") * 2, "aaaa aaa  a"
+    ]
     if make == "gaps":
         texts = ["abc", "ab", "aabcc", "abc\nabc  cab", "abcabc"]
     for text in texts:
         assert theirs(text, split_special_tokens=True)["input_ids"] == ours.encode(text), text
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
     if make != "gaps":
-        talk = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": " Hé\n"}, {"role": "assistant", "content": "\nHo"},
-                {"role": "user", "content": "2?"}, {"role": "assistant", "content": "Yes"}]
+        talk = [
+            {"role": "system", "content": "Be brief. "},
+            {"role": "user", "content": " Hé\n"},
+            {"role": "assistant", "content": "\nHo"},
+            {"role": "user", "content": "2?"},
+            {"role": "assistant", "content": "Yes"},
+        ]
         for n in range(1, 6):
             assert theirs.apply_chat_template(talk[:n])["input_ids"] == encode_dialogue(ours, talk[:n])[0]
-            assert theirs.apply_chat_template(talk[:n], add_generation_prompt=True)["input_ids"] == encode_prompt(ours, talk[:n])
+            assert theirs.apply_chat_template(talk[:n],
+                                              add_generation_prompt=True)["input_ids"] == encode_prompt(
+                                                  ours, talk[:n])
         ids = encode_dialogue(ours, talk)[0]
         assert theirs.decode(ids, skip_special_tokens=True) == "".join(turn["content"] for turn in talk)
 
@@ -171,10 +184,16 @@ def changed(where, value):
 
 @pytest.mark.case(11)
 @pytest.mark.parametrize("change", [
-    changed(["model", "vocab", "!"], 1), changed(["model", "vocab", "!"], "0"), changed(["model", "vocab", "!"], True),
-    changed(["model", "vocab", "!"], 0.5), lambda saved: saved["model"]["vocab"].update({"日": saved["model"]["vocab"].pop("!")}), changed(["model", "merges"], ["a b"]),
-    changed(["model", "merges"], [1]), changed(["model", "merges"], None),
-    changed(["pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"], "("), changed(["pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"], 7),
+    changed(["model", "vocab", "!"], 1),
+    changed(["model", "vocab", "!"], "0"),
+    changed(["model", "vocab", "!"], True),
+    changed(["model", "vocab", "!"], 0.5),
+    lambda saved: saved["model"]["vocab"].update({"日": saved["model"]["vocab"].pop("!")}),
+    changed(["model", "merges"], ["a b"]),
+    changed(["model", "merges"], [1]),
+    changed(["model", "merges"], None),
+    changed(["pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"], "("),
+    changed(["pre_tokenizer", "pretokenizers", 0, "pattern", "Regex"], 7),
 ])
 def test_a_damaged_tokenizer_of_ours_is_named_in_one_line(tmp_path, tokenizers, change):
     MADE["trained"]().save(tmp_path)

@@ -1,9 +1,9 @@
-"""Does the test suite notice? Small bugs, each of a kind that RLHF code has had, put one at a time into a copy of the repository.
+"""Does the test suite notice? Small bugs, put one at a time into a copy of the repository.
 
-A mutant is one replacement in one file. It is killed when a test fails that passes without it: the test that
-it names, or else any of the whole suite. Two are tried at a time, each in a copy of its own; the repository
-itself is never touched. The tables beside this file, one for each source file under its own path, hold the
-mutants: MUTANTS = [(name, test, old, new), ...].
+A mutant is one replacement in one file, of a kind that RLHF code has had. It is killed when a test fails that
+passes without it: the test that it names, or else any of the whole suite. Two are tried at a time, each in a
+copy of its own; the repository itself is never touched. The tables beside this file, one for each source file
+under its own path, hold the mutants: MUTANTS = [(name, test, old, new), ...].
 
     python tests/mutants            all of them: about 40 minutes on 2 busy cores
     python tests/mutants NAME...    those with these names, or with these words in them
@@ -33,7 +33,8 @@ from typing import NamedTuple  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 ROOT = HERE.parent.parent
-COPIED = ("*.py", "*.md", "*.sh", "*.txt", "LICENSE", "bench", "docs", "recipes", "tests")  # what the tests need
+# The tests need these and the folders that are packages.
+COPIED = ("*.py", "*.md", "*.sh", "*.txt", "LICENSE", "bench", "docs", "recipes", "tests")
 LIMIT, SUITE_LIMIT = 300, 1200  # seconds, after which a mutant hangs
 
 
@@ -61,7 +62,10 @@ lock, running, stopping = threading.Lock(), set(), threading.Event()
 
 
 def misfits():
-    """What is wrong with the list: a replacement that doesn't fit its file or leaves no Python, a name that comes twice, a test that is gone."""
+    """What is wrong with the tables.
+
+    A replacement that doesn't fit its file or leaves no Python, a name that comes twice, a test that is gone.
+    """
     names = [m.name for m in MUTANTS]
     for m in MUTANTS:
         if not (ROOT / m.file).is_file():
@@ -81,13 +85,14 @@ def misfits():
 
 
 def copy_repository(folder):
-    """A copy of what the tests need in folder/repository, and a folder for their temporary files beside it."""
+    """A copy of what the tests need in folder/repository, and a folder for temporary files beside it."""
     (folder / "repository").mkdir(parents=True)
     (folder / "tmp").mkdir()
     rooms = {file.parent for file in ROOT.glob("*/__init__.py")}
     for path in sorted(rooms | {path for pattern in COPIED for path in ROOT.glob(pattern)}):
         if path.is_dir():
-            shutil.copytree(path, folder / "repository" / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(path, folder / "repository" / path.name, ignore=ignored)
         else:
             shutil.copy(path, folder / "repository")
 
@@ -106,17 +111,36 @@ def end(process):
 
 
 def pytest(folder, tests, limit):
-    """Run tests of a copy up to the first that fails. Returns (exit code, that test, output); code None: ran past the limit."""
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp/pytest"]
+    """Run tests of a copy up to the first that fails.
+
+    Returns (exit code, that test, output); code None: ran past the limit.
+    """
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    words += [f"--basetemp={folder}/tmp/pytest"]
     words += [f"tests/{test}" for test in tests]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
-    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TMPDIR": f"{folder}/tmp", "COLUMNS": "200",
-                    "PYTHONDONTWRITEBYTECODE": "1"}  # of a file that changes twice in a second the bytecode of the first would be used
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTEST_ADDOPTS")
+    }
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "TMPDIR": f"{folder}/tmp",
+        "COLUMNS": "200",
+        # Of a file that changes twice in a second the bytecode of the first would be used.
+        "PYTHONDONTWRITEBYTECODE": "1"
+    }
     with open(folder / "output", "w+", encoding="utf-8", errors="replace") as output:
         with lock:
             if stopping.is_set():
                 raise KeyboardInterrupt
-            process = subprocess.Popen(words, cwd=folder / "repository", env=environment, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(words,
+                                       cwd=folder / "repository",
+                                       env=environment,
+                                       stdout=output,
+                                       stderr=output,
+                                       start_new_session=True)
             running.add(process)
         try:
             code = process.wait(limit)
@@ -156,7 +180,8 @@ def attempt(m, copies):
             by = "survived the whole suite"
         elif code is None:
             by = "hangs"
-        elif code != 1 or by is None:  # nothing failed, nothing could be run: the mutant is not what it is meant to be
+        # Nothing failed, nothing could be run: the mutant is not what it is meant to be.
+        elif code != 1 or by is None:
             killed, by = False, f"pytest ended with exit code {code}:\n{text[-2000:]}"
         elif not named:  # this test has not been seen to pass without the mutant
             file.write_text(source, "utf-8")
@@ -182,13 +207,16 @@ def run(mutants):
                 tests.setdefault(m.test.split("::")[0], {})[m.test] = None
             for job in as_completed([pool.submit(check, named, copies) for named in tests.values()]):
                 if job.result() is not None:
-                    raise SystemExit(f"{job.result()}\nwithout a mutant a test fails: that it fails with one would mean nothing")
-            print(f"without a mutant, the tests that are to kill them pass ({time.time() - began:.0f} s)", flush=True)
+                    why = "without a mutant a test fails: that it fails with one would mean nothing"
+                    raise SystemExit(f"{job.result()}\n{why}")
+            seconds = time.time() - began
+            print(f"without a mutant, the tests that are to kill them pass ({seconds:.0f} s)", flush=True)
             jobs = {pool.submit(attempt, m, copies): m for m in mutants}
             for job in tqdm(as_completed(jobs), total=len(jobs), leave=False, disable=None):
                 m, (killed, by, seconds) = jobs[job], job.result()
                 survivors += [] if killed else [m]
-                tqdm.write(f"{'killed' if killed else 'SURVIVED'} | {m.name} | {m.file} | {by} | {seconds:.1f} s")
+                fate = "killed" if killed else "SURVIVED"
+                tqdm.write(f"{fate} | {m.name} | {m.file} | {by} | {seconds:.1f} s")
                 sys.stdout.flush()
         except BaseException:  # Ctrl-C too
             stopping.set()
@@ -199,24 +227,30 @@ def run(mutants):
             raise
     for m in survivors:
         print(f"survivor: {m.name} ({m.file})")
-    print(f"killed {len(mutants) - len(survivors)} of {len(mutants)} ({(time.time() - began) / 60:.1f} minutes)")
+    killed, minutes = len(mutants) - len(survivors), (time.time() - began) / 60
+    print(f"killed {killed} of {len(mutants)} ({minutes:.1f} minutes)")
     return 1 if survivors else 0
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant's name, or a part of several")
     parser.add_argument("--list", action="store_true", help="list them")
     args = parser.parse_args()
     problems = list(misfits())
-    problems += [f"{name}: no such mutant; --list shows their names" for name in args.names if not any(name in m.name for m in MUTANTS)]
+    problems += [
+        f"{name}: no such mutant; --list shows their names" for name in args.names
+        if not any(name in m.name for m in MUTANTS)
+    ]
     chosen = [m for m in MUTANTS if not args.names or any(name in m.name for name in args.names)]
     if args.list:
         print("\n".join(f"{m.file:32} {m.name}" for m in chosen))
     if problems:
         sys.exit("\n".join(problems))
     if not args.list:
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up as after Ctrl-C
+        # Cleans up as after Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             sys.exit(run(chosen))
         except KeyboardInterrupt:

@@ -12,9 +12,12 @@ def root(tmp_path_factory):
     """A folder with prompts, demonstrations, a policy whose replies end sometimes, and two reward models."""
     root = tmp_path_factory.mktemp("ppo")
     prompts = [f"Say {'please ' * (i % 3)}{word}." for i, word in enumerate(MORE_WORDS)]
-    files = {"prompts": [{"prompt": p} for p in prompts],
-             "demonstrations": [{"instruction": p, "output": reply} for p in prompts for reply in ("It is good.", "No.", "It is sad, and so it is.")],
-             "pairs": [{"prompt": p, "chosen": "It is good.", "rejected": "No."} for p in prompts]}
+    files = {
+        "prompts": [{"prompt": p} for p in prompts],
+        "demonstrations": [{"instruction": p, "output": reply} for p in prompts
+                           for reply in ("It is good.", "No.", "It is sad, and so it is.")],
+        "pairs": [{"prompt": p, "chosen": "It is good.", "rejected": "No."} for p in prompts],
+    }
     for name, rows in files.items():
         (root / f"{name}.json").write_text(json.dumps(rows))
 
@@ -22,10 +25,17 @@ def root(tmp_path_factory):
         run_here(script, flags.format(root=root), "--threads 1 --val-fraction 0 --batch-tokens 512")
 
     with quietly():
-        stage("sft", "--layers 1 --heads 2 --width 32 --block-size 64 " f"--tokenizer {TOY}" " --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
-              "--out {root}/sft")
+        stage(
+            "sft", "--layers 1 --heads 2 --width 32 --block-size 64 "
+            f"--tokenizer {TOY}"
+            " --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
+            "--out {root}/sft")
         for name, seed in (("reward", 0), ("other", 1)):
-            stage("reward", f"--data {{root}}/pairs.json --model {{root}}/sft --steps 2 --seed {seed} --out {{root}}/{name}")
+            stage(
+                "reward",
+                f"--data {{root}}/pairs.json --model {{root}}/sft --steps 2 --seed {seed} --out "
+                f"{{root}}/{name}"
+            )
     return root
 
 

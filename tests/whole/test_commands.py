@@ -30,30 +30,44 @@ from tools import DATA, ROOT, SCRIPTS, TOY, TRAINERS, command, readme_commands
     ("sft", "--dtype float16", "--dtype float16 needs --device cuda"),
     ("sft", "--data nowhere.json", "nowhere.json: no such file"),
     ("sft", "--data {tmp}/rows.xlsx", "only .json, .json.gz, .jsonl"),
-    pytest.param("sft", "--data {tmp}/broken.jsonl " f"--tokenizer {TOY}", "broken.jsonl:2 is not valid JSON", marks=pytest.mark.case(18)),
-    pytest.param("sft", "--data {tmp}/keys.jsonl " f"--tokenizer {TOY}", "its fields are question, reply", marks=pytest.mark.case(19)),
+    pytest.param("sft", "--data {tmp}/broken.jsonl " f"--tokenizer {TOY}", "broken.jsonl:2 is not valid JSON",
+                 marks=pytest.mark.case(18)),
+    pytest.param("sft", "--data {tmp}/keys.jsonl " f"--tokenizer {TOY}", "its fields are question, reply",
+                 marks=pytest.mark.case(19)),
     ("sft", "--model {tmp}", "is not a checkpoint folder: config.json is missing"),
-    pytest.param("sft", "--model {root}/reward", "holds a reward model, but a language model is needed", marks=pytest.mark.case(12)),
+    pytest.param("sft", "--model {root}/reward", "holds a reward model, but a language model is needed",
+                 marks=pytest.mark.case(12)),
     ("sft", "--width 30 --heads 4", "width 30 is not divisible by 4 heads"),
-    pytest.param("sft", "--block-size 5", "every row is longer than the 5 tokens that the context leaves", marks=pytest.mark.case(20)),
-    pytest.param("sft", "--out {root}/sft", "already holds a run; add --resume to go on with it", marks=pytest.mark.case(14)),
+    pytest.param("sft", "--block-size 5", "every row is longer than the 5 tokens that the context leaves",
+                 marks=pytest.mark.case(20)),
+    pytest.param("sft", "--out {root}/sft", "already holds a run; add --resume to go on with it",
+                 marks=pytest.mark.case(14)),
     pytest.param("sft", "--out {tmp}/rows.txt", "is a file; name a folder", marks=pytest.mark.case(14)),
-    pytest.param("reward", "--model {root}/sft --data {tmp}/instructions.json", "doesn't hold a prompt, chosen and rejected", marks=pytest.mark.case(19)),
-    pytest.param("ppo", "--model {root}/sft --reward {root}/sft", "holds a language model, but a reward model is needed", marks=pytest.mark.case(12)),
+    pytest.param("reward", "--model {root}/sft --data {tmp}/instructions.json",
+                 "doesn't hold a prompt, chosen and rejected", marks=pytest.mark.case(19)),
+    pytest.param("ppo", "--model {root}/sft --reward {root}/sft",
+                 "holds a language model, but a reward model is needed", marks=pytest.mark.case(12)),
     ("ppo", "--model {root}/sft --reward {root}/reward --max-new-tokens 64", "leaves no room for a prompt"),
-    ("ppo", "--model {root}/sft --reward {root}/reward --rollout-batch 10 --minibatches 3", "10 prompts are not divisible into --minibatches 3"),
+    ("ppo", "--model {root}/sft --reward {root}/reward --rollout-batch 10 --minibatches 3",
+     "10 prompts are not divisible into --minibatches 3"),
     ("ppo", "--kl k4", "invalid choice: 'k4'"),
-    ("ppo", "--model {root}/sft --reward {root}/reward --kl-target 6 --kl-coef 0", "--kl-target needs a --kl-coef above 0"),
+    ("ppo", "--model {root}/sft --reward {root}/reward --kl-target 6 --kl-coef 0",
+     "--kl-target needs a --kl-coef above 0"),
     ("ppo", "--model {root}/sft --reward {root}/reward --width 64", "--width is for --model scratch"),
-    pytest.param("ppo", "--model {root}/sft --reward {root}/reward --out {root}/reward --overwrite", "--overwrite would delete the --reward", marks=pytest.mark.case(14)),
-    pytest.param("reward", "--model {root}/sft --data {tmp}/ranks.jsonl", "ranks.jsonl:1: a rank, a gold score or the margin is not a finite number", marks=pytest.mark.case(19)),
+    pytest.param("ppo", "--model {root}/sft --reward {root}/reward --out {root}/reward --overwrite",
+                 "--overwrite would delete the --reward", marks=pytest.mark.case(14)),
+    pytest.param("reward", "--model {root}/sft --data {tmp}/ranks.jsonl",
+                 "ranks.jsonl:1: a rank, a gold score or the margin is not a finite number",
+                 marks=pytest.mark.case(19)),
     ("evaluate", "--models {root}/sft --judge toy:gold --max-new-tokens 100", "leaves no room for a prompt"),
     ("evaluate", "--models {root}/sft --out {tmp}", "is a folder; name a .json file"),
     ("toy", "--model {root}/sft --out {tmp}/rows.txt", "is a file; name a folder"),
     ("dpo", "--model {root}/nowhere", "no such checkpoint folder"),
     ("dpo", "--label-smoothing 0.7", "--label-smoothing must be >= 0 and < 0.5, got 0.7"),
-    ("dpo", "--label-smoothing 0.1 --loss ipo", "--label-smoothing is for --loss dpo; ipo has no probability"),
-    ("dpo", "--label-smoothing 0.1 --loss hinge", "--label-smoothing is for --loss dpo; hinge has no probability"),
+    ("dpo", "--label-smoothing 0.1 --loss ipo",
+     "--label-smoothing is for --loss dpo; ipo has no probability"),
+    ("dpo", "--label-smoothing 0.1 --loss hinge",
+     "--label-smoothing is for --loss dpo; hinge has no probability"),
     ("evaluate", "", "--models: name one checkpoint folder or more"),
     ("evaluate", "--models {root}/sft --data {tmp}/instructions.json",
      "name what to judge with: --judge, --reward or --reward-fn"),
@@ -76,7 +90,8 @@ from tools import DATA, ROOT, SCRIPTS, TOY, TRAINERS, command, readme_commands
     ("toy", "--model {root}/sft --out {root}/preferences", "already holds preferences"),
     ("report", "--demo {tmp}", "is missing: run the stage that writes it"),
 ])
-def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, tmp_path, monkeypatch, capsys):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, tmp_path, monkeypatch,
+                                                    capsys):
     for package in ("wandb", "torch.utils.tensorboard"):  # as if it were not installed
         monkeypatch.setitem(sys.modules, package, None)
     said = said.format(root=chain[0])
@@ -96,7 +111,8 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(script, flags, said, chain, 
         runtime.run_script(SCRIPTS[script].main, SCRIPTS[script].Config, "", words)
     errors = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and said in errors[-1] and errors[-1].startswith("error: ")
-    assert not (tmp_path / "out").exists() and before == {p: p.stat().st_mtime_ns for p in chain[0].rglob("*")}
+    assert not (tmp_path / "out").exists()
+    assert before == {p: p.stat().st_mtime_ns for p in chain[0].rglob("*")}
 
 
 @pytest.mark.case(30)
@@ -118,13 +134,15 @@ def test_run_sh_refuses_wrong_arguments():
 def test_help_explains_every_flag_and_every_field_is_read(name):
     config_class = SCRIPTS[name].Config
     comments = field_comments(config_class)
-    sources = inspect.getsource(SCRIPTS[name]) + "".join(text for file, text in tools.sources().items() if file.removesuffix(".py") not in SCRIPTS)
+    sources = inspect.getsource(SCRIPTS[name]) + "".join(
+        text for file, text in tools.sources().items() if file.removesuffix(".py") not in SCRIPTS)
     for field in dataclasses.fields(config_class):
         assert len(comments.get(field.name, "")) > 8, f"--{field.name} has no help"
         assert re.search(rf"(config|flags)\.{field.name}\b", sources), f"--{field.name} is never read"
     shown = command(name, "--help")
     assert shown.returncode == 0
-    assert all("--" + field.name.replace("_", "-") in shown.stdout for field in dataclasses.fields(config_class))
+    assert all(
+        "--" + field.name.replace("_", "-") in shown.stdout for field in dataclasses.fields(config_class))
 
 
 def test_importing_any_module_does_nothing(tmp_path):
@@ -132,7 +150,11 @@ def test_importing_any_module_does_nothing(tmp_path):
     modules = ", ".join(file.replace("/", ".") for file in files)
     code = f"import torch; state = torch.get_rng_state(), torch.get_num_threads()\nimport {modules}\n" \
            "assert torch.equal(state[0], torch.get_rng_state()) and state[1] == torch.get_num_threads()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", code],
+                          capture_output=True,
+                          text=True,
+                          cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
@@ -146,7 +168,11 @@ def test_the_readme_has_no_gaps_and_no_dead_links():
 def test_commands_of_the_readme_and_of_the_scripts_exist_with_their_flags():
     lines = readme_commands()
     for script in SCRIPTS.values():
-        lines += [re.split(r"\s{4,}", line.strip())[0] for line in script.__doc__.splitlines() if re.match(r"\s+(python|torchrun) ", line)]
+        lines += [
+            re.split(r"\s{4,}", line.strip())[0]
+            for line in script.__doc__.splitlines()
+            if re.match(r"\s+(python|torchrun) ", line)
+        ]
     checked = 0
     for line in lines:
         words = [w for w in shlex.split(line.split("|")[-1]) if not re.match(r"[A-Z_]+=", w)]

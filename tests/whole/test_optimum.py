@@ -1,4 +1,5 @@
-"""PPO and DPO, run as they are, reach the optimum pi* = ref exp(r / beta) / Z of a task that can be listed; with a bug they don't."""
+"""PPO and DPO, run as they are, reach the optimum pi* = ref exp(r / beta) / Z of a task that can be listed;
+with a bug they don't."""
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ def test_probabilities_of_all_replies_add_up_to_one_and_the_optimum_is_right(tmp
     model, tokenizer = write_reference(tmp_path / "reference", 3)
     for length in (1, 2, 3):
         replies = replies_of(tokenizer, length)
-        torch.testing.assert_close(log_probabilities(model, tokenizer, replies).exp().sum(1), torch.ones(2, dtype=torch.float64))
-    best = optimum(model, tokenizer, replies, beta=1e9)  # a reward that counts for nothing leaves the reference
+        torch.testing.assert_close(
+            log_probabilities(model, tokenizer, replies).exp().sum(1), torch.ones(2, dtype=torch.float64))
+    # A reward that counts for nothing leaves the reference.
+    best = optimum(model, tokenizer, replies, beta=1e9)
     assert distance(model, tokenizer, replies, best) < 1e-6
     assert len(texts_of(tokenizer, 3)) == 3 + 9 + 27
 
@@ -38,10 +41,15 @@ def test_dpo_reaches_the_optimum(tmp_path):
 
 
 @pytest.mark.parametrize("flags, reaches", [
-    ("--kl k1", True), ("--kl k2", False), ("--kl k3", False),
-    ("--kl k1 --kl-in loss --whiten none", False), ("--kl k2 --kl-in loss --whiten none", True), ("--kl k3 --kl-in loss --whiten none", True)])
+    ("--kl k1", True),
+    ("--kl k2", False),
+    ("--kl k3", False),
+    ("--kl k1 --kl-in loss --whiten none", False),
+    ("--kl k2 --kl-in loss --whiten none", True),
+    ("--kl k3 --kl-in loss --whiten none", True),
+])
 def test_of_the_kl_estimators_those_reach_it_whose_gradient_is_right(flags, reaches, tmp_path):
-    """Replies of one token; of longer ones a KL term in the loss misses what a token does to the KL after it."""
+    """Replies of one token: of longer ones a KL term in the loss misses what a token does to the KL later."""
     far = end(ppo, tmp_path / "run", length=1, flags=f"{SHORT} {flags}")
     assert far < NEAR if reaches else far > 0.1
 
@@ -69,13 +77,15 @@ def score_at_the_first_token(monkeypatch):
 
     def shaped_rewards(scores, kl, steps, kl_coef):
         first = steps.float().argmax(1)
-        return right(torch.zeros_like(scores), kl, steps, kl_coef).scatter_add(1, first[:, None], scores[:, None])
+        return right(torch.zeros_like(scores), kl, steps, kl_coef).scatter_add(
+            1, first[:, None], scores[:, None])
 
     monkeypatch.setattr(ppo, "shaped_rewards", shaped_rewards)
 
 
 def score_lost_when_cut_off(monkeypatch):
-    monkeypatch.setattr(ppo, "missing_eos_scores", lambda scores, ended, *rest: torch.where(ended, scores, 0.0))
+    monkeypatch.setattr(ppo, "missing_eos_scores",
+                        lambda scores, ended, *rest: torch.where(ended, scores, 0.0))
 
 
 def reference_that_is_the_policy(monkeypatch):
@@ -90,12 +100,17 @@ def ratio_upside_down(monkeypatch):
 
 def old_logprobs_at_another_temperature(monkeypatch):
     right = ppo.GPT.forward
-    monkeypatch.setattr(ppo.GPT, "forward", lambda self, ids, mask, temperature=1.0, with_entropy=False:
-                        right(self, ids, mask, temperature if torch.is_grad_enabled() else 1.5 * temperature, with_entropy))
+    monkeypatch.setattr(ppo.GPT,
+                        "forward",
+                        lambda self, ids, mask, temperature=1.0, with_entropy=False: right(
+                            self, ids, mask, temperature
+                            if torch.is_grad_enabled() else 1.5 * temperature, with_entropy))
 
 
-BUGS = [kl_sign, eos_out_of_the_mask, score_at_the_first_token, score_lost_when_cut_off, reference_that_is_the_policy, ratio_upside_down,
-        old_logprobs_at_another_temperature]
+BUGS = [
+    kl_sign, eos_out_of_the_mask, score_at_the_first_token, score_lost_when_cut_off,
+    reference_that_is_the_policy, ratio_upside_down, old_logprobs_at_another_temperature,
+]
 
 
 def test_what_the_bugs_are_given_suffices_without_one(tmp_path):
@@ -110,7 +125,8 @@ def test_ppo_with_a_bug_does_not_reach_the_optimum(bug, monkeypatch, tmp_path):
 
 def chosen_and_rejected_swapped(monkeypatch):
     right = dpo.preference_loss
-    monkeypatch.setattr(dpo, "preference_loss", lambda ratios, better, worse, *rest: right(ratios, worse, better, *rest))
+    monkeypatch.setattr(dpo, "preference_loss",
+                        lambda ratios, better, worse, *rest: right(ratios, worse, better, *rest))
 
 
 def reference_left_out(monkeypatch):
@@ -128,7 +144,9 @@ def end_token_not_counted(monkeypatch):
     monkeypatch.setattr(dpo, "collate", collate)
 
 
-@pytest.mark.parametrize("bug", [None, chosen_and_rejected_swapped, reference_left_out, end_token_not_counted],
+@pytest.mark.parametrize("bug", [
+    None, chosen_and_rejected_swapped, reference_left_out, end_token_not_counted,
+],
                          ids=lambda bug: bug.__name__ if bug else "none")
 def test_dpo_with_a_bug_stays_far_from_where_it_would_be_without(bug, monkeypatch, tmp_path):
     if bug:

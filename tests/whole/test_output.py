@@ -51,10 +51,16 @@ def test_a_script_whose_output_nobody_reads_ends_quietly_and_writes_whole_files(
     root = shutil.copytree(chain[0], tmp_path / "demo")
     before = (root / "report.html").read_bytes()
     (root / "report.html").unlink(), (root / "summary.json").unlink()
-    runs = [("sft", "--help"), ("report", f"--demo {root} --seconds 12"),
-            ("evaluate", f"--models {root}/sft --data {DATA['evaluate']} --judge toy:gold --out {tmp_path}/evaluation.json --prompts 4"),
-            ("toy", f"--model {root}/sft --out {tmp_path}/toy --groups 20 --heldout-groups 4 --samples 1"),
-            ("sft", f"{TINY_RUN} {DEMONSTRATIONS} --steps 2 --out {tmp_path}/run")]
+    runs = [
+        ("sft", "--help"),
+        ("report", f"--demo {root} --seconds 12"),
+        ("evaluate",
+         f"--models {root}/sft --data {DATA['evaluate']} --judge toy:gold --out {tmp_path}/evaluation.json "
+         f"--prompts 4"
+         ),
+        ("toy", f"--model {root}/sft --out {tmp_path}/toy --groups 20 --heldout-groups 4 --samples 1"),
+        ("sft", f"{TINY_RUN} {DEMONSTRATIONS} --steps 2 --out {tmp_path}/run"),
+    ]
     for script, flags in runs:
         done = unheard(script, flags, at_once=at_once)
         expected = 128 + signal.SIGPIPE if at_once and script != "sft" else 0

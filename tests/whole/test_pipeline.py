@@ -16,19 +16,35 @@ def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
     root, said = chain
     for stage in TRAINERS:
         latest = tools.latest(root / stage)
-        assert latest.name == "step_000003" and {path.name for path in latest.parent.iterdir()} == {"latest.json", latest.name}
-        assert {"training.safetensors", "state.json", "manifest.json"} <= {path.name for path in latest.iterdir()}
-        assert {"metrics.jsonl", "run.json"} <= {path.name for path in (root / stage).iterdir()} and not list((root / stage).rglob("*.tmp"))
+        assert latest.name == "step_000003"
+        assert {path.name for path in latest.parent.iterdir()} == {"latest.json", latest.name}
+        assert {"training.safetensors", "state.json",
+                "manifest.json"} <= {path.name for path in latest.iterdir()}
+        assert {"metrics.jsonl", "run.json"} <= {path.name for path in (root / stage).iterdir()}
+        assert not list((root / stage).rglob("*.tmp"))
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             assert (root / stage / name).samefile(latest / name)
-        steps = {held_out: [row["step"] for row in rows_of(root / stage) if any(key.startswith("val_") for key in row) == held_out] for held_out in (False, True)}
-        assert steps == {False: [1, 2, 3], True: [] if stage == "ppo" else [0, 2, 3]}  # the held-out loss before training, too
+        steps = {
+            held_out: [
+                row["step"]
+                for row in rows_of(root / stage)
+                if any(key.startswith("val_") for key in row) == held_out
+            ]
+            for held_out in (False, True)
+        }
+        # The held-out loss before training, too.
+        assert steps == {False: [1, 2, 3], True: [] if stage == "ppo" else [0, 2, 3]}
     summary = json.loads((root / "summary.json").read_text())
     wanted = {"sft.gold", "reward.accuracy", "reward.bayes_accuracy", "seconds.total"}
-    wanted |= {f"{s}.{m}" for s in ("ppo", "dpo") for m in ("gold", "wins", "ties", "losses", "win_rate", "kl", "eos_rate")}
+    wanted |= {
+        f"{s}.{m}"
+        for s in ("ppo", "dpo")
+        for m in ("gold", "wins", "ties", "losses", "win_rate", "kl", "eos_rate")
+    }
     assert wanted <= summary.keys()
     for stage in ("ppo", "dpo"):
-        assert summary[f"{stage}.wins"] + summary[f"{stage}.ties"] + summary[f"{stage}.losses"] == pytest.approx(1)
+        expected = pytest.approx(1)
+        assert summary[f"{stage}.wins"] + summary[f"{stage}.ties"] + summary[f"{stage}.losses"] == expected
     assert summary["sft"]["kl"] == 0 and summary["sft"]["ties"] == 1  # the reference against itself
     page = (root / "report.html").read_text()
     assert "data:image/png;base64," in page and "http://" not in page and "https://" not in page
@@ -38,31 +54,42 @@ def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
 
 def test_ppo_logs_what_one_watches_and_starts_at_ratio_1(chain):
     row = rows_of(chain[0] / "ppo")[0]
-    assert {"score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "approx_kl", "explained_variance", "grad_norm",
-            "critic_grad_norm", "rollout_tokens_per_second", "score_tokens_per_second", "update_tokens_per_second"} <= row.keys()
-    assert row["kl"] == pytest.approx(0, abs=1e-4) and row["ratio_error"] < 1e-4  # the first rollout is the reference's
+    assert {
+        "score", "gold", "kl", "entropy", "length", "eos_rate", "clip_fraction", "approx_kl",
+        "explained_variance", "grad_norm", "critic_grad_norm", "rollout_tokens_per_second",
+        "score_tokens_per_second", "update_tokens_per_second"
+    } <= row.keys()
+    # The first rollout is the reference's.
+    assert row["kl"] == pytest.approx(0, abs=1e-4) and row["ratio_error"] < 1e-4
 
 
 def test_the_pipeline_learns_what_is_preferred(tmp_path):
     """Demonstrations say yes or no at even odds, people prefer yes: PPO and DPO say yes, and stop."""
     words = ["river", "stone", "apple", "window", "garden", "pencil", "candle", "bridge"]
     prompts = [f"Say {word}." for word in words]
-    demonstrations = [{"instruction": p, "output": reply} for p in prompts for reply in ("It is good.", "It is sad.")]
+    demonstrations = [{"instruction": p, "output": reply} for p in prompts
+                      for reply in ("It is good.", "It is sad.")]
     pairs = [{"prompt": p, "chosen": "It is good.", "rejected": "It is sad."} for p in prompts]
     for name, rows in (("sft", demonstrations), ("pairs", pairs)):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     common = "--threads 1 --log-every 50"
-    run_here("sft", common, f"--layers 2 --heads 2 --width 64 --block-size 64 --tokenizer {TOY} --data {tmp_path}/sft.json --out {tmp_path}/sft --steps 150 --batch-tokens 256 --lr 0.01 --val-fraction 0 --warmup 5")
-    run_here("reward", common, f"--data {tmp_path}/pairs.json --val-fraction 0 --model {tmp_path}/sft --out {tmp_path}/reward --steps 30 --batch-tokens 256")
-    run_here("dpo", common, f"--data {tmp_path}/pairs.json --val-fraction 0 --model {tmp_path}/sft --out {tmp_path}/dpo --steps 60 --batch-tokens 256 --lr 0.0005 --beta 0.3")
-    run_here("ppo", common, f"--data {tmp_path}/pairs.json --model {tmp_path}/sft --reward {tmp_path}/reward --out {tmp_path}/ppo --steps 15 "
-             "--rollout-batch 32 --max-new-tokens 12 --lr 0.0005 --kl-coef 0.3")
+    pairs = f"--data {tmp_path}/pairs.json --model {tmp_path}/sft"
+    run_here("sft", common, f"--data {tmp_path}/sft.json --out {tmp_path}/sft",
+             f"--tokenizer {TOY} --layers 2 --heads 2 --width 64 --block-size 64",
+             "--steps 150 --batch-tokens 256 --lr 0.01 --val-fraction 0 --warmup 5")
+    run_here("reward", common, pairs, f"--out {tmp_path}/reward",
+             "--steps 30 --batch-tokens 256 --val-fraction 0")
+    run_here("dpo", common, pairs, f"--out {tmp_path}/dpo",
+             "--steps 60 --batch-tokens 256 --lr 0.0005 --beta 0.3 --val-fraction 0")
+    run_here("ppo", common, pairs, f"--reward {tmp_path}/reward --out {tmp_path}/ppo",
+             "--steps 15 --rollout-batch 32 --max-new-tokens 12 --lr 0.0005 --kl-coef 0.3")
 
     def share_good(name):
         policy, tokenizer = load_model(tmp_path / name, model.GPT)
         ids = [encode_prompt(tokenizer, [{"role": "user", "content": p}]) for p in prompts for _ in range(25)]
         got = generate.generate(policy, ids, 12, tokenizer, generator=torch.Generator().manual_seed(1))
-        return sum(text == "It is good." for text in got.texts(tokenizer)) / len(ids), got.ended.float().mean().item()
+        good = sum(text == "It is good." for text in got.texts(tokenizer))
+        return good / len(ids), got.ended.float().mean().item()
 
     before, stops = share_good("sft")
     assert 0.3 < before < 0.7 and stops > 0.95

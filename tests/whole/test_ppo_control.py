@@ -53,27 +53,36 @@ def test_kl_stop_ends_the_update_before_the_step_of_the_minibatch_that_is_too_fa
         steps = steps_of(run, name)
         assert len(steps) == far and same_tensors(steps[-1].after, steps_of(whole, name)[far - 1].after)
     assert same_tensors(network(GPT, run.out).state_dict(), steps_of(run, "policy")[-1].after)
-    assert whole.rows[0]["updates"] == 6 and run.rows[0]["updates"] == far  # the minibatch that was too far made no step
-    assert run.rows[0]["approx_kl"] == pytest.approx(sum(kls[:far + 1]) / (far + 1), rel=1e-4)  # means are over those looked at
+    # The minibatch that was too far made no step.
+    assert whole.rows[0]["updates"] == 6 and run.rows[0]["updates"] == far
+    # Means are over those looked at.
+    assert run.rows[0]["approx_kl"] == pytest.approx(sum(kls[:far + 1]) / (far + 1), rel=1e-4)
 
 
 def test_after_a_stopped_update_the_next_rollout_starts_with_clean_gradients(root, tmp_path):
     run = train(root, tmp_path / "run", "--kl-stop 1e-9 --minibatches 1 --max-grad-norm 1e9")
     policy, critic = steps_of(run, "policy"), steps_of(run, "critic")
-    assert [step.rollout for step in policy] == [step.rollout for step in critic] == [0, 1]  # one step each: the second pass is too far
+    # One step each: the second pass is too far.
+    assert [step.rollout for step in policy] == [step.rollout for step in critic] == [0, 1]
     plain = train(root, tmp_path / "plain", "--epochs 1 --minibatches 1 --max-grad-norm 1e9")
-    assert same_tensors(policy[1].gradient, steps_of(plain, "policy")[1].gradient) and same_tensors(critic[1].gradient, steps_of(plain, "critic")[1].gradient)
+    assert same_tensors(policy[1].gradient, steps_of(plain, "policy")[1].gradient)
+    assert same_tensors(critic[1].gradient, steps_of(plain, "critic")[1].gradient)
 
 
 @pytest.mark.parametrize("target, factor", [(1e-9, 2), (1e9, 0.5)])
-def test_the_penalty_adapts_to_the_last_minibatch_and_is_used_in_the_next_rollout(target, factor, root, tmp_path):
-    flags = f"--policy-loss penalty --penalty-coef 0.7 --penalty-target {target} --critic-warmup 1 --steps 4 --micro-batch-tokens 60"
+def test_the_penalty_adapts_to_the_last_minibatch_and_is_used_in_the_next_rollout(
+        target, factor, root, tmp_path):
+    penalty = f"--policy-loss penalty --penalty-coef 0.7 --penalty-target {target}"
+    flags = f"{penalty} --critic-warmup 1 --steps 4 --micro-batch-tokens 60"
     run = train(root, tmp_path / "run", flags)
-    coefs = [0.7, 0.7, 0.7 * factor, 0.7 * factor**2]  # the rollout that trains the critic alone says nothing about the policy
+    # The rollout that trains the critic alone says nothing about the policy.
+    coefs = [0.7, 0.7, 0.7 * factor, 0.7 * factor**2]
     assert [row["penalty_coef"] for row in run.rows] == pytest.approx(coefs)
-    assert all(call.penalty_coef == pytest.approx(coefs[call.rollout]) and call.kind == "penalty" for call in run.calls["policy_loss"])
+    assert all(call.penalty_coef == pytest.approx(coefs[call.rollout]) and call.kind == "penalty"
+               for call in run.calls["policy_loss"])
     kls = minibatch_kls(run)  # of 4 minibatches in each of 3 rollouts
-    assert [call.kl for call in run.calls["adapt_penalty"]] == pytest.approx([kls[3], kls[7], kls[11]], rel=1e-5)
+    expected = pytest.approx([kls[3], kls[7], kls[11]], rel=1e-5)
+    assert [call.kl for call in run.calls["adapt_penalty"]] == expected
     assert {call.target for call in run.calls["adapt_penalty"]} == {target}
 
 
@@ -96,7 +105,8 @@ def test_a_symptom_is_said_at_most_once_in_20_rollouts(root, tmp_path, monkeypat
         return {"kl": "mind the KL"} | ({"gold": "mind the gold"} if len(history) in (4, 23) else {})
 
     monkeypatch.setattr(ppo, "diagnose", diagnose)
-    run = train(root, tmp_path / "run", "--steps 24 --rollout-batch 2 --minibatches 1 --epochs 1 --max-new-tokens 2")
+    run = train(root, tmp_path / "run",
+                "--steps 24 --rollout-batch 2 --minibatches 1 --epochs 1 --max-new-tokens 2")
     said = [line for line in run.said.splitlines() if "mind the" in line]
     assert said == [f"warning: step {n}: mind the {what}" for n, what in ((1, "KL"), (4, "gold"), (21, "KL"))]
     for number, call in enumerate(run.calls["diagnose"], 1):  # it is shown the run so far
@@ -129,7 +139,8 @@ def test_a_switch_at_its_neutral_value_changes_no_metric_and_no_weight(flags, li
 
 
 def test_critic_warmup_leaves_beta_alone_and_the_policys_schedule_for_later(root, tmp_path):
-    rows = train(root, tmp_path / "run", "--critic-warmup 2 --steps 4 --warmup 2 --lr 0.01 --kl-target 6 --kl-horizon 16").rows
+    rows = train(root, tmp_path / "run",
+                 "--critic-warmup 2 --steps 4 --warmup 2 --lr 0.01 --kl-target 6 --kl-horizon 16").rows
     assert [row["kl_coef"] for row in rows[:3]] == [rows[0]["kl_coef"]] * 3
     assert [row["lr"] for row in rows] == pytest.approx([0, 0, 0.005, 0.01])
 
@@ -142,20 +153,25 @@ def test_what_looks_at_how_far_an_update_has_gone_needs_more_than_one_step(flag,
 
 # -- resuming
 
-STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty --penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 "
-            "--critic-warmup 1 --steps 4 " + PTX)
+STATEFUL = ("--reward-norm standard --kl-target 0.05 --kl-horizon 40 --policy-loss penalty "
+            "--penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 --critic-warmup 1 --steps 4 " + PTX)
 
 
 @pytest.fixture(scope="module")
 def stateful(root, tmp_path_factory):
     """A run that is not stopped, with everything that has a state."""
     run = train(root, tmp_path_factory.mktemp("stateful") / "run", STATEFUL)
-    assert len({row["kl_coef"] for row in run.rows}) == 3 and len({row["penalty_coef"] for row in run.rows}) > 2
+    assert len({row["kl_coef"] for row in run.rows}) == 3
+    assert len({row["penalty_coef"] for row in run.rows}) > 2
     return run
 
 
-INTERRUPTED = {  # where a run is told to stop: a function, the rollout (from 0); each time two rollouts are kept
-    "sampling": (rollout_file, "uniforms", 2), "scoring": (ppo, "forward", 2), "updating": (runtime.Run, "optimizer_step", 1)}
+# Where a run is told to stop: a function, the rollout (from 0); each time two rollouts are kept.
+INTERRUPTED = {
+    "sampling": (rollout_file, "uniforms", 2),
+    "scoring": (ppo, "forward", 2),
+    "updating": (runtime.Run, "optimizer_step", 1),
+}
 
 
 def interrupted(where, *arguments, **options):
@@ -181,7 +197,8 @@ def state_of(folder):
 
 @pytest.mark.case(3)
 @pytest.mark.parametrize("where", INTERRUPTED)
-def test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for_bit(where, stateful, root, tmp_path):
+def test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for_bit(
+        where, stateful, root, tmp_path):
     whole = stateful
     interrupted(where, root, tmp_path / "parts", STATEFUL)
     assert state_of(tmp_path / "parts")["step"] == len(tools.metrics(tmp_path / "parts")) == 2
@@ -191,9 +208,12 @@ def test_resuming_with_everything_that_has_a_state_equals_never_stopping_bit_for
         assert (parts.out / file).read_bytes() == (whole.out / file).read_bytes(), file
     assert tools.same(whole.out, parts.out)
     state, tensors = state_of(whole.out), load_file(tools.latest(whole.out) / "training.safetensors")
-    assert {key.split("/")[0] for key in tensors} == {"policy", "critic", "ema", "policy_optimizer", "critic_optimizer"}
-    assert state["extra"].keys() == {"kl_coef", "penalty_coef", "moments"} and state["extra"]["moments"][0] == 4 * 16
-    assert [len(call.history) for call in parts.calls["diagnose"]] == [3, 4]  # it remembers the rollouts before the stop
+    expected = {"policy", "critic", "ema", "policy_optimizer", "critic_optimizer"}
+    assert {key.split("/")[0] for key in tensors} == expected
+    assert state["extra"].keys() == {"kl_coef", "penalty_coef", "moments"}
+    assert state["extra"]["moments"][0] == 4 * 16
+    # It remembers the rollouts before the stop.
+    assert [len(call.history) for call in parts.calls["diagnose"]] == [3, 4]
 
 
 @pytest.mark.case(26)
@@ -207,10 +227,13 @@ def test_resume_refuses_when_a_later_reward_or_the_demonstrations_have_changed(f
     flags = f"--ptx-coef 1 --ptx-data {demonstrations}", f"--reward {{root}}/reward {tmp_path}/other"
     train(root, tmp_path / "run", flags[0], "--steps 1", reward=flags[1])
     if flag == "reward":
-        (tmp_path / "other" / "model.safetensors").write_bytes((root / "reward" / "model.safetensors").read_bytes())
+        (tmp_path / "other" / "model.safetensors").write_bytes(
+            (root / "reward" / "model.safetensors").read_bytes())
     else:
         demonstrations.write_text(json.dumps(json.loads(demonstrations.read_text())[1:]))
-    with pytest.raises(UserError, match=f"since the run in .* began, what --{flag.replace('_', '-')} names has changed; "):
+    with pytest.raises(
+            UserError,
+            match=f"since the run in .* began, what --{flag.replace('_', '-')} names has changed; "):
         train(root, tmp_path / "run", flags[0], "--steps 1 --resume", reward=flags[1])
 
 
@@ -246,7 +269,8 @@ def agreed(tensor):
 def _save(self, last):
     for tensor in checkpoints.training_state(self.modules, self.optimizers).values():
         agreed(tensor.detach().clone())
-    agreed(torch.tensor([self.step, self.state["kl_coef"], self.state["penalty_coef"], *self.state["moments"]], dtype=torch.float64))
+    kept = [self.step, self.state["kl_coef"], self.state["penalty_coef"], *self.state["moments"]]
+    agreed(torch.tensor(kept, dtype=torch.float64))
     plain["_save"](self, last)
 
 def whiten(x, mask, *options):
@@ -273,7 +297,8 @@ def backward(self, loss, optimizer):
     plain["backward"](self, loss, optimizer)
 
 losses, plain = [], {}
-for owner, function in ((runtime.Run, _save), (runtime.Run, backward), (ppo, whiten), (ppo, adapt_penalty), (ppo, missing_eos_scores)):
+for owner, function in ((runtime.Run, _save), (runtime.Run, backward), (ppo, whiten), (ppo, adapt_penalty),
+                        (ppo, missing_eos_scores)):
     plain[function.__name__] = getattr(owner, function.__name__)
     setattr(owner, function.__name__, function)
 runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
@@ -282,61 +307,91 @@ runtime.run_script(ppo.main, ppo.Config, "", sys.argv[1:])
 
 def test_two_ranks_agree_on_weights_averages_moments_and_when_to_stop(root, tmp_path):
     (tmp_path / "agreeing.py").write_text(AGREEING)
-    (tmp_path / "mine.py").write_text("import os\n\ndef rank(prompts, replies):\n    return [float(os.environ['RANK'])] * len(replies)\n")
-    flags = ("--reward {root}/reward --reward-fn mine:rank --reward-norm standard --kl-target 0.1 --policy-loss penalty --penalty-target 0.001 "
-             "--ema 0.8 --ptx-coef 0.5 --ptx-data {root}/demonstrations.json --ptx-tokens 20 --kl-stop 0.002 --lr 0.02 --save-every 1")
+    (tmp_path / "mine.py").write_text(
+        "import os\n\ndef rank(prompts, replies):\n    return [float(os.environ['RANK'])] * len(replies)\n")
+    flags = ("--reward {root}/reward --reward-fn mine:rank --reward-norm standard --kl-target 0.1 "
+             "--policy-loss penalty --penalty-target 0.001 --ema 0.8 --ptx-coef 0.5 "
+             "--ptx-data {root}/demonstrations.json --ptx-tokens 20 --kl-stop 0.002 --lr 0.02 --save-every 1")
     words = shlex.split(f"{PPO_RUN} {flags} --out {tmp_path}/run".format(root=root))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, str(tmp_path / "agreeing.py"), *words],
-                          capture_output=True, text=True, timeout=240, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          capture_output=True,
+                          text=True,
+                          timeout=240,
+                          cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2] and all(math.isfinite(value) for row in rows for value in row.values())
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
     assert min(row["updates"] for row in rows) < 4
-    assert rows[1]["kl_coef"] == pytest.approx(adapt_kl_coef(0.1, rows[0]["kl"], target=0.1, replies=16, horizon=10000))  # of both ranks
+    # Of both ranks.
+    assert rows[1]["kl_coef"] == pytest.approx(
+        adapt_kl_coef(0.1, rows[0]["kl"], target=0.1, replies=16, horizon=10000))
     with torch.no_grad():
         logprobs = ptx_logprobs(root, network(GPT, root / "sft"), 0, budget=20)
-    assert float(re.search("first loss (.*)", done.stdout)[1]) == pytest.approx(-0.5 * logprobs.mean().item(), rel=1e-4)
-    assert {row["score_mine:rank"] for row in rows} == {0.5}  # the mean over the ranks, each of which scored with its own number
+    assert float(re.search("first loss (.*)", done.stdout)[1]) == pytest.approx(-0.5 * logprobs.mean().item(),
+                                                                                rel=1e-4)
+    # The mean over the ranks, each of which scored with its own number.
+    assert {row["score_mine:rank"] for row in rows} == {0.5}
     assert state_of(tmp_path / "run")["extra"]["moments"][0] == 2 * 16
 
 
 def rank_of(number, monkeypatch, rank, root, out, flags):
-    """What one of several ranks does with its part of the data, the others being silent: nothing is added to its sums."""
+    """What one of several ranks does with its part of the data, the others being silent: nothing is added to
+    its sums."""
     with monkeypatch.context() as patch:
         patch.setenv("RANK", str(rank)), patch.setenv("WORLD_SIZE", str(number))
-        for name, stand_in in {"join": lambda *args: None, "_from_main": lambda self, read: read(), "_arrive": lambda *args: None, "_all": lambda self, tensor, how: tensor,
-                               "any_rank": lambda self, flag: flag, "parallel": lambda self, module: module}.items():
+        for name, stand_in in {
+                "join": lambda *args: None, "_from_main": lambda self, read: read(),
+                "_arrive": lambda *args: None, "_all": lambda self, tensor, how: tensor,
+                "any_rank": lambda self, flag: flag, "parallel": lambda self, module: module
+        }.items():
             patch.setattr(runtime.Run, name, stand_in)
         return train(root, out, flags)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them(ranks, root, tmp_path, monkeypatch):
-    """Every reply is once in an epoch, every rank has as many in a minibatch, and which are together hangs on no rank."""
-    rows = json.loads((root / "prompts.json").read_text()) + [{"prompt": f"Say {word} and {word}."} for word in MORE_WORDS]
+def test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them(ranks, root, tmp_path,
+                                                                             monkeypatch):
+    """Every reply is once in an epoch, every rank has as many in a minibatch, and which are together hangs on
+    no rank."""
+    rows = json.loads((root / "prompts.json").read_text())
+    rows += [{"prompt": f"Say {word} and {word}."} for word in MORE_WORDS]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))  # 16 of them: none comes twice in a rollout
-    flags = f"--data {tmp_path}/prompts.json --epochs 3 --minibatches 4 --lr 1e-9 --critic-lr 1e-9"  # all play the same policy, nearly
-    one, parts = train(root, tmp_path / "one", flags), [rank_of(ranks, monkeypatch, rank, root, tmp_path / str(rank), flags) for rank in range(ranks)]
+    # All play the same policy, nearly.
+    flags = f"--data {tmp_path}/prompts.json --epochs 3 --minibatches 4 --lr 1e-9 --critic-lr 1e-9"
+    one = train(root, tmp_path / "one", flags)
+    parts = [rank_of(ranks, monkeypatch, rank, root, tmp_path / str(rank), flags) for rank in range(ranks)]
     for rollout in (0, 1):
-        dealt = [[tuple(prompt) for prompt in run.calls["generate"][rollout].prompts] for run in (one, *parts)]
+        dealt = [[tuple(prompt) for prompt in run.calls["generate"][rollout].prompts]
+                 for run in (one, *parts)]
         assert [len(prompts) for prompts in dealt] == [16] + [16 // ranks] * ranks
-        assert dealt[0] == sorted(dealt[0], key=len) == [prompt for together in zip(*dealt[1:]) for prompt in together]  # by length, one after the other
-        replies = [{tuple(ids[~mask][:len(prompt)].tolist()): ids[mask].tolist() for ids, mask, prompt in zip(generated.ids, generated.mask, prompts)}
+        # By length, one after the other.
+        assert dealt[0] == sorted(dealt[0], key=len)
+        assert dealt[0] == [prompt for together in zip(*dealt[1:]) for prompt in together]
+        replies = [{
+            tuple(ids[~mask][:len(prompt)].tolist()): ids[mask].tolist()
+            for ids, mask, prompt in zip(generated.ids, generated.mask, prompts)
+        }
                    for generated, prompts in zip((rollout_of(run, rollout) for run in (one, *parts)), dealt)]
-        assert replies[0] == {prompt: reply for part in replies[1:] for prompt, reply in part.items()} and len(replies[0]) == 16
-        batches = [[step.batch for step in steps_of(run, "critic") if step.rollout == rollout] for run in (one, *parts)]
+        assert replies[0] == {prompt: reply for part in replies[1:] for prompt, reply in part.items()}
+        assert len(replies[0]) == 16
+        batches = [[step.batch for step in steps_of(run, "critic") if step.rollout == rollout]
+                   for run in (one, *parts)]
         assert [[len(batch) for batch in run] for run in batches] == [[4] * 12] + [[4 // ranks] * 12] * ranks
         for number, whole in enumerate(batches[0]):
             assert set(whole) == {prompt for part in batches[1:] for prompt in part[number]}
         epochs = [batches[0][4 * epoch:][:4] for epoch in range(3)]
-        assert all(len({prompt for batch in epoch for prompt in batch}) == 16 for epoch in epochs)  # each reply once
+        # Each reply once.
+        assert all(len({prompt for batch in epoch for prompt in batch}) == 16 for epoch in epochs)
         assert len({frozenset(map(frozenset, epoch)) for epoch in epochs}) == 3  # mixed anew
 
 
 @pytest.mark.case(33)
 @pytest.mark.parametrize("rows", [0, 5])
-def test_a_run_that_decodes_without_a_cache_takes_the_very_steps_of_one_that_has_a_cache(rows, root, tmp_path, monkeypatch):
+def test_a_run_that_decodes_without_a_cache_takes_the_very_steps_of_one_that_has_a_cache(
+        rows, root, tmp_path, monkeypatch):
     flags = f"--steps 3 --temperature 0.8 --rollout-rows {rows}"
     cached = train(root, tmp_path / "cached", flags)
 
@@ -344,24 +399,30 @@ def test_a_run_that_decodes_without_a_cache_takes_the_very_steps_of_one_that_has
         replies = []
         for prompt, numbers in zip(prompts, uniform):
             ids = list(prompt)
-            while len(ids) == len(prompt) or (ids[-1] not in tokenizer.stops and len(ids) < len(prompt) + max_new_tokens):
+            while len(ids) == len(prompt) or (ids[-1] not in tokenizer.stops
+                                              and len(ids) < len(prompt) + max_new_tokens):
                 with torch.no_grad():
                     logits = policy.logits(policy.transformer(torch.tensor([ids])))[:, -1]
-                ids.append(sample_token(logits, temperature, 0, 1.0, numbers[None, len(ids) - len(prompt)]).item())
+                ids.append(
+                    sample_token(logits, temperature, 0, 1.0, numbers[None, len(ids) - len(prompt)]).item())
             replies.append(ids)
         ids, lengths = pad_rows(replies, tokenizer.pad)
-        mask = pad_rows([[False] * len(prompt) + [True] * (len(reply) - len(prompt)) for prompt, reply in zip(prompts, replies)], False)[0]
-        return Generation(ids, mask, lengths, torch.tensor([reply[-1] in tokenizer.stops for reply in replies]))
+        mask = pad_rows([[False] * len(prompt) + [True] * (len(reply) - len(prompt))
+                         for prompt, reply in zip(prompts, replies)], False)[0]
+        return Generation(ids, mask, lengths,
+                          torch.tensor([reply[-1] in tokenizer.stops for reply in replies]))
 
     monkeypatch.setattr(rollout_file, "generate", generate)
     plain = train(root, tmp_path / "plain", flags)
-    assert len(cached.calls["generate"]) == 3 and 0 < sum(rollout_of(cached, i).ended.sum() for i in range(3)) < 3 * 16
+    assert len(cached.calls["generate"]) == 3
+    assert 0 < sum(rollout_of(cached, i).ended.sum() for i in range(3)) < 3 * 16
     for number in range(3):
         assert all(torch.equal(a, b) for a, b in zip(rollout_of(cached, number), rollout_of(plain, number)))
     assert plain.rows == cached.rows and tools.same(plain.out, cached.out)
 
 
-def test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_of_the_time_each_part_took(small, tmp_path, monkeypatch):
+def test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_of_the_time_each_part_took(
+        small, tmp_path, monkeypatch):
     passes, greedy, original = [], [], model.Transformer.forward
 
     def forward(self, ids, cache=None, index=None):
@@ -370,7 +431,8 @@ def test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_of
         return original(self, ids, cache, index)
 
     monkeypatch.setattr(model.Transformer, "forward", forward)
-    flags = f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward {QUICK['ppo']} --threads 1 --steps 2 --temperature 0.001"
+    inputs = f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward"
+    flags = f"{inputs} {QUICK['ppo']} --threads 1 --steps 2 --temperature 0.001"
     for name, rows, most in (("all", "", 16), ("four", "--rollout-rows 4", 4)):
         passes.clear()
         run_here("ppo", flags, rows, f"--out {tmp_path}/{name}")
@@ -378,11 +440,16 @@ def test_ppo_decodes_no_more_rows_at_once_than_it_is_told_and_says_what_share_of
         for row in rows_of(tmp_path / name):
             shares = [row[f"{part}_share"] for part in ("rollout", "score", "update")]
             assert min(shares) > 0 and sum(shares) == pytest.approx(1)
-            rates = [row[f"{part}_tokens_per_second"] * share for part, share in zip(("rollout", "score", "update"), shares)]
-            assert rates[0] == pytest.approx(rates[1]) and rates[2] == pytest.approx(2 * rates[0])  # each token once, in the update in both epochs
+            rates = [
+                row[f"{part}_tokens_per_second"] * share
+                for part, share in zip(("rollout", "score", "update"), shares)
+            ]
+            # Each token once, in the update in both epochs.
+            assert rates[0] == pytest.approx(rates[1]) and rates[2] == pytest.approx(2 * rates[0])
         greedy.append(tools.metrics(tmp_path / name))
     a, b = greedy
-    assert len(b) == 2 and b[0] == pytest.approx(a[0], rel=1e-3, abs=1e-4)  # the likeliest tokens are the same however many are decoded at once
+    # The likeliest tokens are the same however many are decoded at once.
+    assert len(b) == 2 and b[0] == pytest.approx(a[0], rel=1e-3, abs=1e-4)
 
 
 # -- mistakes: one line, exit code 2, nothing written
@@ -414,10 +481,12 @@ def table(prompts, replies): return [[1.0]] * len(replies)
     ("--critic-warmup 2", "--critic-warmup 2 leaves none of 2 rollouts"),
     ("--rollout-batch 15", "15 prompts are not divisible into --minibatches 2"),
     ("--reward-weights 1 2", "2 --reward-weights for 1 rewards"),
-    ("--reward-fn mistaken:short --reward-weights 1", "reward, mistaken:short)"),  # in the order of the weights
+    # In the order of the weights.
+    ("--reward-fn mistaken:short --reward-weights 1", "reward, mistaken:short)"),
     ("--reward-weights heavy", "invalid float value: 'heavy'"),
     ("--reward {root}/reward {root}/sft", "holds a language model, but a reward model is needed"),
-    ("--reward {root}/reward {root}/other --out {root}/other --overwrite", "--overwrite would delete the --reward"),
+    ("--reward {root}/reward {root}/other --out {root}/other --overwrite",
+     "--overwrite would delete the --reward"),
     ("--reward-fn mistaken", "write module:function"),
     ("--reward-fn :short", "write module:function"),
     ("--reward-fn mistaken:", "write module:function"),
@@ -443,7 +512,8 @@ def table(prompts, replies): return [[1.0]] * len(replies)
     ("--whiten batch", "invalid choice: 'batch'"),
     ("--lr-schedule step", "invalid choice: 'step'"),
 ])
-def test_a_mistake_ends_in_one_line_before_anything_is_written(flags, said, root, tmp_path, monkeypatch, capsys):
+def test_a_mistake_ends_in_one_line_before_anything_is_written(flags, said, root, tmp_path, monkeypatch,
+                                                               capsys):
     (tmp_path / "mistaken.py").write_text(MISTAKEN)
     (tmp_path / "broken.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
@@ -458,12 +528,16 @@ def test_a_mistake_ends_in_one_line_before_anything_is_written(flags, said, root
     finally:
         sys.modules.pop("mistaken", None)  # the next one finds its own
     errors = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and said in errors[0]
+    assert stopped.value.code == 2
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert said in errors[0]
     assert not (tmp_path / "out").exists() and before == {p: p.stat().st_mtime_ns for p in root.rglob("*")}
 
 
 def test_a_critic_from_the_reward_model_needs_one(root, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(zero=lambda prompts, replies: [0.0] * len(replies)))
+    monkeypatch.setitem(sys.modules, "mine",
+                        SimpleNamespace(zero=lambda prompts, replies: [0.0] * len(replies)))
     with pytest.raises(UserError, match="--critic-init reward needs a --reward folder"):
         train(root, tmp_path / "run", "--critic-init reward", reward="--reward-fn mine:zero")
     assert not (tmp_path / "run").exists()
@@ -480,8 +554,10 @@ def test_ppo_takes_its_part_of_the_prompts_and_evaluation_those_that_no_stage_ha
     run = train(root, tmp_path / "run", flags, "--steps 1 --rollout-batch 64")
     assert f"{len(kept)} prompts, for instance" in run.said
     tokenizer = load_model(root / "sft", GPT)[1]
-    assert {tuple(ids) for ids in run.calls["generate"][0].prompts} == {tuple(encode_prompt(tokenizer, row.prompt)) for row in kept}
+    expected = {tuple(encode_prompt(tokenizer, row.prompt)) for row in kept}
+    assert {tuple(ids) for ids in run.calls["generate"][0].prompts} == expected
     with quietly():
-        run_here("evaluate", f"{flags} --models {root}/sft --reward {root}/reward --out {tmp_path}/evaluation.json")
+        run_here("evaluate",
+                 f"{flags} --models {root}/sft --reward {root}/reward --out {tmp_path}/evaluation.json")
     replies, = json.loads((tmp_path / "evaluation.json").read_text())["replies"].values()
     assert [reply["prompt"] for reply in replies] == [row.text for row in held_out]

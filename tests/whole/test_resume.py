@@ -36,22 +36,28 @@ def test_resume_after_an_interrupt_equals_never_stopping_bit_for_bit(name, flags
 def test_ctrl_c_saves_and_resume_goes_on_with_the_same_settings_alone(tmp_path):
     words = f"--steps 100000 --out {tmp_path}/run"
     process = tools.start("sft", tmp_path, words)
-    tools.wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows_of(tmp_path / "run")) > 3, process)
+    tools.wait_for(
+        lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(rows_of(tmp_path / "run")) > 3, process)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume goes on" in said and "Traceback" not in said
-    assert tools.latest(tmp_path / "run").name == f"step_{max(row['step'] for row in rows_of(tmp_path / 'run') if 'loss' in row):06d}"
+    assert tools.latest(
+        tmp_path
+        / "run").name == f"step_{max(row['step'] for row in rows_of(tmp_path / 'run') if 'loss' in row):06d}"
     load_model(tmp_path / "run", model.GPT)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    for change, said in (("--lr 0.1", "lr was 0.005, is now 0.1"), ("--heads 1", "heads was 2, is now 1"), ("--layers 2", "layers was 1, is now 2"),
+    for change, said in (("--lr 0.1", "lr was 0.005, is now 0.1"), ("--heads 1", "heads was 2, is now 1"),
+                         ("--layers 2", "layers was 1, is now 2"),
                          ("--lr 0.1 --heads 1 --override", "has another model: --heads was 2, is now 1;")):
         with pytest.raises(UserError, match=said):
-            run_here("sft", *tools.words("sft", tmp_path, words, "--resume", change, "--steps 1"))  # else whoever forgets to refuse trains for hours
+            # Else whoever forgets to refuse trains for hours.
+            run_here("sft", *tools.words("sft", tmp_path, words, "--resume", change, "--steps 1"))
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
 @pytest.mark.case(7)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_refused_if_there_is_none(flags, tmp_path, capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_refused_if_there_is_none(
+        flags, tmp_path, capsys):
     words = f"{flags['sft']} --save-every 1"
     run_here("sft", words, f"--out {tmp_path}/whole")
     run_here("sft", words, f"--out {tmp_path}/run")
@@ -64,7 +70,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_refused_if_ther
     capsys.readouterr()
     run_here("sft", words, f"--out {tmp_path}/run --resume")
     said = capsys.readouterr().out
-    assert "step_000004 is damaged (training.safetensors has 1,000 bytes, should have " in said and "/run after step 3" in said
+    assert "step_000004 is damaged (training.safetensors has 1,000 bytes, should have " in said
+    assert "/run after step 3" in said
     assert tools.same(tmp_path / "run", tmp_path / "whole")
     for folder in (tmp_path / "run" / "checkpoints").glob("step_*"):
         cut(folder.name)
@@ -78,10 +85,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_refused_if_ther
 def test_resume_refuses_inputs_that_have_changed_since(flags, tmp_path):
     rows = [{"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}] * 4
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    words = f"{TINY_RUN} --tokenizer {TOY} --data {tmp_path}/rows.json --val-fraction 0 --steps 2 --out {tmp_path}/run"
+    inputs = f"{TINY_RUN} --tokenizer {TOY} --data {tmp_path}/rows.json"
+    words = f"{inputs} --val-fraction 0 --steps 2 --out {tmp_path}/run"
     run_here("sft", words)
     (tmp_path / "rows.json").write_text(json.dumps(rows[:3]))
-    with pytest.raises(UserError, match="since the run in .* began, what --data names has changed; .* --override"):
+    with pytest.raises(UserError,
+                       match="since the run in .* began, what --data names has changed; .* --override"):
         run_here("sft", words, "--resume")
     run_here("sft", words, "--resume --override")
 
@@ -125,7 +134,8 @@ def test_resume_notices_any_change_of_what_a_model_folder_is_opened_from_and_of_
 @pytest.mark.case(26)
 def test_resume_notices_a_changed_folder_of_a_tokenizer(small, tmp_path):
     folder = shutil.copytree(small / "sft", tmp_path / "tokenizer")
-    flags = f"{TINY_RUN} --tokenizer {folder} --data {small}/demonstrations.json --steps 1 --out {tmp_path}/run"
+    inputs = f"{TINY_RUN} --tokenizer {folder} --data {small}/demonstrations.json"
+    flags = f"{inputs} --steps 1 --out {tmp_path}/run"
     run_here("sft", flags)
     run_here("sft", flags, "--resume")
     (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b"\n")

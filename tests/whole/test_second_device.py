@@ -63,9 +63,10 @@ print(json.dumps(found))
 NO_WAIT = [
     "x + 1", "x * torch.tensor(2.0)", "x[places]", "x[1]", "x[mask] = 0", "x[places] = 1.0", "x.sum()",
     "x.clone()", "torch.where(mask, x, 0.0)", "here.to(second, non_blocking=True)", "mask.any()",
-    "x.copy_(here, non_blocking=True)", "torch.zeros(3, device=second)", "x.to(torch.bfloat16)", "x.argmax(-1)",
-    "x.to(second)", "torch.full((2,), 1, pin_memory=True)", "torch.rand(2, device=second, generator=mine)",
-    "torch.rand(2, generator=theirs)"]
+    "x.copy_(here, non_blocking=True)", "torch.zeros(3, device=second)", "x.to(torch.bfloat16)",
+    "x.argmax(-1)", "x.to(second)", "torch.full((2,), 1, pin_memory=True)",
+    "torch.rand(2, device=second, generator=mine)", "torch.rand(2, generator=theirs)",
+]
 ONE_WAIT = [
     "x[0].item()", "float(x[0])", "int(x.sum())", "bool(mask.any())", "x.tolist()", "x.cpu()", "x.to('cpu')",
     "here.copy_(x)", "here.to(second)", "x.copy_(here)", "torch.tensor([1, 2], device=second)",
@@ -131,7 +132,8 @@ SAME = {
     "ppo, frozen on the CPU": f"{JUDGED} --frozen-device cpu --frozen-dtype bfloat16",
     "ppo, penalty": f"{JUDGED} --steps 2 --policy-loss penalty --penalty-target 0.1 --critic-warmup 1",
     "ppo, critic of zeros": f"{JUDGED} --critic-init zero",
-    "ppo, toy": f"ppo --model {{root}}/sft --reward {{root}}/reward --data {TOY}/prompts.jsonl --judge toy:gold {ROLLOUT}",
+    "ppo, toy": f"ppo --model {{root}}/sft --reward {{root}}/reward --data {TOY}/prompts.jsonl --judge "
+                f"toy:gold {ROLLOUT}",
     "ppo, everything": EVERYTHING}
 EVALUATE = "evaluate --models {root}/sft {root}/other --prompts 20 --max-new-tokens 8"
 EVALUATED = {
@@ -203,7 +205,7 @@ def rehearsed(root):
 def on_cpu(text, root, out):
     """The same run on the CPU, in this process."""
     script, *flags = words(text, root, out)
-    assert tools.exit_code(script, *flags, "--device cpu") == 0
+    assert tools.exit_code(script, shlex.join(flags), "--device cpu") == 0
 
 
 def weights_of(out):
