@@ -1,8 +1,8 @@
-"""What each advantage of grpo.py optimises: the weight w in  E[gradient] = w * grad p,  over the success rate p.
+"""What each advantage of grpo.py optimises: w in  E[gradient] = w * grad p,  over the success rate p.
 
-Scores are 0 or 1, a reply is right with probability p, and a group has G replies. The expectation over all groups
-is a sum that can be written out, and the gradient of each group comes from grpo.py's own functions. w = 1 is the
-gradient of p itself, w = 1 / p that of log p.
+Scores are 0 or 1, a reply is right with probability p, and a group has G replies. The expectation over all
+groups is a sum that can be written out, and the gradient of each group comes from grpo.py's own functions.
+w = 1 is the gradient of p itself, w = 1 / p that of log p.
 
     python bench/estimators.py        the table and bench/estimators.png: some seconds
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo  # noqa: E402
 from plumbing.flags import Count  # noqa: E402
 from plumbing.run import run_script  # noqa: E402
+from report import pyplot  # noqa: E402
 
 # In the order of the table in grpo.py.
 KINDS = ("none", "mean", "leave-one-out", "greedy", "deviation", "batch", "success", "success-fail", "pass")
@@ -44,7 +45,8 @@ def gradient(kind, theta, right, k, baseline):
     advantages = grpo.group_advantages(right[None], kind, k, baseline, kept).view(G, 1)
     mask = torch.ones(G, 1, dtype=torch.bool)
     weights = grpo.token_weights(mask.sum(1), "constant", replies=G, tokens=G, limit=1).double()
-    loss, _ = grpo.policy_loss(logprobs, logprobs.detach(), advantages, mask, weights, "clip", "token", 0.2, 0.2)
+    loss, _ = grpo.policy_loss(
+        logprobs, logprobs.detach(), advantages, mask, weights, "clip", "token", 0.2, 0.2)
     loss.backward()
     return -theta.grad.item()
 
@@ -73,14 +75,16 @@ def moments(kind, p, G, k=4):
 
 def draw(config, ps, weights):
     """Write the picture: w over p. weights: {kind: [w]}."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     names = {"deviation": "deviation: GRPO", "mean": "mean: Dr. GRPO", "leave-one-out": "leave-one-out: RLOO",
              "greedy": "greedy: ReMax", "none": "none: REINFORCE", "batch": "batch: REINFORCE++",
              "success": "success", "success-fail": "success-fail: MaxRL", "pass": f"pass@{config.pass_k}"}
     # Lines that lie on each other are drawn as wide ones below narrow ones.
-    styles = {"none": {"lw": 7, "alpha": 0.25}, "leave-one-out": {"lw": 4, "alpha": 0.5}, "greedy": {"lw": 1.5, "ls": ":"}}
+    styles = {
+        "none": {"lw": 7, "alpha": 0.25},
+        "leave-one-out": {"lw": 4, "alpha": 0.5},
+        "greedy": {"lw": 1.5, "ls": ":"},
+    }
     figure, axes = plt.subplots(figsize=(8, 4.6))
     for kind, line in weights.items():
         axes.plot(ps, line, label=names[kind], **{"lw": 2} | styles.get(kind, {}))

@@ -155,6 +155,8 @@ def chain(tmp_path_factory):
     run("reward", files, QUICK["reward"], f"--demonstrations {TOY}/demonstrations.jsonl --out {root}/reward")
     run("ppo", f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl --judge toy:gold",
         QUICK["ppo"], f"--threads 1 --steps 3 --out {root}/ppo")
+    run("grpo", f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl --judge toy:gold",
+        QUICK["grpo"], f"--threads 1 --steps 3 --out {root}/grpo")
     run("dpo", files, QUICK["dpo"], f"--out {root}/dpo")
     run(
         "evaluate",
@@ -199,8 +201,9 @@ def flags(chain):
     root = chain[0]
     preferences = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl"
     files = f"{preferences} --model {root}/sft"
-    inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files,
-              "ppo": f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"}
+    sampling = f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"
+    inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files, "ppo": sampling,
+              "grpo": sampling}
     return {name: f"{inputs[name]} {QUICK[name]} --threads 1 --steps 4" for name in TRAINERS}
 
 

@@ -79,7 +79,8 @@ def expected_gradient(kind, logits, rewards, G=3):
         advantages = group_advantages(rewards[chosen][None], kind, 2, likeliest).view(G, 1)
         mask = torch.ones(G, 1, dtype=torch.bool)
         weights = torch.full((G, 1), 1 / G, dtype=torch.float64)
-        loss, _ = policy_loss(logprobs, logprobs.detach(), advantages, mask, weights, "clip", "token", 0.2, 0.2)
+        old = logprobs.detach()
+        loss, _ = policy_loss(logprobs, old, advantages, mask, weights, "clip", "token", 0.2, 0.2)
         loss.backward()
         chance = probabilities[chosen].prod()
         mean -= chance * own.grad
@@ -120,7 +121,8 @@ def test_over_the_batch_groups_that_were_dropped_count_for_nothing():
     advantages = group_advantages(scores, "batch", kept=kept)[kept]
     expected = (scores[kept] - 4) / torch.tensor([1.0, 3, 5, 7]).std(correction=0)
     torch.testing.assert_close(advantages, expected)
-    assert (group_advantages(torch.full((2, 3), 0.1), "batch", kept=torch.ones(2, dtype=torch.bool)) == 0).all()
+    all_kept = torch.ones(2, dtype=torch.bool)
+    assert (group_advantages(torch.full((2, 3), 0.1), "batch", kept=all_kept) == 0).all()
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])
@@ -149,8 +151,8 @@ def test_rules_for_overlong_replies():
     lambda: group_advantages(torch.ones(1, 2), "median"),
     lambda: overlong_scores(torch.ones(1), torch.ones(1), torch.ones(1), "cut", 1, 0, 1, 1),
     lambda: token_weights(torch.ones(1), "group", 1, 1, 1),
-    lambda: policy_loss(*torch.zeros(2, 1, 1), torch.ones(1, 1), torch.ones(1, 1) > 0, 1, "clip", "word", 0.2, 0.2),
-    lambda: policy_loss(*torch.zeros(2, 1, 1), torch.ones(1, 1), torch.ones(1, 1) > 0, 1, "hinge", "token", 0.2, 0.2)])
+    lambda: policy_loss(*torch.zeros(3, 1, 1), torch.ones(1, 1) > 0, 1, "clip", "word", 0.2, 0.2),
+    lambda: policy_loss(*torch.zeros(3, 1, 1), torch.ones(1, 1) > 0, 1, "hinge", "token", 0.2, 0.2)])
 def test_an_unknown_choice_is_an_error(call):
     with pytest.raises(ValueError, match="unknown"):
         call()
@@ -209,7 +211,8 @@ def test_the_loss_and_its_gradient_equal_a_loop_over_tokens(kind, ratio):
 def test_averages_count_tokens_replies_or_a_constant():
     lengths = torch.tensor([3, 2, 0])
     assert torch.allclose(token_weights(lengths, "token", 3, 5, 10), torch.full((3, 1), 1 / 5))
-    assert torch.allclose(token_weights(lengths, "reply", 3, 5, 10), torch.tensor([[1 / 9], [1 / 6], [1 / 3]]))
+    of_replies = token_weights(lengths, "reply", 3, 5, 10)
+    assert torch.allclose(of_replies, torch.tensor([[1 / 9], [1 / 6], [1 / 3]]))
     assert torch.allclose(token_weights(lengths, "constant", 3, 5, 10), torch.full((3, 1), 1 / 30))
 
 
@@ -223,8 +226,8 @@ def test_a_ratio_that_is_huge_stays_finite():
     logprobs = torch.zeros(1, 3, requires_grad=True)
     old = torch.full((1, 3), -100.0)
     for ratio in ("token", "product", "mean"):
-        loss, _ = policy_loss(logprobs, old, -torch.ones(1, 1), torch.ones(1, 3) > 0, torch.ones(1, 1), "clip",
-                              ratio, 0.2, 0.2)
+        loss, _ = policy_loss(logprobs, old, -torch.ones(1, 1), torch.ones(1, 3) > 0, torch.ones(1, 1),
+                              "clip", ratio, 0.2, 0.2)
         gradient, = torch.autograd.grad(loss, logprobs)
         assert loss.isfinite() and gradient.isfinite().all()
 
@@ -236,6 +239,14 @@ def test_kl_terms_are_those_of_ppo(kind):
     assert torch.equal(grpo.kl_estimate(old, ref, kind), ppo.kl_estimate(old, ref, kind))
     ours = kl_loss(old + step, old, ref, MASK, kind, torch.full((3, 1), 1 / 7, dtype=torch.float64))
     assert ours.item() == pytest.approx(ppo.kl_loss(old + step, old, ref, MASK, kind, 7).item(), rel=1e-12)
+
+
+def test_with_a_ratio_of_each_token_the_clipped_loss_is_that_of_ppo():
+    old, step, advantages = drawn(2)
+    weights = torch.full((3, 1), 1 / 7, dtype=torch.float64)
+    ours, _ = policy_loss(old + step, old, advantages, MASK, weights, "clip", "token", 0.2, 0.2)
+    theirs, _ = ppo.policy_loss(old + step, old, advantages.expand(3, 4), MASK, 0.2, 7)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
 
 
 # -- dealing, presets

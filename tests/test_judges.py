@@ -1,12 +1,10 @@
 """judges.py: whose modules a user's function gets, what it is given, and the names that are taken."""
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 import judges
-import ppo
 import sft
 import tools
 from examples import GRADERS
@@ -88,35 +86,3 @@ def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
         sys.modules.pop("zeros", None)
     row = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert "gold" in row and row.keys() - {"gold"} <= judges.TAKEN
-
-
-def test_a_judge_that_is_new_on_resume_has_no_past_to_be_compared_with(tmp_path):
-    rows = [{"score": 1, "kl": 1, "entropy": 1, "eos_rate": 1, "explained_variance": 1, "step": step}
-            for step in (1, 2)]
-    rows[1]["gold"] = 0.5
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = SimpleNamespace(out=tmp_path)
-    assert ppo.read_history(run, judges.load_functions("--judge", ["toy:gold"])) == rows[1:]
-    assert ppo.read_history(run, []) == rows
-
-
-def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart():
-    assert short_names(["runs/reward", "runs/other/", "mine:brief"]) == ["reward", "other", "mine:brief"]
-    assert short_names(["a/sft", "b/sft", "c/x/sft"]) == ["a/sft", "b/sft", "x/sft"]
-    assert short_names(["sft", "b/sft"]) == ["sft", "b/sft"]
-    assert short_names(["a/sft", "a/sft", "a/ppo"]) == ["a/sft#1", "a/sft#2", "ppo"]
-
-
-@pytest.mark.parametrize("name, given", [
-    ("least", 3),
-    ("by_name", ["7"]),
-    ("everything", ["answers", "ended", "prompts"]),
-    ("perhaps", ["7"]),
-])
-def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(
-        name, given, tmp_path, monkeypatch):
-    (tmp_path / "graders.py").write_text(GRADERS)
-    monkeypatch.syspath_prepend(tmp_path)
-    function = judges.Function("--reward-fn", f"graders:{name}")
-    function(["What?"], ["The 7."], ["7"], [True])
-    assert sys.modules.pop("graders").calls == [given] and function.wants_answers == (name == "by_name")

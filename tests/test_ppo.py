@@ -14,7 +14,7 @@ from dpo import preference_loss
 from formats.rows import Row
 from plumbing.steps import scheduled_lr
 from ppo import (
-    adapt_kl_coef, adapt_penalty, diagnose, explained_variance, gae, kl_estimate, kl_loss,
+    adapt_kl_coef, adapt_penalty, explained_variance, gae, kl_estimate, kl_loss,
     missing_eos_scores, normalise_scores, policy_loss, shaped_rewards, steps_mask, update_moments,
     value_loss, variance, whiten)
 
@@ -538,45 +538,3 @@ def test_value_loss_equals_a_loop_and_clip_0_is_the_plain_squared_error(clip):
 def test_the_penalty_doubles_halves_or_stays():
     kls = {0.0: 0.5, 0.0666: 0.5, 0.0667: 1, 0.1: 1, 0.1499: 1, 0.1501: 2, 5.0: 2}
     assert {kl: adapt_penalty(3.0, kl, target=0.1) / 3 for kl in kls} == kls
-
-
-def history(rollouts=20, **changed):
-    """Metrics of a healthy run; changed: {metric: its value as a function of the rollout's number}."""
-    healthy = {
-        "kl": lambda i: min(6, 0.3 * i),
-        "explained_variance": lambda i: 0.7 - 1 / (i + 1),
-        "eos_rate": lambda i: 0.95 + 0.01 * (i % 3),
-        "entropy": lambda i: 0.5 + 1 / (i + 1),
-        "score": lambda i: 0.1 * i,
-        "gold": lambda i: min(0.9, 0.08 * i) - 0.05 * (i % 2),
-    }
-    return [{name: value(i) for name, value in (healthy | changed).items()} for i in range(rollouts)]
-
-
-def test_a_healthy_run_shows_no_symptom_however_long():
-    for rollouts in (1, 5, 10, 15, 20, 40):
-        assert diagnose(history(rollouts), 20, ["gold"]) == {}
-    # Both fall: no over-optimisation.
-    assert diagnose(history(gold=lambda i: 0.8 - 0.05 * i, score=lambda i: -0.1 * i), 20, ["gold"]) == {}
-    # The critic has got there.
-    assert diagnose(history(explained_variance=lambda i: -1.0 if i < 18 else 0.1), 20) == {}
-    too_early = history(9,
-                        explained_variance=lambda i: -1.0,
-                        eos_rate=lambda i: 1 - 0.1 * i,
-                        entropy=lambda i: 0.1 ** i)
-    assert diagnose(too_early, 20) == {}
-    without_gold = [{k: v for k, v in row.items() if k != "gold"} for row in history()]
-    assert diagnose(without_gold, 20) == {}
-
-
-@pytest.mark.case(17)
-@pytest.mark.parametrize("symptom, changed", [
-    ("kl", {"kl": lambda i: 20.1 if i == 19 else 5.0}),
-    ("critic", {"explained_variance": lambda i: 0.5 if i < 10 else -0.1}),
-    ("eos", {"eos_rate": lambda i: 0.95 - 0.01 * i}),
-    ("entropy", {"entropy": lambda i: 2.0 * 0.8**i}),
-    ("gold", {"gold": lambda i: 0.08 * i if i < 10 else 0.8 - 0.06 * (i - 10)}),
-])
-def test_each_symptom_is_found_alone_and_its_advice_names_a_switch(symptom, changed):
-    found = diagnose(history(**changed), 20, ["gold"])
-    assert found.keys() == {symptom} and "--" in found[symptom] and "\n" not in found[symptom]

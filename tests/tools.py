@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import chat
 import dpo
 import evaluate
+import grpo
 import ppo
 import report
 import reward
@@ -37,7 +38,7 @@ from formats.model_folder import load_model
 from formats.sources import read_rows
 from generate import Generation
 from model import GPT
-from plumbing import checkpoints, disk, run as runtime, steps as steps_file
+from plumbing import checkpoints, disk, health, run as runtime, steps as steps_file
 from plumbing.flags import parse_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,8 @@ PLAN = {
            "--max-new-tokens 8",
     "ppo": f"--data {TOY}/prompts.jsonl "
            "--model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12",
+    "grpo": f"--data {TOY}/prompts.jsonl --model {{root}}/sft --reward {{root}}/reward --rollout-batch 8 "
+            "--group 4 --epochs 2 --minibatches 2 --kl-coef 0.05 --max-new-tokens 12",
 }
 SHORT = "--steps 6 --save-every 1 --micro-batch-tokens 128"
 ENVIRONMENT = os.environ | {
@@ -259,18 +262,20 @@ SCRIPTS = {
     "sft": sft,
     "reward": reward,
     "ppo": ppo,
+    "grpo": grpo,
     "dpo": dpo,
     "evaluate": evaluate,
     "chat": chat,
     "toy": toy,
     "report": report,
 }
-TRAINERS = ("sft", "reward", "ppo", "dpo")
+TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo")
 DATA = {
     "sft": f"{TOY}/demonstrations.jsonl",
     "reward": f"{TOY}/preferences.jsonl",
     "dpo": f"{TOY}/preferences.jsonl",
     "ppo": f"{TOY}/prompts.jsonl",
+    "grpo": f"{TOY}/prompts.jsonl",
     "evaluate": f"{TOY}/prompts_heldout.jsonl",
 }
 DEMONSTRATIONS = f"--data {TOY}/demonstrations.jsonl"
@@ -280,6 +285,7 @@ QUICK = {
     "reward": "--batch-tokens 512 --eval-every 2",
     "dpo": "--batch-tokens 512 --eval-every 2",
     "ppo": "--rollout-batch 16 --minibatches 2 --max-new-tokens 12 --sample-every 2",
+    "grpo": "--rollout-batch 8 --group 2 --minibatches 2 --max-new-tokens 12 --sample-every 2",
 }
 WORDS = ("river", "stone", "apple", "window", "garden", "pencil")
 ALL_AT_ONCE = "--threads 1 --val-fraction 0 --batch-tokens 100000 --warmup 1"
@@ -453,7 +459,7 @@ def train(root, out, *flags, reward="--reward {root}/reward"):
         patch.setattr(runtime.Run, "optimizer_step", optimizer_step)
         patch.setattr(ppo, "adamw", adamw)
         for name in RECORDED:
-            owner = rollout_file if name == "generate" else ppo
+            owner = {"generate": rollout_file, "diagnose": health}.get(name, ppo)
             patch.setattr(owner, name, record(getattr(owner, name)))
         run_here("ppo", words)
     run.said, run.rows = said.getvalue(), metrics(out) if (out / "metrics.jsonl").exists() else []

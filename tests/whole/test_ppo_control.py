@@ -22,7 +22,7 @@ from formats.model_folder import load_model
 from formats.sources import read_rows, split_by_prompt
 from generate import Generation, sample_token
 from model import GPT
-from plumbing import run as runtime
+from plumbing import health, run as runtime
 from plumbing.flags import UserError
 from ppo import adapt_kl_coef
 from tools import (
@@ -93,7 +93,7 @@ def test_the_penalty_stays_without_a_target(root, tmp_path, default):
 
 @pytest.mark.case(17)
 def test_a_kl_beyond_its_limit_is_warned_of(root, tmp_path, default):
-    assert [call.kl_limit for call in default.calls["diagnose"]] == [20, 20] and "warning" not in default.said
+    assert [call.config.kl_limit for call in default.calls["diagnose"]] == [20, 20] and "warning" not in default.said
     run = train(root, tmp_path / "run", "--kl-limit 1e-6 --steps 4")
     beyond = [row["step"] for row in run.rows if row["kl"] > 1e-6]
     assert beyond and max(row["kl"] for row in run.rows) < 20
@@ -101,10 +101,10 @@ def test_a_kl_beyond_its_limit_is_warned_of(root, tmp_path, default):
 
 
 def test_a_symptom_is_said_at_most_once_in_20_rollouts(root, tmp_path, monkeypatch):
-    def diagnose(history, kl_limit, judges):
+    def diagnose(history, config, judges):
         return {"kl": "mind the KL"} | ({"gold": "mind the gold"} if len(history) in (4, 23) else {})
 
-    monkeypatch.setattr(ppo, "diagnose", diagnose)
+    monkeypatch.setattr(health, "diagnose", diagnose)
     run = train(root, tmp_path / "run",
                 "--steps 24 --rollout-batch 2 --minibatches 1 --epochs 1 --max-new-tokens 2")
     said = [line for line in run.said.splitlines() if "mind the" in line]
