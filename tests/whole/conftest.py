@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from tools import MORE_WORDS, TOY, quietly, rollout_of, run_here, train
+from tools import MORE_WORDS, TINY, TOY, quietly, rollout_of, run_here, train
 
 
 @pytest.fixture(scope="module")
@@ -21,21 +21,15 @@ def root(tmp_path_factory):
     for name, rows in files.items():
         (root / f"{name}.json").write_text(json.dumps(rows))
 
-    def stage(script, flags):
-        run_here(script, flags.format(root=root), "--threads 1 --val-fraction 0 --batch-tokens 512")
+    def stage(script, *flags):
+        run_here(script, *flags, "--threads 1 --val-fraction 0 --batch-tokens 512")
 
     with quietly():
-        stage(
-            "sft", "--layers 1 --heads 2 --width 32 --block-size 64 "
-            f"--tokenizer {TOY}"
-            " --data {root}/demonstrations.json --steps 40 --warmup 5 --lr 0.02 "
-            "--out {root}/sft")
+        stage("sft", f"{TINY} --tokenizer {TOY} --data {root}/demonstrations.json --out {root}/sft",
+              "--steps 40 --warmup 5 --lr 0.02")
         for name, seed in (("reward", 0), ("other", 1)):
-            stage(
-                "reward",
-                f"--data {{root}}/pairs.json --model {{root}}/sft --steps 2 --seed {seed} --out "
-                f"{{root}}/{name}"
-            )
+            stage("reward", f"--data {root}/pairs.json --model {root}/sft --out {root}/{name}",
+                  f"--steps 2 --seed {seed}")
     return root
 
 

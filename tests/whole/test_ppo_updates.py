@@ -181,9 +181,9 @@ def test_advantages_are_whitened_over_the_rollout_and_then_clipped(kind, clip, r
     inside = advantages[mask].double()
     if kind != "none":
         inside = (inside - inside.mean()) / inside.std(correction=kind == "sample")
-    inside = inside.clamp(-clip, clip) if clip else inside
-    expected = torch.zeros(mask.shape).masked_scatter(mask, inside.float())
     assert inside.abs().max() > 0.6
+    clipped = inside.clamp(-clip, clip) if clip else inside
+    expected = torch.zeros(mask.shape).masked_scatter(mask, clipped.float())
     for call in run.calls["policy_loss"]:
         torch.testing.assert_close(call.advantages, in_training_order(run, expected), rtol=1e-5, atol=1e-5)
     # The critic learns what was not whitened.
