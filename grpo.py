@@ -455,7 +455,7 @@ def of_all_ranks(run, own):
     return run.all_sum(everyone).flatten()
 
 
-def deal(kept, minibatches, epochs, generator):
+def deal_groups(kept, minibatches, epochs, generator):
     """Places of the groups, of all ranks, that each optimiser step takes: epochs * minibatches lists.
 
     kept: places of those that take part. Which groups meet does not depend on the number of ranks.
@@ -513,7 +513,7 @@ def update(run, config, models, groups, old, advantages, trained, kept, generato
     Returns an `Update`.
     """
     batch, G = groups.batch, config.group
-    steps = deal(kept, config.minibatches, config.epochs, generator)
+    steps = deal_groups(kept, config.minibatches, config.epochs, generator)
     # This rank's replies of each step.
     picked = []
     for places in steps:

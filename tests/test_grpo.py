@@ -9,7 +9,7 @@ import grpo
 import ppo
 from bench import estimators
 from grpo import (
-    Config, deal, flat_groups, group_advantages, kl_loss, overlong_scores, policy_loss, token_weights)
+    Config, deal_groups, flat_groups, group_advantages, kl_loss, overlong_scores, policy_loss, token_weights)
 from plumbing.flags import parse_flags
 
 PS = (0.05, 0.3, 0.5, 0.8)
@@ -253,10 +253,10 @@ def test_with_a_ratio_of_each_token_the_clipped_loss_is_that_of_ppo():
 
 def test_every_epoch_deals_each_group_once_in_steps_of_equal_size():
     kept = [0, 2, 3, 5, 6, 8, 9]
-    steps = deal(kept, 3, 2, torch.Generator().manual_seed(0))
+    steps = deal_groups(kept, 3, 2, torch.Generator().manual_seed(0))
     assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == kept
     assert sorted(map(len, steps[:3])) == [2, 2, 3] and steps[:3] != steps[3:]
-    assert deal([], 2, 1, torch.Generator()) == [[], []]
+    assert deal_groups([], 2, 1, torch.Generator()) == [[], []]
 
 
 @pytest.mark.parametrize("name", Config.PRESETS)

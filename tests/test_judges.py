@@ -7,8 +7,6 @@ import pytest
 import judges
 import sft
 import tools
-from examples import GRADERS
-from judges import short_names
 from plumbing.flags import UserError
 from tools import TOY
 

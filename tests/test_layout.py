@@ -17,7 +17,9 @@ TWINS = {
     "policy_loss": "test_grpo.py::test_with_a_ratio_of_each_token_the_clipped_loss_is_that_of_ppo",
 }
 # Phases that each algorithm has, and does in its own way.
-PHASES = {"main", "Config", "check", "Models", "load_models", "Old", "forward", "Update", "update", "metrics_of"}
+PHASES = {
+    "main", "Config", "check", "Models", "load_models", "Old", "forward", "Update", "update", "metrics_of"
+}
 COLUMNS = 110
 
 

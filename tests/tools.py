@@ -270,6 +270,8 @@ SCRIPTS = {
     "report": report,
 }
 TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo")
+# Those whose steps are rollouts: they have no held-out loss.
+SAMPLERS = ("ppo", "grpo")
 DATA = {
     "sft": f"{TOY}/demonstrations.jsonl",
     "reward": f"{TOY}/preferences.jsonl",

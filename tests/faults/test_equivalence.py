@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from plumbing import flags
 from plumbing import run as runtime
 import tools
-from tools import TOY, TRAINERS
+from tools import SAMPLERS, TOY, TRAINERS
 import toy
 
 
@@ -97,7 +97,9 @@ def plan(uneven):
         "ppo": f"{common} --reward {uneven}/reward --data {uneven}/prompts.json --rollout-batch 8 "
                f"--minibatches 1 --epochs 1 --max-new-tokens 20 "
         f"--entropy-coef 0.01 --reward-norm scale --reward-at next --ptx-coef 0.5 --ptx-data "
-        f"{uneven}/demonstrations.json --ptx-tokens 100000"
+        f"{uneven}/demonstrations.json --ptx-tokens 100000",
+        "grpo": f"{common} --reward {uneven}/reward --data {uneven}/prompts.json --rollout-batch 4 --group 2 "
+                "--max-new-tokens 20 --average reply --kl-coef 0.1",
     }
 
 
@@ -110,7 +112,7 @@ def test_gradients_of_uneven_rows_are_the_same_in_one_pass_row_by_row_on_two_ran
     Dividing by each pass's own count is wrong by 5e-2.
     """
     # So that one rank makes a pass less than the other.
-    jobs, budgets = [], dict.fromkeys(TRAINERS, 1) | {"ppo": 50}
+    jobs, budgets = [], dict.fromkeys(TRAINERS, 1) | dict.fromkeys(SAMPLERS, 50)
 
     def job(script, name, budget, words=""):
         out = f"{tmp_path}/{script}-{name}"
@@ -189,7 +191,7 @@ class Trajectories(dict):
         assert tools.here("reward", root, f"--out {root}/reward --steps 30") == 0
 
     def run(self, script, name, *words, **options):
-        every = "--sample-every 100" if script == "ppo" else "--eval-every 15"
+        every = "--sample-every 100" if script in SAMPLERS else "--eval-every 15"
         tools.run(script,
                   self.root,
                   f"--steps 30 {every} --out {self.root}/{name}",
@@ -213,7 +215,7 @@ def trajectories(tmp_path_factory):
 @pytest.mark.parametrize("script, variant", [(
     script,
     variant,
-) for script in TRAINERS for variant in list(VARIANTS)[:None if script == "ppo" else 4]])
+) for script in TRAINERS for variant in list(VARIANTS)[:None if script in SAMPLERS else 4]])
 def test_thirty_steps_are_one_trajectory_without_drift_however_they_are_computed(
         script, variant, trajectories):
     """Differences relative to numbers above 1, absolute below.
@@ -231,16 +233,18 @@ def test_thirty_steps_are_one_trajectory_without_drift_however_they_are_computed
     assert [row.keys() for row in rows] == [row.keys() for row in others]
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     compared = {key for row in rows for key in row if not key.endswith(ROUNDED)}
-    assert compared > {"grad_norm"} | ({"score", "kl", "policy_loss", "value_loss", "critic_grad_norm"}
-                                       if script == "ppo" else {"loss"})
+    own = {"ppo": {"score", "kl", "policy_loss", "value_loss", "critic_grad_norm"},
+           "grpo": {"score", "kl", "policy_loss", "kl_loss", "flat_groups"}}
+    assert compared > {"grad_norm"} | own.get(script, {"loss"})
     for key in compared:
         changes = [(other[key] - row[key]) / max(1, abs(row[key])) for row, other in zip(rows, others)
                    if key in row]
         largest, mean = max(map(abs, changes)), statistics.mean(changes)
-        limits = (1e-4, 5e-6) if script == "ppo" and "norm" in key else (3e-5, 3e-6) if script == "ppo" else (
+        limits = (1e-4, 5e-6) if script in SAMPLERS and "norm" in key else (
+            3e-5, 3e-6) if script in SAMPLERS else (
             1e-5, 4e-6) if "norm" in key else (2e-6, 5e-7)
         assert largest <= limits[0] and abs(
             mean) <= limits[1], f"{key}: largest {largest:.1e}, mean {mean:+.1e}"
-    if script == "ppo":
+    if script in SAMPLERS:
         # Lengths differ, and the policy has moved.
         assert 0.5 < statistics.mean(row["eos_rate"] for row in rows) and rows[-1]["kl"] > 0.1

@@ -22,11 +22,11 @@ import rollout
 from plumbing import run as runtime
 from plumbing import checkpoints
 import tools
-from tools import TOY, TRAINERS, same_tensors
+from tools import SAMPLERS, TOY, TRAINERS, same_tensors
 import toy
 
 # Those that differ least run with --faults alone.
-FEW = ["sft", "ppo", *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "dpo"))]
+FEW = ["sft", "ppo", *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "grpo", "dpo"))]
 OPTIMIZER = {name: "policy_optimizer" if name == "ppo" else "optimizer" for name in TRAINERS}
 ROWS = {"sft": "--data {root}/preferences.jsonl " f"--tokenizer {TOY}"}
 
@@ -110,7 +110,7 @@ def test_a_batch_whose_loss_is_infinite_changes_nothing_is_reported_and_training
     assert "skipped.jsonl" in warning
     rows = [row for row in tools.metrics(tmp_path / "run") if "lr" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert script == "ppo" or "grad_norm" not in rows[2]
+    assert script in SAMPLERS or "grad_norm" not in rows[2]
     assert finite_checkpoints(tmp_path / "run") == ["step_000005"]
     assert not same_tensors(states[1], state_of(runtime.Run.current))
 
@@ -149,18 +149,18 @@ def test_a_weight_that_is_nan_is_named_ends_the_run_and_is_never_saved(script, r
 
 
 @pytest.mark.case(15)
-@pytest.mark.parametrize("script, batches", [("sft", 1), ("dpo", 1), ("ppo", 4)])
+@pytest.mark.parametrize("script, batches", [("sft", 1), ("dpo", 1), ("ppo", 4), ("grpo", 4)])
 def test_the_run_ends_after_as_many_skipped_batches_as_it_was_told(script, batches, root, tmp_path,
                                                                    monkeypatch, capsys):
     spoil(monkeypatch, 2, WEIGHT)
     assert here(script, root, f"--out {tmp_path}/run --steps 9 --max-skipped 3",
-                "" if script == "ppo" else "--eval-every 100") == 1
+                "" if script in SAMPLERS else "--eval-every 100") == 1
     line, rows = last_line(capsys.readouterr()), skipped(tmp_path / "run")
     assert re.search(rf"the weight policy\.{WEIGHT} is not finite, and more than --max-skipped 3 batches",
                      line)
     assert len(rows) >= 4 and all(row["examples"] and "policy." in row["why"] for row in rows)
-    assert rows[0]["step"] == (2 if script == "ppo" else 3)
-    assert rows[-1]["step"] == (3 if script == "ppo" else 6)
+    assert rows[0]["step"] == (2 if script in SAMPLERS else 3)
+    assert rows[-1]["step"] == (3 if script in SAMPLERS else 6)
     assert not finite_checkpoints(tmp_path / "run") and not (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -317,7 +317,7 @@ def test_spikes_of_the_gradient_norm_are_skipped_if_asked_for_each_optimizer_by_
 def test_a_learning_rate_of_a_thousand_ends_in_a_clear_line_and_saves_nothing_that_is_not_finite(
         script, root, tmp_path, capsys):
     # Weights grow a hundredfold with each step.
-    words = {"ppo": "--critic-lr 1e3"}.get(script, "--weight-decay 0.1")
+    words = {"ppo": "--critic-lr 1e3", "grpo": ""}.get(script, "--weight-decay 0.1")
     assert here(script, root,
                 f"--out {tmp_path}/run --steps 40 --save-every 4 --lr 1e3 --warmup 1 --max-grad-norm 1e9",
                 words) == 1

@@ -18,13 +18,17 @@ from formats.model_folder import load_model, save_model
 from model import GPT, ScalarModel
 from plumbing.flags import UserError
 from small_models import ATTENTION, IDS, auto, close, open_with, outputs, peer_outputs, tiny_of
-from tools import SCRIPTS, TRAINERS, run_here, stopped_in_the_second_step
+from tools import SAMPLERS, SCRIPTS, TRAINERS, run_here, stopped_in_the_second_step
 
 
 PLAN = dict.fromkeys(
     ("sft", "reward", "dpo"),
-    "--batch-tokens 256 --val-fraction 0") | {"ppo": "--rollout-batch 8 --minibatches 2 --max-new-tokens 8"}
-DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "ppo": "prompts"}
+    "--batch-tokens 256 --val-fraction 0") | {
+        "ppo": "--rollout-batch 8 --minibatches 2 --max-new-tokens 8",
+        # No reply ends: their scores are to differ all the same.
+        "grpo": "--rollout-batch 8 --group 4 --max-new-tokens 8 --kl-coef 0.1 --overlong keep",
+    }
+DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
 
 
 def run(name, root, out, *flags, model="sft"):
@@ -32,7 +36,7 @@ def run(name, root, out, *flags, model="sft"):
     inputs = f"--model {root}/{model} --data {root}/{DATA[name]}.json"
     words = f"{inputs} --lr 0.01 --warmup 1 --steps 3 --threads 1 --out {out} {PLAN[name]}"
     with contextlib.redirect_stdout(io.StringIO()):
-        run_here(name, words, f"--reward {root}/reward" * (name == "ppo"), *flags)
+        run_here(name, words, f"--reward {root}/reward" * (name in SAMPLERS), *flags)
     return tools.metrics(out)
 
 
@@ -154,7 +158,7 @@ def test_a_run_that_starts_from_a_llama_ends_in_one_that_transformers_opens(name
     close(peer_outputs(peer, kind, ids), outputs(model, ids))
     before, after = weights(root / "llama" / "sft", GPT), model.state_dict()
     assert all(not torch.equal(p, after[key]) for key, p in before.items() if key in after) and len(rows) == 6
-    if name != "ppo":
+    if name not in SAMPLERS:
         assert rows[-1]["loss"] < rows[0]["loss"]
     assert peers.AutoTokenizer.from_pretrained(
         tmp_path / "run")("Say river.")["input_ids"] == toy.tokenizer().encode("Say river.")

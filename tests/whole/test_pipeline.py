@@ -9,7 +9,7 @@ import model
 import tools
 from data import encode_prompt
 from formats.model_folder import load_model
-from tools import TOY, TRAINERS, rows_of, run_here
+from tools import SAMPLERS, TOY, TRAINERS, rows_of, run_here
 
 
 def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
@@ -33,7 +33,7 @@ def test_every_stage_runs_and_leaves_a_checkpoint_metrics_and_a_report(chain):
             for held_out in (False, True)
         }
         # The held-out loss before training, too.
-        assert steps == {False: [1, 2, 3], True: [] if stage in ("ppo", "grpo") else [0, 2, 3]}
+        assert steps == {False: [1, 2, 3], True: [] if stage in SAMPLERS else [0, 2, 3]}
     summary = json.loads((root / "summary.json").read_text())
     wanted = {"sft.gold", "reward.accuracy", "reward.bayes_accuracy", "seconds.total"}
     wanted |= {

@@ -93,7 +93,8 @@ def test_the_penalty_stays_without_a_target(root, tmp_path, default):
 
 @pytest.mark.case(17)
 def test_a_kl_beyond_its_limit_is_warned_of(root, tmp_path, default):
-    assert [call.config.kl_limit for call in default.calls["diagnose"]] == [20, 20] and "warning" not in default.said
+    assert [call.config.kl_limit for call in default.calls["diagnose"]] == [20, 20]
+    assert "warning" not in default.said
     run = train(root, tmp_path / "run", "--kl-limit 1e-6 --steps 4")
     beyond = [row["step"] for row in run.rows if row["kl"] > 1e-6]
     assert beyond and max(row["kl"] for row in run.rows) < 20

@@ -15,7 +15,7 @@ from formats.sources import read_rows, split_by_prompt
 from plumbing import ranks, run as runtime, steps as steps_file
 from plumbing.flags import UserError
 from tools import (
-    ALL_AT_ONCE, QUICK, SCRIPTS, TINY_RUN, TOY, TRAINERS, command, reply_logprob, rows_of, run_here)
+    ALL_AT_ONCE, QUICK, SAMPLERS, SCRIPTS, TINY_RUN, TOY, TRAINERS, command, reply_logprob, rows_of, run_here)
 
 
 # -- whole steps, by hand
@@ -120,20 +120,22 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(name, flags,
 def test_two_ranks_train_as_one_does(name, parallel, flags, small, tmp_path):
     """PPO: the least score, the moments, the whitening and all counts are those of both ranks, and a reply
     hangs on its own draws alone."""
-    words = flags[name] if name != "ppo" else (
-        f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --threads 1 "
-        f"--rollout-batch 8 --minibatches 2 --warmup 1 --lr 0.01 "
-        "--critic-lr 0.01 --max-new-tokens 8 --reward-norm scale --entropy-coef 0.01")
+    words = flags[name]
+    if name in SAMPLERS:
+        own = {"ppo": "--critic-lr 0.01 --reward-norm scale --entropy-coef 0.01",
+               "grpo": "--group 3 --preset dapo --epochs 2 --kl-coef 0.1 --overlong floor"}[name]
+        words = (f"--model {small}/sft --data {small}/prompts.json --reward {small}/reward --threads 1 "
+                 f"--rollout-batch 8 --minibatches 2 --warmup 1 --lr 0.01 --max-new-tokens 8 {own}")
     two = command(
         name,
         words,
-        f"--out {tmp_path}/two --steps 2 --micro-batch-tokens {30 if name == 'ppo' else 100} "
+        f"--out {tmp_path}/two --steps 2 --micro-batch-tokens {30 if name in SAMPLERS else 100} "
         f"--parallel {parallel}",
         launcher=tools.TORCHRUN)
     assert two.returncode == 0, two.stderr[-2000:]
     run_here(name, words, f"--out {tmp_path}/one --steps 2")
     rows = tools.metrics(tmp_path / "one")
-    assert [row["step"] for row in rows] == [1, 2] if name == "ppo" else [0, 1, 2, 2]
+    assert [row["step"] for row in rows] == [1, 2] if name in SAMPLERS else [0, 1, 2, 2]
     for one, other in zip(rows, tools.metrics(tmp_path / "two"), strict=True):
         # What rounding decides: ties (policy and reference at first), and the size of rounding itself.
         for row in (one, other):
@@ -143,7 +145,7 @@ def test_two_ranks_train_as_one_does(name, parallel, flags, small, tmp_path):
             ]:
                 del row[key]
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
-    assert name != "ppo" or 0 < one["eos_rate"] < 1
+    assert name not in SAMPLERS or 0 < one["eos_rate"] < 1
 
 
 # -- losses that are not finite, folders that are there, parts of files
