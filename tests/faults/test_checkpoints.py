@@ -592,7 +592,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(
 
 @pytest.mark.case(13)
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "grpo", "dpo"])
 def test_a_process_that_may_write_no_large_files_trains_to_its_end_and_keeps_the_old_checkpoint(
         script, root, unbroken, tmp_path):
     hook = KILLED.format(stage="before the rename")
