@@ -7,6 +7,8 @@ import pytest
 import judges
 import sft
 import tools
+from examples import GRADERS
+from judges import short_names
 from plumbing.flags import UserError
 from tools import TOY
 
@@ -84,3 +86,25 @@ def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
         sys.modules.pop("zeros", None)
     row = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
     assert "gold" in row and row.keys() - {"gold"} <= judges.TAKEN
+
+
+def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart():
+    assert short_names(["runs/reward", "runs/other/", "mine:brief"]) == ["reward", "other", "mine:brief"]
+    assert short_names(["a/sft", "b/sft", "c/x/sft"]) == ["a/sft", "b/sft", "x/sft"]
+    assert short_names(["sft", "b/sft"]) == ["sft", "b/sft"]
+    assert short_names(["a/sft", "a/sft", "a/ppo"]) == ["a/sft#1", "a/sft#2", "ppo"]
+
+
+@pytest.mark.parametrize("name, given", [
+    ("least", 3),
+    ("by_name", ["7"]),
+    ("everything", ["answers", "ended", "prompts"]),
+    ("perhaps", ["7"]),
+])
+def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(
+        name, given, tmp_path, monkeypatch):
+    (tmp_path / "graders.py").write_text(GRADERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    function = judges.Function("--reward-fn", f"graders:{name}")
+    function(["What?"], ["The 7."], ["7"], [True])
+    assert sys.modules.pop("graders").calls == [given] and function.wants_answers == (name == "by_name")
