@@ -109,6 +109,12 @@ def test_a_group_of_equal_scores_has_advantages_of_exactly_zero(kind, score):
     assert flat_groups(scores).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("kind", ["mean", "leave-one-out", "deviation", "success"])
+def test_scores_that_differ_by_rounding_are_equal(kind):
+    scores = torch.full((1, 7), 0.1) + torch.tensor([0, 1, 0, 1, 0, 0, 1]) * 1e-8
+    assert scores.std() > 0 and (group_advantages(scores, kind) == 0).all()
+
+
 def test_where_all_fail_maxrl_pushes_all_down_or_nothing():
     scores = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     assert group_advantages(scores, "success").tolist() == [[0, 0], [1, -1]]
