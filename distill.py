@@ -39,6 +39,14 @@ another tokenizer.
     python distill.py --model runs/small --teacher runs/ppo --on teacher --divergence nll
     torchrun --nproc-per-node 8 distill.py --model small --teacher large --data prompts.jsonl
 
+On the embedded task, from the demo's PPO policy (616,000 weights) to one layer of width 64 (160,000), on 508
+held-out prompts, by evaluate.py --judge toy:gold (24 November 2026, one thread of a busy AMD EPYC without
+AMX):
+    teacher 0.949    the student after sft.py 0.092    after the second command, 21 s of CPU time: 0.957, and
+    0.953 with seeds 1 and 2; KL to the teacher 0.019 nats per reply    after the third: 0.929, KL 0.137
+The standard error of each is 0.014; teacher and student draw the same random numbers there, so most replies
+are the same.
+
 Legend: B replies of this rank, T tokens; n replies of a pass, W tokens of the longest; N tokens of a pass,
 V vocabulary, V' the same rounded up to 64, C width of the student, C' of the teacher.
 """
