@@ -211,8 +211,8 @@ def test_a_divergence_without_a_branch_is_an_error():
 # -- memory
 
 def test_a_divergence_takes_a_fraction_of_the_memory_of_one_models_logits(monkeypatch):
-    """Beyond the gradients, as a share of the fp32 logits of one model. Measured: 0.14; autograd of the formula
-    takes 8.0."""
+    """Beyond the gradients, as a share of the fp32 logits of one model. Measured: 0.14; autograd of the
+    formula takes 8.0."""
     N, V = 2048, 50257
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", 1 << 24)
     states, _, teacher_states, _ = pair_inputs(N, 8)
