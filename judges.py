@@ -26,7 +26,7 @@ TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value exp
     clip_fraction approx_kl policy_loss value_loss kl_loss ptx_loss value_clip_fraction
     prompts standard_error wins ties losses win_rate
     rollout_tokens_per_second score_tokens_per_second update_tokens_per_second rollout_share score_share
-    update_share""".split())
+    update_share loss loss_per_reply cost student_samples""".split())
 
 
 # ---------------------------------------------------------------------------------------------------------

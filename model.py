@@ -420,7 +420,7 @@ class GPT(nn.Module):
             return self.transformer.wte.weight
         return self.lm_head.weight
 
-    def forward(self, ids, mask, temperature=1.0, with_entropy=False, summed=False):
+    def forward(self, ids, mask, temperature=1.0, with_entropy=False, summed=False, read=None):
         """Per-token log-probabilities of the tokens that mask selects, each given all tokens before it.
 
         ids (B, T); mask (B, T) bool, on the CPU (see `token_index`), True for what to score, never a row's
@@ -428,11 +428,14 @@ class GPT(nn.Module):
         mask, and likewise the entropy of the distribution that each token was drawn from (or None). No
         logits are computed outside the mask.
         summed: the sum () of the logprobs instead, which is cheaper to differentiate, and None.
+        read(states (N, C), head (V, C), targets (N,)): computed and returned instead of all that.
         """
         at = token_index(mask)  # (N,)
         states = self.transformer(ids, index=predicting(at))  # (N, C)
         at = at.to(ids.device, non_blocking=True)
         targets = ids.flatten()[at]  # (N,)
+        if read is not None:
+            return read(states, self.head_weight, targets)
         logprobs, entropy = token_logprobs(states, self.head_weight, targets,
                                            temperature, with_entropy, summed)
         if summed:

@@ -127,11 +127,12 @@ class Rollout:
                 lengths=self.host_lengths[numbers],
             )
 
-    def show(self, run, scores, number=3):
-        """Print a few of the replies with their scores (B,)."""
+    def show(self, run, scores=None, number=3):
+        """Print a few of the replies, with their scores (B,) if there are any."""
         for i in range(0, len(self.texts), max(1, len(self.texts) // number))[:number]:
             prompt = self.prompts[i].row.text
-            run.say(f"  sample: {prompt!r} -> {self.texts[i]!r} (score {scores[i]:.2f})")
+            scored = "" if scores is None else f" (score {scores[i]:.2f})"
+            run.say(f"  sample: {prompt!r} -> {self.texts[i]!r}{scored}")
 
 
 def join(rollouts):

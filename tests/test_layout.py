@@ -6,10 +6,14 @@ import pytest
 
 import tools
 
-ALGORITHMS = ("sft", "reward", "ppo", "grpo", "dpo", "evaluate", "chat", "report", "toy")
+ALGORITHMS = (
+    "sft", "reward", "ppo", "grpo", "dpo", "best_of_n", "distill", "evaluate", "chat", "report", "toy", "sums"
+)
 # A file may import from the rooms before its own.
 # In plumbing/ and formats/ files import each other, in no circle.
-ROOMS = ("plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "algorithms")
+ROOMS = (
+    "plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "checkers", "algorithms"
+)
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
 TWINS = {
     "kl_estimate": "test_grpo.py::test_kl_terms_are_those_of_ppo",
