@@ -6,7 +6,7 @@ import pytest
 
 import tools
 
-ALGORITHMS = ("sft", "reward", "ppo", "dpo", "evaluate", "chat", "report", "toy")
+ALGORITHMS = ("sft", "reward", "ppo", "dpo", "best_of_n", "evaluate", "chat", "report", "toy")
 # A file may import from the rooms before its own; in plumbing/ and formats/ files import each other, in no circle.
 ROOMS = ("plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "algorithms")
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
