@@ -214,7 +214,7 @@ def rows_to_write(samples, chosen, arena):
     return files
 
 
-def summarise(samples, chosen, files, config):
+def summary_of(samples, chosen, files, config):
     """What summary.json says. chosen (N, n) bool: the selected replies."""
     scores = samples.numbers["score"]
     tied = [len(set(own)) < len(own) for own in scores]
@@ -342,7 +342,7 @@ def one_round(config, out):
     rng = np.random.default_rng(config.seed)
     chosen = select(samples.numbers["score"], samples.usable, kind, config.top_share, rng)
     files = rows_to_write(samples, chosen, bool(config.arena))
-    summary = summarise(samples, chosen, files, config)
+    summary = summary_of(samples, chosen, files, config)
     # The summary comes last: where it is, all are.
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -431,7 +431,7 @@ def all_rounds(config, out):
     print(aligned(rows))
 
 
-def check(config, out):
+def check_flags(config, out):
     """UserError unless the flags go together and --out may be written to."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     require(processes == 1, f"best_of_n.py is one process, not {processes}: start it without torchrun")
@@ -450,7 +450,7 @@ def check(config, out):
 
 def main(config):
     out = Path(config.out)
-    check(config, out)
+    check_flags(config, out)
     # SIGTERM is as Ctrl-C: nothing is left half-written, and a script that was called is told.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if config.threads:
