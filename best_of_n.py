@@ -1,12 +1,12 @@
 """Sample n replies to every prompt, score them, keep the best: rejection sampling, and rounds of it.
 
-    python best_of_n.py --model runs/sft --reward runs/reward --judge toy:gold --out runs/best_of_n
+    python best_of_n.py --model runs/sft --reward runs/reward --judge toy:gold
 
 writes three files for the other scripts, and summary.json:
 
     sft.jsonl       the selected replies, for sft.py           prompt, completion
     pairs.jsonl     best against worst, for dpo.py             prompt, chosen, rejected
-    rankings.jsonl  all replies with their ranks, for reward.py    prompt, completions, ranks
+    rankings.jsonl  all with their ranks, for reward.py        prompt, completions, ranks
 
 --select best keeps each prompt's best reply (rejection sampling: Touvron et al. 2023, section 3.2; RAFT, Dong
 et al. 2023), top the best share over all prompts (ReST, Gulcehre et al. 2023), and random one of each prompt
@@ -23,16 +23,15 @@ k exact rounds of training on the best of n are the best of n^k.
     python best_of_n.py --reward runs/reward --rounds 3 --train-flags "--epochs 4 --lr 1e-3"
     python best_of_n.py --reward runs/reward --rounds 3 --train dpo --reference fixed
 
-are expert iteration and iterative DPO.
-
---rounds samples, calls sft.py or dpo.py on what was selected, and samples again with the model that it made
-(OUT/round_1/model, ...). metrics.jsonl has a row for the model before the first round and one after each:
-scores, judges' numbers, length, KL to the first model (mean over its own replies of log pi - log ref, summed
-over the reply), the bound on it (best of n alone has one) and seconds. With --reference reset each round of
-DPO starts from the last model and refers to it, and k rounds lead to ref exp(k r / beta) / Z; with fixed it
-refers to the first one, and all rounds lead to ref exp(r / beta) / Z (Xiong et al. 2024). Both are the limits
-of pairs that are labelled by chance, sigma(r_w - r_l); best against worst, as here, pulls harder. Pairs of
-equal scores are left out. --resume leaves out the rounds that are done.
+are expert iteration and iterative DPO: --rounds samples, calls sft.py or dpo.py on what was selected, and
+samples again with the model that it made (OUT/round_1/model, ...). metrics.jsonl has a row for the model
+before the first round and one after each: scores, judges' numbers, length, KL to the first model (the mean of
+log pi - log ref over its own replies, one to each prompt, by evaluate.py), the bound on it (best of n alone
+has one) and seconds. With --reference reset each round of DPO starts from the last model and refers to it,
+and k rounds lead to ref exp(k r / beta) / Z; with fixed it refers to the first one, and all rounds lead to
+ref exp(r / beta) / Z (Xiong et al. 2024). Both are the limits for pairs that are labelled by chance,
+sigma(r_w - r_l). Best against worst, as here, is certain, and has no limit: --train-flags says when to stop.
+--resume leaves out the rounds that are done.
 
     python best_of_n.py --reward runs/reward --arena runs/ppo runs/dpo --out runs/arena
 
@@ -44,8 +43,8 @@ one score in place of a language model that is asked for a verdict and its reaso
 one set of prompts for the three phases (--part cuts it), and only as many rounds as --rounds says.
 
 Replies that were cut off at --max-new-tokens, or are blank, are worse than any other and in no file: the
-readers put an end token behind every reply, and the policy said none there. The files hold text, so
-what a reader makes of it may be other tokens than those that were sampled.
+readers put an end token behind every reply, and the policy said none there. The files hold text, so what a
+reader makes of it may be other tokens than those that were sampled.
 """
 import json
 import math
@@ -67,8 +66,7 @@ from formats.model_folder import load_model
 from judges import check_functions, judge, load_functions, load_reward_models, score, source_weights
 from model import GPT
 from plumbing.disk import digest, folder_of, model_digest, write_atomically, write_json
-from plumbing.flags import (
-    Count, Fraction, Natural, Positive, Seed, as_list, flag_of, parse_sources, require)
+from plumbing.flags import Count, Fraction, Natural, Positive, Seed, as_list, flag_of, parse_sources, require
 from plumbing.hardware import pick_device, pick_dtype
 from plumbing.run import Alone, changed_settings, read_state, run_script
 from rollout import load_prompts, sample
@@ -99,7 +97,8 @@ class Config:
     train_flags: str = ""
     # leave out what is done already of the run in --out (or begin it, if there is none)
     resume: bool = False
-    # of a file: leave out the prompts that training with this --val-fraction holds out
+    # of a file: leave out the prompts that training with this --val-fraction holds out; rounds are measured
+    # on those
     val_fraction: Fraction = 0.0
     part: str = ""  # of a file: one part of it, as in training (2/4/4:3)
     skip_bad: bool = False  # leave out rows of --data that can't be read, at most one in a hundred
@@ -274,12 +273,10 @@ def sample_all(alone, models, tokenizer, prompts, facts_of, config):
             parts.setdefault(name, []).append(values.reshape(-1, columns))
     numbers = {name: np.concatenate(found) for name, found in parts.items()}
     texts = numbers.pop("texts")
-    usable = numbers.pop("usable")
     numbers["score"] = same_for_the_same(texts, numbers["score"])
-    rows = []
-    for prompt in prompts:
-        rows += [prompt.row] * (config.n if arena else 1)
-    return Samples(rows, texts, usable, numbers)
+    each = config.n if arena else 1  # groups of a prompt
+    rows = [prompt.row for prompt in prompts for _ in range(each)]
+    return Samples(rows, texts, numbers.pop("usable"), numbers)
 
 
 def load_and_sample(config):
@@ -336,8 +333,7 @@ def one_round(config, out):
         print(f"{out}: this is done")
         return
     samples = load_and_sample(config)
-    require(samples.usable.any(), "every reply is blank or was cut off: raise --max-new-tokens "
-                                  f"{config.max_new_tokens}, or train the model to end")
+    require(samples.usable.any(), f"every reply is blank or beyond --max-new-tokens {config.max_new_tokens}")
     kind = "battles" if config.arena else config.select
     rng = np.random.default_rng(config.seed)
     chosen = select(samples.numbers["score"], samples.usable, kind, config.top_share, rng)
@@ -394,8 +390,7 @@ def row_after(config, rounds, policy):
     names = (*judges, "score", "win_rate", "kl", "length", "eos_rate")
     row = {"round": rounds} | {name: result[name] for name in names}
     exact = config.select == "best" and config.train == "sft" and not config.arena
-    row["kl_bound"] = kl_bound(config.n**rounds) if exact else None
-    return row
+    return row | {"kl_bound": kl_bound(config.n**rounds) if exact else None}
 
 
 def all_rounds(config, out):
@@ -408,9 +403,8 @@ def all_rounds(config, out):
     if config.reference == "fixed":
         given += ["--reference", config.model]
     path = out / "metrics.jsonl"
-    rows = []
-    if path.exists():
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
     policy = config.model
     for number in range(config.rounds + 1):
         began = time.time()
@@ -433,8 +427,7 @@ def all_rounds(config, out):
 
 def check_flags(config, out):
     """UserError unless the flags go together and --out may be written to."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    require(processes == 1, f"best_of_n.py is one process, not {processes}: start it without torchrun")
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "best_of_n.py is one process: leave out torchrun")
     require(config.reward or config.reward_fn, "name what to score with: --reward or --reward-fn")
     require(not config.arena or config.select == "best", "--arena has a selection of its own, not --select")
     require(config.rounds or not config.train_flags, "--train-flags is for --rounds")
@@ -455,10 +448,8 @@ def main(config):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.rounds:
-        all_rounds(config, out)
-    else:
-        one_round(config, out)
+    work = all_rounds if config.rounds else one_round
+    work(config, out)
 
 
 if __name__ == "__main__":

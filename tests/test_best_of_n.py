@@ -240,13 +240,13 @@ def test_one_reply_and_one_prompt_give_a_row_to_train_on_and_nothing_to_compare(
 
 def test_a_lost_battle_gives_the_winners_reply_and_the_pair_of_both_and_all_battles_are_ranked():
     # The policy comes first: it loses to the second rival, wins, draws, and was cut off.
-    samples = samples_of([["p", "a", "b"]] * 4, [[1, 2, 3], [4, 2, 3], [4, 4, 3], [9, 1, 2]],
+    samples = samples_of([["p", "a", "b"]] * 4, [[2, 1, 3], [4, 2, 3], [4, 4, 3], [9, 1, 2]],
                          [[True] * 3, [True] * 3, [True] * 3, [False, True, True]])
     files = files_of(samples, arena=True)
     assert [(row["prompt"], row["completion"]) for row in files["sft"]] == [("Say river.", "b"),
                                                                               ("Say window.", "b")]
     assert files["pairs"] == [{"prompt": "Say river.", "chosen": "b", "rejected": "p"}]
-    assert [row["ranks"] for row in files["rankings"]] == [[2, 1, 0], [0, 2, 1], [0, 0, 2], [1, 0]]
+    assert [row["ranks"] for row in files["rankings"]] == [[1, 2, 0], [0, 2, 1], [0, 0, 2], [1, 0]]
 
 
 def test_the_same_reply_has_one_score_within_its_group():
@@ -342,7 +342,7 @@ def test_samples_that_are_there_are_kept_and_other_settings_are_refused(small, m
     ("--reward-fn mine:size --rounds 1 --reference fixed", "--reference fixed is for --train dpo"),
     ("--reward-fn mine:size --arena x --select top", "--arena has a selection of its own"),
     ("--reward-fn mine:size --out {file}", "is a file; name a folder"),
-    ("--reward-fn mine:size --max-new-tokens 1", "every reply is blank or was cut off")])
+    ("--reward-fn mine:size --max-new-tokens 1", "every reply is blank or beyond --max-new-tokens 1")])
 def test_flags_that_do_not_go_together_are_refused(flags, said, small, mine, tmp_path):
     flags = flags.format(file=tmp_path / "mine.py")
     with pytest.raises(UserError, match=said):
@@ -362,6 +362,51 @@ def test_the_arena_lets_the_policy_meet_others_and_says_to_whom_it_loses(small, 
     assert summary["rows"]["sft"] >= summary["rows"]["pairs"] > 0
     assert len(summary["lost_to"]) == 2 and 0 < max(summary["lost_to"].values()) < 1
     assert summary["selected"]["score"] > summary["all"]["score"] == summary["all"]["size"]
+
+
+@pytest.mark.parametrize("arena", [False, True])
+def test_every_group_consists_of_the_replies_to_its_own_prompt_and_of_all_of_them(
+        arena, small, mine, tmp_path, monkeypatch):
+    right = best_of_n.sample
+    batches = []
+
+    def recorded(*args, **options):
+        batches.append(right(*args, **options))
+        return batches[-1]
+
+    monkeypatch.setattr(best_of_n, "sample", recorded)
+    monkeypatch.setattr(best_of_n, "write_json", lambda *args: None)
+    found = recorded_calls(monkeypatch)
+    rivals = f"--arena {small}/other {small}/sft" if arena else ""
+    run_here("best_of_n", f"--model {small}/sft {mine} --out {tmp_path}/out --reward-fn mine:size --batch 4", rivals)
+    samples, = found
+    models = 3 if arena else 1
+    said = {}  # {prompt: [its replies by each model]}
+    for i, batch in enumerate(batches):
+        for prompt, text in zip(batch.prompts, batch.texts):
+            by_model = said.setdefault(prompt.row.text, [[] for _ in range(models)])
+            by_model[i % models].append(text)
+    expected = []
+    for prompt, by_model in said.items():
+        groups = zip(*by_model) if arena else by_model
+        expected += [(prompt, list(group)) for group in groups]
+    assert [(row.text, list(texts)) for row, texts in zip(samples.rows, samples.texts)] == expected
+    lengths = np.vectorize(len)(samples.texts)
+    assert samples.texts.shape == ((24, 3) if arena else (6, 4))
+    assert (samples.numbers["score"] == lengths).all()
+
+
+def recorded_calls(monkeypatch):
+    """The Samples that best_of_n.py makes files of from now on."""
+    right = best_of_n.rows_to_write
+    found = []
+
+    def call(samples, *args):
+        found.append(samples)
+        return right(samples, *args)
+
+    monkeypatch.setattr(best_of_n, "rows_to_write", call)
+    return found
 
 
 # -- rounds
