@@ -49,7 +49,6 @@ reader makes of it may be other tokens than those that were sampled.
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -93,7 +92,7 @@ class Config:
     train: Literal["sft", "dpo"] = "sft"  # the script that --rounds calls
     # what DPO refers to: the last round's model, or always the first one
     reference: Literal["reset", "fixed"] = "reset"
-    # flags for that script, in quotes; its defaults are for other data: say --epochs and --lr
+    # flags for that script, all in one pair of quotes; its defaults are for other data: say --epochs and --lr
     train_flags: str = ""
     # leave out what is done already of the run in --out (or begin it, if there is none)
     resume: bool = False
@@ -168,16 +167,16 @@ def kl_bound(n):
     return math.log(n) - (n - 1) / n
 
 
-def same_for_the_same(texts, scores):
-    """Scores (N, n) in which a text that its group has twice has its first score twice.
+def same_for_the_same(texts, usable, scores):
+    """Scores (N, n) in which a reply that its group has twice has its first score twice.
 
-    A reward model's score depends a little on the batch that a reply was padded with, and that is no
-    preference.
+    texts (N, n); usable (N, n) bool: the same text, cut off, is another reply. A reward model's score depends
+    a little on the batch that a reply was padded with, and that is no preference.
     """
     result = scores.copy()
-    for own, replies in zip(result, texts):
+    for own, *replies in zip(result, texts, usable):
         first = {}
-        for i, reply in enumerate(replies):
+        for i, reply in enumerate(zip(*replies)):
             own[i] = first.setdefault(reply, own[i])
     return result
 
@@ -273,10 +272,11 @@ def sample_all(alone, models, tokenizer, prompts, facts_of, config):
             parts.setdefault(name, []).append(values.reshape(-1, columns))
     numbers = {name: np.concatenate(found) for name, found in parts.items()}
     texts = numbers.pop("texts")
-    numbers["score"] = same_for_the_same(texts, numbers["score"])
+    usable = numbers.pop("usable")
+    numbers["score"] = same_for_the_same(texts, usable, numbers["score"])
     each = config.n if arena else 1  # groups of a prompt
     rows = [prompt.row for prompt in prompts for _ in range(each)]
-    return Samples(rows, texts, numbers.pop("usable"), numbers)
+    return Samples(rows, texts, usable, numbers)
 
 
 def load_and_sample(config):
@@ -399,7 +399,7 @@ def all_rounds(config, out):
     All of it by scripts, which know themselves with --resume what they have done already.
     """
     script = f"{config.train}.py"
-    given = [*flags_of(config, MACHINE), *shlex.split(config.train_flags), "--resume"]
+    given = [*flags_of(config, MACHINE), *config.train_flags.split(), "--resume"]
     if config.reference == "fixed":
         given += ["--reference", config.model]
     path = out / "metrics.jsonl"
@@ -432,7 +432,7 @@ def check_flags(config, out):
     require(not config.arena or config.select == "best", "--arena has a selection of its own, not --select")
     require(config.rounds or not config.train_flags, "--train-flags is for --rounds")
     require(config.train == "dpo" or config.reference == "reset", "--reference fixed is for --train dpo")
-    for word in shlex.split(config.train_flags):
+    for word in config.train_flags.split():
         flag = word.partition("=")[0]
         require(flag not in GIVEN, f"--train-flags: {flag} is what best_of_n.py itself says")
     require(not out.is_file(), f"--out {out} is a file; name a folder")

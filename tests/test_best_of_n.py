@@ -252,8 +252,12 @@ def test_a_lost_battle_gives_the_winners_reply_and_the_pair_of_both_and_all_batt
 def test_the_same_reply_has_one_score_within_its_group():
     texts = np.array([["a", "b", "a"], ["a", "b", "c"]], dtype=object)
     scores = np.array([[1.0, 2.0, 1.0 + 1e-6], [1.5, 2.0, 1.5]])
-    assert same_for_the_same(texts, scores).tolist() == [[1.0, 2.0, 1.0], [1.5, 2.0, 1.5]]
+    usable = np.ones((2, 3), bool)
+    assert same_for_the_same(texts, usable, scores).tolist() == [[1.0, 2.0, 1.0], [1.5, 2.0, 1.5]]
     assert scores[0, 2] != 1.0
+    # A text that was cut off is another reply than the same one with its end token.
+    usable[0, 0] = False
+    assert same_for_the_same(texts, usable, scores).tolist() == scores.tolist()
 
 
 def test_every_file_is_read_as_it_is_by_the_script_that_it_is_for(small, tmp_path):
