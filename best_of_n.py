@@ -42,6 +42,17 @@ reward.py makes the model for ppo.py: the paper's three phases. No code of it wa
 one score in place of a language model that is asked for a verdict and its reasons, all rivals in one battle,
 one set of prompts for the three phases (--part cuts it), and only as many rounds as --rounds says.
 
+Measured on the embedded task (held-out prompts, gold score; from the demo's SFT and reward model, n 16, then
+`sft.py --data OUT/sft.jsonl --epochs 8 --lr 1e-3 --warmup 10`; 2026-11-24, 2 cores of an AMD EPYC without
+AMX, a minute and a half each):
+
+              SFT      best of 16    random control    PPO
+    seed 0    0.175    0.875         0.044             0.949
+    seed 1    0.089    0.867         0.026             0.913
+
+A second round (--rounds 2 with those --train-flags) raises the score on the prompts it trains on from 1.36 to
+1.42, and not the gold score: 0.91, then 0.89. KL 0.86, then 1.23 nats; bounds 1.84 and 4.55.
+
 Replies that were cut off at --max-new-tokens, or are blank, are worse than any other and in no file: the
 readers put an end token behind every reply, and the policy said none there. The files hold text, so what a
 reader makes of it may be other tokens than those that were sampled.
