@@ -9,7 +9,8 @@ w is the chosen reply, l the rejected one; log-probabilities are summed over the
 included, and for ipo too they are not averaged. beta * (log pi - log ref) is the implicit reward. Rankings
 of K replies count as all their pairs, averaged over the prompt's pairs, each reply in one forward pass. The
 reference's log-probabilities are computed once, before training. Both log-probabilities usually fall while
-the margin grows: watch chosen_logprob.
+the margin grows: watch chosen_logprob. ref is the model that training starts from, or that of --reference:
+rounds of DPO on new replies, each from the last round's policy, may all refer to the first model that way.
 Left out: a term that holds the chosen log-probability up (DPOP, RPO), KTO and ORPO.
 
     python dpo.py --model runs/sft --data runs/preferences/train.jsonl --out runs/dpo
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from data import (
     collate, context_of, count_steps, endless_batches, per_example, preference_groups, ranked_pairs,
     ranking_accuracy)
-from formats.model_folder import open_model, save_model
+from formats.model_folder import load_model, open_model, save_model
 from model import GPT, frozen_reference, prepare_training
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
 from plumbing.run import Run, run_script
@@ -40,8 +41,9 @@ class Config(RunConfig):
     # files of preferences: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     data: str = "runs/preferences/train.jsonl"
     val_data: str = ""  # file of held-out preferences; without it --val-fraction of --data
-    # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
+    # checkpoint folder or hub name of the policy to start from, or scratch
     model: str = "runs/sft"
+    reference: str = ""  # the same of the reference; without it --model is the reference too
     out: str = "runs/dpo"  # folder for the checkpoint and metrics.jsonl
     steps: Count = 500  # optimiser steps
     epochs: Natural = 0  # passes over the data, instead of --steps; 0 goes by --steps
@@ -104,16 +106,27 @@ def reply_logprobs(run, model, examples, budget, pad):
     return per_example(run, model, examples, budget, pad, read)
 
 
+def open_reference(config, tokenizer):
+    """The model that --reference names, never to be trained."""
+    reference, other = load_model(config.reference, GPT, allow_pickle=config.allow_pickle)
+    require(other.same_as(tokenizer),
+            f"--reference {config.reference} has another tokenizer than --model {config.model}")
+    return reference.requires_grad_(False)
+
+
 def main(config):
     run = Run(config)
     require(config.label_smoothing == 0 or config.loss == "dpo",
             f"--label-smoothing is for --loss dpo; {config.loss} has no probability of a label to smooth")
     model, tokenizer = open_model(config, GPT)
     reference = frozen_reference(model, config)
+    if config.reference:
+        reference = open_reference(config, tokenizer)
     prepare_training(model, config)
 
     # 1. rows to groups of encoded replies
-    train, val = preference_groups(config, tokenizer, context_of(config, model), run.say)
+    limit = min(context_of(config, model), reference.config.block_size)
+    train, val = preference_groups(config, tokenizer, limit, run.say)
     costs = [group.longest for group in train]
     replies = [len(group.examples) for group in train]
     with_margin = sum(group.row.margin != 0 for group in train)
@@ -151,7 +164,7 @@ def main(config):
     if val:
         ref_val = reply_logprobs(run, reference, val_examples, budget, pad)
     del reference
-    # No dropout: the policy must start equal to the reference.
+    # No dropout: without --reference the policy must start equal to the reference.
     model.eval()
 
     def validate(step):

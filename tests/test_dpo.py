@@ -1,14 +1,20 @@
 """dpo.py: its losses against closed forms, and which margins count."""
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
-from data import ranked_pairs
+from bench.optimum import write_reference
+from data import encode_group, ranked_pairs
 from dpo import preference_loss
+from formats.model_folder import load_model
 from formats.rows import Row
-from tools import run_here
+from formats.sources import read_rows, split_by_prompt
+from model import GPT
+from plumbing.flags import UserError
+from tools import reply_logprob, rows_of, run_here
 
 
 # -- losses
@@ -59,3 +65,44 @@ def test_dpo_says_that_margins_count_for_nothing_and_the_reward_model_uses_them(
     for name, said in (("dpo", True), ("reward", False)):
         run_here(name, words, f"--out {tmp_path}/{name}")
         assert ("warning: 4 rows have a margin, which only reward.py uses" in capsys.readouterr().out) == said
+
+
+def test_dpo_refers_to_the_model_that_it_starts_from_or_to_that_of_reference(small, tmp_path):
+    """At step 0 the loss is log 2 without --reference; with it, what the log-ratios of the two models give."""
+    words = (f"--model {small}/sft --data {small}/rankings.json --val-fraction 0.5 --steps 1 --batch-tokens 500 "
+             "--max-new-tokens 8 --threads 1 --beta 0.7")
+    starts = {}
+    for name, flags in (("itself", ""), ("other", f"--reference {small}/other"), ("same", f"--reference {small}/sft"),
+                        ("adapted", "--lora-rank 2"), ("adapted other", f"--lora-rank 2 --reference {small}/other")):
+        run_here("dpo", words, flags, f"--out {tmp_path}/run --overwrite")
+        starts[name] = rows_of(tmp_path / "run")[0]
+    for name in ("itself", "same", "adapted"):
+        assert starts[name]["val_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+    policy, tokenizer = load_model(small / "sft", GPT)
+    reference, _ = load_model(small / "other", GPT)
+    _, held_out = split_by_prompt(read_rows(f"{small}/rankings.json", "preferences", str), 0.5)
+    loss = 0.0
+    for row in held_out:
+        ratios = []
+        for ids, mask in encode_group(tokenizer, row):
+            reply = torch.tensor(ids), torch.tensor(mask)
+            with torch.no_grad():
+                ratios.append(reply_logprob(policy, *reply) - reply_logprob(reference, *reply))
+        loss += preference_loss(torch.stack(ratios), *ranked_pairs([row])[:3], 0.7)[0].item() / len(held_out)
+    assert abs(loss - math.log(2)) > 0.01
+    for name in ("other", "adapted other"):
+        assert starts[name]["val_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+def test_dpo_refuses_a_reference_with_another_tokenizer_and_notices_that_it_has_changed(small, tmp_path):
+    words = (f"--model {small}/sft --data {small}/rankings.json --val-fraction 0 --steps 1 --batch-tokens 500 "
+             f"--threads 1 --out {tmp_path}/run")
+    write_reference(tmp_path / "foreign", 2)
+    with pytest.raises(UserError, match="foreign has another tokenizer than --model"):
+        run_here("dpo", words, f"--reference {tmp_path}/foreign")
+    shutil.copytree(small / "sft", tmp_path / "reference")
+    run_here("dpo", words, f"--reference {tmp_path}/reference")
+    shutil.copy(small / "other" / "model.safetensors", tmp_path / "reference" / "model.safetensors")
+    with pytest.raises(UserError, match="what --reference names has changed"):
+        run_here("dpo", words, f"--reference {tmp_path}/reference --resume")
