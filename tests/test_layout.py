@@ -6,9 +6,9 @@ import pytest
 
 import tools
 
-ALGORITHMS = ("sft", "reward", "ppo", "dpo", "evaluate", "chat", "report", "toy")
+ALGORITHMS = ("sft", "reward", "ppo", "dpo", "evaluate", "chat", "report", "toy", "sums")
 # A file may import from the rooms before its own; in plumbing/ and formats/ files import each other, in no circle.
-ROOMS = ("plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "algorithms")
+ROOMS = ("plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "checkers", "algorithms")
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
 TWINS = {}
 COLUMNS = 110

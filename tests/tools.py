@@ -31,6 +31,7 @@ import report
 import reward
 import rollout as rollout_file
 import sft
+import sums
 import toy
 from data import collate, encode_group, endless_batches
 from formats.model_folder import load_model
@@ -223,7 +224,7 @@ def at_stage(stage, step, act, patch=setattr):
 
 # -- runs of a few steps on the toy task's files
 
-SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "report": report}
+SCRIPTS = {"sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "evaluate": evaluate, "chat": chat, "toy": toy, "sums": sums, "report": report}
 TRAINERS = ("sft", "reward", "ppo", "dpo")
 DATA = {"sft": f"{TOY}/demonstrations.jsonl", "reward": f"{TOY}/preferences.jsonl", "dpo": f"{TOY}/preferences.jsonl",
         "ppo": f"{TOY}/prompts.jsonl", "evaluate": f"{TOY}/prompts_heldout.jsonl"}
