@@ -22,11 +22,11 @@ from plumbing.disk import folder_of, write_atomically
 from plumbing.flags import Count, Fraction, Seed, require
 from plumbing.run import run_script
 
-# Every number up to LARGEST is a token, and so is what stands between numbers.
-PIECES = r"[0-9]+|[^0-9]+"
-VOCABULARY = 300
 # No partial sum of a prompt is above this.
-LARGEST = 20
+LARGEST = 12
+# Each of these is a token, and so are all bytes. Numbers are cut off from what stands around them.
+TOKENS = [*map(str, range(10, 2 * LARGEST)), "=?", "; ", "; so "]
+PIECES = r"[0-9]+|[^0-9]+"
 # By how much a wrong step misses.
 MISSES = (-2, -1, 1, 2)
 # Share of the wrong steps whose result the next step goes on with. The others are forgotten again, and the
@@ -43,8 +43,7 @@ def draw_terms(count, rng):
     terms = [int(rng.integers(1, LARGEST + 1))]
     while len(terms) < count:
         total = sum(terms)
-        size = int(rng.integers(1, 10))
-        fitting = [term for term in (size, -size) if 0 <= total + term <= LARGEST]
+        fitting = [term for term in range(-9, 10) if term and 0 <= total + term <= LARGEST]
         terms.append(fitting[rng.integers(len(fitting))])
     return terms
 
@@ -79,12 +78,16 @@ def draw_sums(config):
     return {"heldout": sums[:config.heldout_sums], "train": sums[config.heldout_sums:]}
 
 
-def work_out(terms, rng, wrong=False):
-    """The reply that works out a sum. wrong: one of its steps has a wrong result."""
-    missed = rng.integers(1, len(terms)) if wrong else None
+def work_out(terms, rng, wrong=False, hasty=False):
+    """The reply that works out a sum.
+
+    wrong: one of its steps has a wrong result. hasty: it leaves out the last of them, or several.
+    """
+    count = rng.integers(1, len(terms) - 1) if hasty else len(terms) - 1
+    missed = rng.integers(1, count + 1) if wrong else None
     steps = []
     total = terms[0]
-    for number, term in enumerate(terms[1:], 1):
+    for number, term in enumerate(terms[1:count + 1], 1):
         stated = total + term
         if number == missed:
             stated += int(rng.choice(MISSES))
@@ -151,10 +154,11 @@ def steps(prompts, replies):
 @dataclass
 class Config:
     out: str = "runs/sums"  # folder for the files
-    terms: Annotated[int, ">= 2", "<= 9"] = 4  # of a sum
-    sums: Count = 20000  # different sums to train on, each with one demonstration
+    terms: Annotated[int, ">= 3", "<= 9"] = 4  # of a sum
+    sums: Count = 8000  # different sums to train on, each with one demonstration
     heldout_sums: Count = 500  # different sums that are held out
-    noise: Fraction = 0.6  # share of the demonstrations that have a wrong step
+    wrong: Fraction = 0.1  # share of the demonstrations that have a step with a wrong result
+    hasty: Fraction = 0.5  # share of those that leave out the last steps
     seed: Seed = 0  # seed of the sums and of what is wrong with their demonstrations
     debug: bool = False  # show the traceback of an error
 
@@ -166,22 +170,21 @@ def main(config):
     require(not folder.is_file(), f"--out {folder} is a file; name a folder")
     splits = draw_sums(config)
     folder_of(folder / "tokenizer.json")
-    texts = []
     for split, end in (("train", ""), ("heldout", "_heldout")):
         rng = np.random.default_rng([config.seed, 2, split == "train"])
         prompts, demonstrations = [], []
         for terms in splits[split]:
-            reply = work_out(terms, rng, wrong=rng.random() < config.noise)
+            wrong, hasty = rng.random() < config.wrong, rng.random() < config.hasty
+            reply = work_out(terms, rng, wrong, hasty)
             asked = {"prompt": prompt_of(terms), "answer": str(sum(terms))}
             prompts.append(asked)
             demonstrations.append(asked | {"completion": reply})
-            texts += [asked["prompt"], reply]
         for name, rows in (("demonstrations", demonstrations), ("prompts", prompts)):
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(folder / f"{name}{end}.jsonl", text.encode())
         print(f"{split}: {len(demonstrations)} demonstrations and prompts")
     # Where the tokenizer is, all files are.
-    Tokenizer("sums", *train_bpe(texts, VOCABULARY, PIECES)).save(folder)
+    Tokenizer("sums", *train_bpe(TOKENS, 512, PIECES)).save(folder)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,12 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 import sums
-from formats.model_folder import load_model
+from formats.foreign_tokenizer import open_tokenizer
 from formats.sources import read_rows
-from model import GPT
 from plumbing.flags import UserError
-from tools import SILENT, run_here, rows_of
+from tools import SILENT, run_here
 
 FEW = "--sums 600 --heldout-sums 100"
 
@@ -61,18 +59,24 @@ def test_answers_reach_functions_with_prompts_and_demonstrations_alike(written):
             assert [row.replies for row in read] == [[row["completion"]] for row in rows[name]]
 
 
-def test_the_stated_share_of_demonstrations_has_a_wrong_step_and_most_of_them_end_wrong(tmp_path):
-    run_here("sums", f"--out {tmp_path}/sums --sums 4000 --heldout-sums 10 --noise 0.3")
+def test_the_stated_shares_of_demonstrations_have_a_wrong_step_and_leave_some_out(tmp_path):
+    run_here("sums", f"--out {tmp_path}/sums --sums 4000 --heldout-sums 10 --wrong 0.3 --hasty 0.4")
     rows = [json.loads(line) for line in (tmp_path / "sums" / "demonstrations.jsonl").read_text().splitlines()]
-    marks = [[fine for _, fine in sums.check_steps(row["prompt"], row["completion"])] for row in rows]
-    assert all(len(own) == 4 and own.count(False) <= 1 and own[3] for own in marks)
-    assert np.mean([False in own for own in marks]) == pytest.approx(0.3, abs=0.03)
-    right = sums.right([row["completion"] for row in rows], [row["answer"] for row in rows])
-    wrong = [1 - own for own, steps in zip(right, marks) if False in steps]
-    assert all(own for own, steps in zip(right, marks) if False not in steps)
-    assert np.mean(wrong) == pytest.approx(sums.CARRIED, abs=0.05)
-    missed = collections.Counter(own.index(False) for own in marks if False in own)
-    assert sorted(missed) == [0, 1, 2] and min(missed.values()) > 300
+    slips, counts, ends = [], collections.Counter(), []
+    for row in rows:
+        *steps, end = row["completion"].split("; ")
+        marks = [fine for _, fine in sums.check_steps(row["prompt"], row["completion"])][:len(steps)]
+        assert marks.count(False) <= 1 and end.startswith("so ")
+        slips.append(False in marks)
+        counts[len(steps)] += 1
+        whole = len(steps) == 3
+        right, = sums.right([row["completion"]], [row["answer"]])
+        if whole and slips[-1]:
+            ends.append(right)
+        elif whole:
+            assert right and sums.steps([row["prompt"]], [row["completion"]]) == [1]
+    assert np.mean(slips) == pytest.approx(0.3, abs=0.03) and 1 - np.mean(ends) == pytest.approx(sums.CARRIED, abs=0.05)
+    assert {count: n / len(rows) for count, n in counts.items()} == pytest.approx({1: 0.2, 2: 0.2, 3: 0.6}, abs=0.03)
 
 
 def test_files_repeat_by_seed_and_other_seeds_differ(written, tmp_path):
@@ -131,14 +135,13 @@ def test_prompts_of_other_tasks_are_refused_in_one_line():
             sums.steps([prompt], ["so 4"])
 
 
-def test_every_digit_is_a_token_and_all_tokens_give_the_text_back(written):
-    from formats.model_folder import open_tokenizer
+def test_every_number_and_what_stands_between_them_is_a_token(written):
     tokenizer = open_tokenizer(written[0])
-    for row in written[1]["demonstrations"]:
-        text = row["completion"]
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text
-        assert [tokenizer.decode([i]) for i in ids if re.search("[0-9]", tokenizer.decode([i]))] == re.findall("[0-9]", text)
+    for prompt, reply, count in (("12-7+4=?", "12-7=5; 5+4=9; so 9", 6 + 14), ("3-7=?", "3-7=-4; so -4", 4 + 10)):
+        pieces = [tokenizer.decode([i]) for text in (prompt, reply) for i in tokenizer.encode(text)]
+        assert "".join(pieces) == prompt + reply
+        assert [piece for piece in pieces if piece[0].isdigit()] == re.findall("[0-9]+", prompt + reply)
+        assert {piece for piece in pieces if not piece[0].isdigit()} <= {"+", "-", "=", "=?", "; ", "; so ", ";", " "}
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(written, tmp_path):
@@ -148,6 +151,6 @@ def test_what_cannot_be_written_is_refused_before_anything_is(written, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; name a folder"):
         run_here("sums", f"--out {tmp_path}/file {FEW}")
-    with pytest.raises(UserError, match="different sums of --terms 2, and 1100 are asked for"):
-        run_here("sums", f"--out {tmp_path}/new --terms 2 --sums 1000 --heldout-sums 100")
+    with pytest.raises(UserError, match="different sums of --terms 3, and 2100 are asked for"):
+        run_here("sums", f"--out {tmp_path}/new --terms 3 --sums 2000 --heldout-sums 100")
     assert not (tmp_path / "new").exists()
