@@ -158,7 +158,7 @@ class Config:
     sums: Count = 8000  # different sums to train on, each with one demonstration
     heldout_sums: Count = 500  # different sums that are held out
     wrong: Fraction = 0.1  # share of the demonstrations that have a step with a wrong result
-    hasty: Fraction = 0.5  # share of those that leave out the last steps
+    hasty: Fraction = 0.4  # share of those that leave out the last steps
     seed: Seed = 0  # seed of the sums and of what is wrong with their demonstrations
     debug: bool = False  # show the traceback of an error
 
