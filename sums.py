@@ -1,8 +1,20 @@
 """The second embedded task: sums of several steps, written out, whose results and steps can be checked.
 
-    14+4-2+5=?    ->    14+4=18; 18-2=16; 16+5=21; so 21
+    12-7+7-8=?    ->    12-7=5; 5+7=12; 12-8=4; so 4
 
-HEADER
+    python sums.py
+    python sft.py --data runs/sums/demonstrations.jsonl --steps 500
+    python grpo.py --data runs/sums/prompts.jsonl --reward-fn sums:right --lr 5e-4 --steps 200
+    python evaluate.py --models runs/sft runs/grpo --data runs/sums/prompts_heldout.jsonl --judge sums:right
+
+Right of 500 held-out sums at temperature 1 (2026-11-24, one thread of an AMD EPYC without AMX; --seed is that
+of the files, of SFT and of GRPO; processor seconds, as the machine was busy otherwise):
+
+    seed                            0        1        2
+    SFT                             0.446    0.460    0.610
+    SFT, the likeliest reply        0.930    0.998    1.000
+    GRPO                            0.932    0.984    0.990
+    seconds of SFT, of GRPO         50, 128  50, 123  51, 127
 
 It writes demonstrations, of which many have a wrong step, and prompts, each with a file of held-out sums
 beside it, and the tokenizer. All rows have the answer in a field of their own. sums:right and sums:steps are

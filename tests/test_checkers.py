@@ -60,6 +60,7 @@ def test_exact_is_equal_but_for_blanks_around(reply, answer, right):
     ("We get 3 * (2 + 3) = 15.", "15", 1),
     ("First 1+1.\nThe answer is (12 + 7) - 4.", "15", 1),  # the last line
     ("First 15.\nThe answer is 16", "15", 0),
+    ("Not 1+1 but 12+3", "15", 1),  # the last one of it
     ("7.5*2", "15", 1),
     ("0.1+0.2", "0.3", 1),  # exact, unlike floats
     ("1/3+1/3+1/3", "1", 1),
