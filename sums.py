@@ -8,7 +8,8 @@
     python evaluate.py --models runs/sft runs/grpo --data runs/sums/prompts_heldout.jsonl --judge sums:right
 
 Right of 500 held-out sums at temperature 1 (2026-11-24, one thread of an AMD EPYC without AMX; --seed is that
-of the files, of SFT and of GRPO; processor seconds, as the machine was busy otherwise):
+of the files, of SFT and of GRPO; processor seconds, as the machine was busy otherwise; SFT had besides
+--val-data runs/sums/demonstrations_heldout.jsonl, so that it trained on all demonstrations):
 
     seed                            0        1        2
     SFT                             0.446    0.460    0.610
