@@ -3,13 +3,21 @@
     python evaluate.py --models runs/sft runs/ppo runs/dpo --judge toy:gold --out runs/evaluation.json
     python evaluate.py --models runs/sft runs/dpo --data rows.json --reward runs/reward        any prompts
     python evaluate.py --models runs/sft runs/ppo --data rows.json --judge mine:right
+    python evaluate.py --models runs/sft --data rows.json --judge mine:right --samples 16 --pass-k 1 8
 
 The score is a reward model's, that of a Python function, or a weighted sum of several, as in ppo.py; a
 judge's number stands beside it, under the function's name. win, tie and loss compare the first judge's
 numbers, or else the scores, of two replies to one prompt; the win rate counts ties half. kl is the mean over
 replies of the summed log pi - log ref, in nats, where ref is the first model. Replies are sampled at
 temperature 1 unless you say otherwise.
+
+With --samples S there are S replies to a prompt, and win, tie and loss compare their means. pass@k, for each
+k of --pass-k, is the probability that at least one of k replies to a prompt is right, estimated without bias
+from the S (Chen et al. 2021, eq. 1).
+
+Legend: N prompts, S replies to each, M = N S replies.
 """
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +54,10 @@ class Config:
     # leave out prompts longer than this less --max-new-tokens, tokens; 0: the models' context
     max_length: Natural = 0
     prompts: Natural = 0  # prompts to use at most, evenly spread, 0 for all
+    samples: Count = 1  # replies to each prompt
+    # for each of these k: the probability that of k replies at least one is right, pass@k. A reply is right
+    # whose number by the first judge, or else whose score, is above a half
+    pass_k: list[int] = field(default_factory=list)
     max_new_tokens: Count = 40  # longest reply, tokens
     temperature: NonNegative = 1.0  # of sampling; 0 takes the likeliest token, and there is no kl then
     batch: Count = 256  # replies sampled at once
@@ -62,22 +74,25 @@ class Config:
 
 @torch.no_grad()
 def answer(alone, model, reference, reward_models, functions, judges, tokenizer, prompts, config):
-    """One reply to each [Prompt].
+    """--samples replies to each [Prompt]; those to one prompt are neighbours.
 
-    Returns texts, and numpy arrays: ended, length, kl (N,), scores (sources, N), judged (judges, N).
+    Returns M texts, and numpy arrays: ended, length, kl (M,), scores (sources, M), judged (judges, M).
     At temperature 0 a reply is no sample, so there is no KL: kl is 0.
     """
     texts = []
     columns = []
     generator = torch.Generator(alone.device).manual_seed(config.seed)
-    for start in range(0, len(prompts), config.batch):
-        asked = prompts[start:start + config.batch]
+    # Prompts at once.
+    at_once = config.batch // config.samples
+    for start in range(0, len(prompts), at_once):
+        asked = prompts[start:start + at_once]
         batch = sample(
-            alone, model, tokenizer, asked, config.max_new_tokens, config.temperature, generator)
+            alone, model, tokenizer, asked, config.max_new_tokens, config.temperature, generator,
+            per_prompt=config.samples)
         texts += batch.texts
-        everyone = list(range(len(asked)))
+        everyone = list(range(len(batch.texts)))
         plan, = batch.plan(alone, [everyone], config.micro_batch_tokens)
-        kl = torch.zeros(len(asked), device=alone.device)
+        kl = torch.zeros(len(everyone), device=alone.device)
         if config.temperature > 0:
             for part in batch.passes(alone, plan):
                 with alone.autocast():
@@ -96,6 +111,24 @@ def answer(alone, model, reference, reward_models, functions, judges, tokenizer,
     return texts, ended, length, kl, scores, judged
 
 
+def by_prompt(numbers, samples):
+    """Means (N,) of numbers (M,) over the replies to each prompt."""
+    return numbers.reshape(-1, samples).mean(1)
+
+
+def pass_at(rights, k):
+    """Share of prompts of which one of k replies is right, from the right ones of S replies each (N, S) bool.
+
+    Of S replies, c of them right, C(S - c, k) of the C(S, k) choices of k hold no right one.
+    """
+    samples = rights.shape[1]
+    shares = []
+    for count in rights.sum(1).tolist():
+        failing = math.comb(samples - count, k) / math.comb(samples, k)
+        shares.append(1 - failing)
+    return float(np.mean(shares))
+
+
 def compare(values, baseline):
     """Shares of prompts on which values beat, equal and fall behind baseline (arrays: one score per prompt).
 
@@ -110,9 +143,10 @@ def compare(values, baseline):
 def summary(config, sources, columns, source_scores, ended, length, kl, baseline):
     """One model's results, {name: number}.
 
-    columns: {name: numbers (N,)}, of the judges and of the score. The first is compared with baseline (N,).
+    columns: {name: numbers (M,)}, of the judges and of the score. The first is compared with baseline (N,).
     """
-    compared = next(iter(columns.values()))
+    first = next(iter(columns.values()))
+    compared = by_prompt(first, config.samples)
     result = {"prompts": len(compared)}
     for name, numbers in columns.items():
         result[name] = float(np.mean(numbers))
@@ -120,6 +154,10 @@ def summary(config, sources, columns, source_scores, ended, length, kl, baseline
         result["scores"] = {}
         for name, numbers in zip(short_names(sources), source_scores):
             result["scores"][name] = float(np.mean(numbers))
+    rights = first.reshape(-1, config.samples) > 0.5
+    for k in config.pass_k:
+        result[f"pass@{k}"] = pass_at(rights, k)
+    # Replies to one prompt are alike, so it is prompts that are counted.
     error = np.std(compared) / len(compared) ** 0.5
     result["standard_error"] = float(error)
     result |= compare(compared, baseline)
@@ -139,6 +177,15 @@ def main(config):
     if config.out:
         require(not Path(config.out).is_dir(), f"--out {config.out} is a folder; name a .json file")
         folder_of(config.out)
+    require(config.samples <= config.batch,
+            f"--samples {config.samples}: all replies to a prompt are sampled at once, but --batch is "
+            f"{config.batch}")
+    require(config.samples == 1 or config.temperature > 0,
+            f"--samples {config.samples} are all the same at --temperature 0")
+    for k in config.pass_k:
+        require(1 <= k <= config.samples,
+                f"--pass-k {k} must be 1 or more, and takes as many --samples, of which there are "
+                f"{config.samples}")
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
@@ -188,19 +235,21 @@ def main(config):
         if sources:
             columns["score"] = weights @ source_scores
         # The first column is compared, and the first model is the one to beat.
-        compared = next(iter(columns.values()))
+        first = next(iter(columns.values()))
         if baseline is None:
-            baseline = compared
+            baseline = by_prompt(first, config.samples)
         results[folder] = summary(
             config, sources, columns, source_scores, ended, length, kl, baseline)
         replies[folder] = []
-        for prompt, text, number in zip(prompts, texts, compared):
+        repeated = [prompt for prompt in prompts for _ in range(config.samples)]
+        for prompt, text, number in zip(repeated, texts, first):
             reply = {"prompt": prompt.row.text, "reply": text, "score": float(number)}
             replies[folder].append(reply)
 
     if config.out:
         write_json(config.out, {"results": results, "replies": replies})
-    print(f"{len(prompts)} prompts, temperature {config.temperature:g}; "
+    replies_each = f", {config.samples} replies to each" if config.samples > 1 else ""
+    print(f"{len(prompts)} prompts{replies_each}, temperature {config.temperature:g}; "
           f"wins, ties and losses against {config.models[0]}")
     labels = short_names(config.models)
     judge_names = [function.name for function in judges]
@@ -216,7 +265,7 @@ def table(labels, results, judges):
             row[f"score_{name}"] = number
         rows.append(row)
     names = [name for name in (*judges, "score") if name in rows[0]]
-    names += [name for name in rows[0] if name.startswith("score_")]
+    names += [name for name in rows[0] if name.startswith(("score_", "pass@"))]
     names += ["wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate"]
 
     first = 24

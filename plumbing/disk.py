@@ -84,6 +84,8 @@ def how_to_make(path):
         return "; bash run.sh makes it"
     if path.startswith("runs/toy/"):
         return "; python toy.py writes it"
+    if path.startswith("runs/sums/"):
+        return "; python sums.py writes it"
     if path.startswith("runs/preferences/"):
         return "; python toy.py --model runs/sft writes it"
     found = re.fullmatch("runs/(sft|reward|ppo|dpo)", path)

@@ -261,11 +261,15 @@ def test_the_same_reply_has_one_score_within_its_group():
 
 
 def test_every_file_is_read_as_it_is_by_the_script_that_it_is_for(small, tmp_path):
-    asked = [user("Say river.", "No.", "Why?"), [{"role": "system", "content": "Be brief."}, *user("Say stone.")],
-             *[user(f"Say {word}.") for word in WORDS[2:]]]
+    asked = [
+        user("Say river.", "No.", "Why?"),
+        [{"role": "system", "content": "Be brief."}, *user("Say stone.")],
+        *[user(f"Say {word}.") for word in WORDS[2:]],
+    ]
     data = [{"messages": turns} for turns in asked]
     write_rows(tmp_path / "prompts.jsonl", data)
-    run_here("best_of_n", f"--model {small}/sft --reward {small}/reward --data {tmp_path}/prompts.jsonl --n 6",
+    run_here("best_of_n",
+             f"--model {small}/sft --reward {small}/reward --data {tmp_path}/prompts.jsonl --n 6",
              f"--max-new-tokens 12 --batch 4 --threads 1 --out {tmp_path}/out")
     out = tmp_path / "out"
     kinds = {"sft": "demonstrations", "pairs": "preferences", "rankings": "preferences"}
@@ -305,7 +309,8 @@ def test_a_score_that_is_no_number_is_one_clear_line_and_nothing_is_written(smal
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_ctrl_c_while_sampling_leaves_nothing_and_a_second_try_needs_no_flag(small, mine, tmp_path, monkeypatch):
+def test_ctrl_c_while_sampling_leaves_nothing_and_a_second_try_needs_no_flag(small, mine, tmp_path,
+                                                                             monkeypatch):
     flags = f"--model {small}/sft {mine} --out {tmp_path}/out --reward-fn mine:size --batch 2"
     right = best_of_n.sample
     calls = []
@@ -382,7 +387,8 @@ def test_every_group_consists_of_the_replies_to_its_own_prompt_and_of_all_of_the
     monkeypatch.setattr(best_of_n, "write_json", lambda *args: None)
     found = recorded_calls(monkeypatch)
     rivals = f"--arena {small}/other {small}/sft" if arena else ""
-    run_here("best_of_n", f"--model {small}/sft {mine} --out {tmp_path}/out --reward-fn mine:size --batch 4", rivals)
+    run_here("best_of_n", f"--model {small}/sft {mine} --out {tmp_path}/out --reward-fn mine:size --batch 4",
+             rivals)
     samples, = found
     models = 3 if arena else 1
     said = {}  # {prompt: [its replies by each model]}
@@ -487,7 +493,8 @@ def test_a_script_that_fails_ends_the_rounds_with_its_exit_code_and_its_words(tm
 
 def test_ctrl_c_reaches_the_script_once_and_is_waited_for(tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(
-        "import pathlib, signal, sys, time\nseen = []\nsignal.signal(signal.SIGINT, lambda *_: seen.append(1))\n"
+        "import pathlib, signal, sys, time\nseen = []\nsignal.signal(signal.SIGINT, lambda *_: "
+        "seen.append(1))\n"
         "here = pathlib.Path(sys.argv[1])\nhere.write_text('ready')\n"
         "while not seen: time.sleep(0.01)\ntime.sleep(0.3)\nhere.write_text(f'saved after {len(seen)}')\n")
     monkeypatch.setattr(best_of_n, "ROOT", tmp_path)

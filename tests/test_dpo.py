@@ -69,11 +69,13 @@ def test_dpo_says_that_margins_count_for_nothing_and_the_reward_model_uses_them(
 
 def test_dpo_refers_to_the_model_that_it_starts_from_or_to_that_of_reference(small, tmp_path):
     """At step 0 the loss is log 2 without --reference; with it, what the log-ratios of the two models give."""
-    words = (f"--model {small}/sft --data {small}/rankings.json --val-fraction 0.5 --steps 1 --batch-tokens 500 "
-             "--max-new-tokens 8 --threads 1 --beta 0.7")
+    words = (
+        f"--model {small}/sft --data {small}/rankings.json --val-fraction 0.5 --steps 1 --batch-tokens 500 "
+        "--max-new-tokens 8 --threads 1 --beta 0.7")
     starts = {}
-    for name, flags in (("itself", ""), ("other", f"--reference {small}/other"), ("same", f"--reference {small}/sft"),
-                        ("adapted", "--lora-rank 2"), ("adapted other", f"--lora-rank 2 --reference {small}/other")):
+    for name, flags in (("itself", ""), ("other", f"--reference {small}/other"),
+                        ("same", f"--reference {small}/sft"), ("adapted", "--lora-rank 2"),
+                        ("adapted other", f"--lora-rank 2 --reference {small}/other")):
         run_here("dpo", words, flags, f"--out {tmp_path}/run --overwrite")
         starts[name] = rows_of(tmp_path / "run")[0]
     for name in ("itself", "same", "adapted"):
@@ -96,8 +98,9 @@ def test_dpo_refers_to_the_model_that_it_starts_from_or_to_that_of_reference(sma
 
 
 def test_dpo_refuses_a_reference_with_another_tokenizer_and_notices_that_it_has_changed(small, tmp_path):
-    words = (f"--model {small}/sft --data {small}/rankings.json --val-fraction 0 --steps 1 --batch-tokens 500 "
-             f"--threads 1 --out {tmp_path}/run")
+    words = (
+        f"--model {small}/sft --data {small}/rankings.json --val-fraction 0 --steps 1 --batch-tokens 500 "
+        f"--threads 1 --out {tmp_path}/run")
     write_reference(tmp_path / "foreign", 2)
     with pytest.raises(UserError, match="foreign has another tokenizer than --model"):
         run_here("dpo", words, f"--reference {tmp_path}/foreign")

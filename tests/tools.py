@@ -23,7 +23,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import best_of_n
 import chat
+import distill
 import dpo
 import evaluate
 import grpo
@@ -32,6 +34,7 @@ import report
 import reward
 import rollout as rollout_file
 import sft
+import sums
 import toy
 from data import collate, encode_group, endless_batches
 from formats.model_folder import load_model
@@ -264,9 +267,12 @@ SCRIPTS = {
     "ppo": ppo,
     "grpo": grpo,
     "dpo": dpo,
+    "best_of_n": best_of_n,
+    "distill": distill,
     "evaluate": evaluate,
     "chat": chat,
     "toy": toy,
+    "sums": sums,
     "report": report,
 }
 TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo")

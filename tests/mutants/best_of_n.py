@@ -85,8 +85,8 @@ MUTANTS = [
     ("rounds: a script is killed on Ctrl-C", CTRL_C,
      "process.send_signal(signal.SIGINT)",
      "process.kill()"),
-    ("rounds: a script that fails is passed over", "test_best_of_n.py::"
-     "test_a_script_that_fails_ends_the_rounds_with_its_exit_code_and_its_words",
+    ("rounds: a script that fails is passed over",
+     "test_best_of_n.py::test_a_script_that_fails_ends_the_rounds_with_its_exit_code_and_its_words",
      "        sys.exit(code)\n",
      "        pass\n"),
 ]

@@ -2,6 +2,10 @@
 
 EVALUATION = (
     "test_evaluate.py::test_evaluation_equals_one_reply_at_a_time_and_counts_wins_against_the_first_model")
+PASS_AT = "test_evaluate.py::test_pass_at_k_is_the_share_of_all_choices_of_k_that_hold_a_right_reply"
+UNBIASED = "test_evaluate.py::test_pass_at_k_is_unbiased_whatever_the_number_of_samples"
+SEVERAL = "test_evaluate.py::test_several_samples_are_counted_by_prompt"
+ONE = "test_evaluate.py::test_one_sample_is_what_it_was_before_there_were_several"
 
 MUTANTS = [
     ("evaluate: the KL's direction", EVALUATION,
@@ -15,7 +19,7 @@ MUTANTS = [
      'return {"wins": losses, "ties": ties, "losses": wins,'),
     ("evaluate: each model against the one before", EVALUATION,
      "        replies[folder] = []\n",
-     "        replies[folder] = []\n        baseline = compared\n"),
+     "        replies[folder] = []\n        baseline = by_prompt(first, config.samples)\n"),
     ("evaluate: a sum without weights",
      "test_evaluate.py::test_evaluation_scores_by_a_weighted_sum_and_names_all_of_it",
      'columns["score"] = weights @ source_scores',
@@ -24,4 +28,46 @@ MUTANTS = [
      "test_evaluate.py::test_evaluation_at_temperature_0_has_no_kl",
      "float(np.mean(kl)) if config.temperature > 0 else None",
      "float(np.mean(kl))"),
+    # Several samples, pass@k.
+    ("evaluate: pass@k as if replies were drawn again", UNBIASED,
+     "failing = math.comb(samples - count, k) / math.comb(samples, k)",
+     "failing = (1 - count / samples) ** k"),
+    ("evaluate: pass@k that all k are right", PASS_AT,
+     "math.comb(samples - count, k) / math",
+     "math.comb(count, k) / math"),
+    ("evaluate: pass@k of one too many", PASS_AT,
+     "math.comb(samples - count, k) /",
+     "math.comb(samples - count + 1, k) /"),
+    ("evaluate: pass@k over all replies at once", SEVERAL,
+     "rights = first.reshape(-1, config.samples) > 0.5",
+     "rights = first.reshape(1, -1) > 0.5"),
+    ("evaluate: replies to a prompt are taken for those to the next ones", SEVERAL,
+     "return numbers.reshape(-1, samples).mean(1)",
+     "return numbers.reshape(samples, -1).mean(0)"),
+    ("evaluate: right from a half on",
+     "test_evaluate.py::test_a_score_decides_who_is_right_where_there_is_no_judge",
+     "config.samples) > 0.5",
+     "config.samples) >= 0.5"),
+    ("evaluate: several samples, one reply", SEVERAL,
+     "per_prompt=config.samples)",
+     "per_prompt=1)"),
+    ("evaluate: replies stand beside other prompts", SEVERAL,
+     "[prompt for prompt in prompts for _ in range(config.samples)]",
+     "prompts * config.samples"),
+    ("evaluate: replies to a prompt are counted as if apart", SEVERAL,
+     "error = np.std(compared) / len(compared) ** 0.5",
+     "error = np.std(first) / len(first) ** 0.5"),
+    ("evaluate: the baseline is one reply each", SEVERAL,
+     "baseline = by_prompt(first, config.samples)",
+     "baseline = first[::config.samples]"),
+    ("evaluate: pass@k of more than there are",
+     "test_evaluate.py::test_samples_that_make_no_sense_are_refused_before_a_model_is_loaded",
+     "require(1 <= k <= config.samples,",
+     "require(1 <= k,"),
+    ("evaluate: pass@k missing from the table", SEVERAL,
+     'startswith(("score_", "pass@"))',
+     'startswith("score_")'),
+    ("evaluate: one sample draws twice the random numbers", ONE,
+     "    texts = []\n    columns = []\n",
+     "    texts = []\n    columns = []\n    torch.rand(1)\n    config.seed += 1\n"),
 ]

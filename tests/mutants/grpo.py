@@ -36,7 +36,8 @@ MUTANTS = [
     ("grpo: equal scores are noise over noise", FLAT,
      "return torch.where(flat_groups(scores)[:, None], 0.0, advantages)",
      "return advantages"),
-    ("grpo: flat only where scores are exactly equal", "test_grpo.py::test_scores_that_differ_by_rounding_are_equal",
+    ("grpo: flat only where scores are exactly equal",
+     "test_grpo.py::test_scores_that_differ_by_rounding_are_equal",
      "return spread <= ROUNDING * scores.abs().amax(1)",
      "return spread <= 0"),
     ("grpo: flat whatever the size of the scores", FLAT,
@@ -142,8 +143,10 @@ MUTANTS = [
     # Dealing, ranks, what is saved.
     ("grpo: every epoch in one order", DEAL,
      "    for _ in range(epochs):\n        order =",
-     "    generator = generator.manual_seed(0)\n    for _ in range(epochs):\n"
-     "        generator.manual_seed(1)\n        order ="),
+     "    generator = generator.manual_seed(0)\n"
+     "    for _ in range(epochs):\n"
+     "        generator.manual_seed(1)\n"
+     "        order ="),
     ("grpo: dealing forgets which groups take part", DEAL,
      "steps.append([kept[i] for i in order[number::minibatches]])",
      "steps.append(order[number::minibatches])"),
