@@ -52,7 +52,7 @@ def kl(p, q):
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """{length: [(reference (K,), scores (K,), texts, ended)] of each prompt} of replies that can be listed."""
+    """{length: [(reference (K,), scores (K,), texts, ended)] of each prompt}, where all are listed."""
     found = {}
     for length in (1, 2):
         folder = tmp_path_factory.mktemp(f"listed{length}")

@@ -68,7 +68,7 @@ def test_dpo_says_that_margins_count_for_nothing_and_the_reward_model_uses_them(
 
 
 def test_dpo_refers_to_the_model_that_it_starts_from_or_to_that_of_reference(small, tmp_path):
-    """At step 0 the loss is log 2 without --reference; with it, what the log-ratios of the two models give."""
+    """At step 0 the loss is log 2 without --reference, with it what both models' ratios give."""
     words = (
         f"--model {small}/sft --data {small}/rankings.json --val-fraction 0.5 --steps 1 --batch-tokens 500 "
         "--max-new-tokens 8 --threads 1 --beta 0.7")

@@ -1,6 +1,5 @@
 """recipes/reasoning_task.py, with a package that stands for reasoning_gym: its files, its answers, its
 checker as a reward."""
-import json
 import sys
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ MARKS = "#### \\boxed{1} \\\\ \"quoted\" \n é"
 
 @pytest.fixture
 def task(monkeypatch):
-    """The recipe, with a package of one task: count(1), whose answers are checked by what the metadata says."""
+    """The recipe, with a package of one task: count(1), whose answers the metadata checks."""
     def create_dataset(name, size, seed):
         if name != "count":
             raise ValueError(f"Dataset '{name}' not registered")

@@ -74,7 +74,7 @@ PLAN = {
     "ppo": f"--data {TOY}/prompts.jsonl "
            "--model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12",
     "grpo": f"--data {TOY}/prompts.jsonl --model {{root}}/sft --reward {{root}}/reward --rollout-batch 8 "
-            "--group 4 --epochs 2 --minibatches 2 --kl-coef 0.05 --max-new-tokens 12",
+            "--group 4 --epochs 2 --minibatches 2 --kl-coef 0.05 --overlong keep --max-new-tokens 12",
 }
 SHORT = "--steps 6 --save-every 1 --micro-batch-tokens 128"
 ENVIRONMENT = os.environ | {

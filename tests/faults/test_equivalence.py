@@ -148,7 +148,8 @@ def test_gradients_of_uneven_rows_are_the_same_in_one_pass_row_by_row_on_two_ran
 
 UNCACHED = """
 import torch
-import model
+import generate as cached
+import rollout
 from data import pad_rows
 
 def generate(policy, prompts, limit, tokenizer, temperature, rows, uniform, interrupted):
@@ -157,16 +158,16 @@ def generate(policy, prompts, limit, tokenizer, temperature, rows, uniform, inte
         for ids, numbers in zip(sequences, uniform):
             for number in numbers:
                 states = policy.transformer(torch.tensor([ids]))[:, -1]
-                token = model.sample_token(policy.logits(states), temperature, 0, 1.0, number[None])
+                token = cached.sample_token(policy.logits(states), temperature, 0, 1.0, number[None])
                 ids.append(token.item())
                 if ids[-1] in tokenizer.stops:
                     break
             ended.append(ids[-1] in tokenizer.stops)
     ids, lengths = pad_rows(sequences, tokenizer.pad)
     slots, start = torch.arange(ids.shape[1]), torch.tensor([[len(prompt)] for prompt in prompts])
-    return model.Generation(ids, (slots >= start) & (slots < lengths[:, None]), lengths, torch.tensor(ended))
+    return cached.Generation(ids, (slots >= start) & (slots < lengths[:, None]), lengths, torch.tensor(ended))
 
-ppo.generate = generate
+rollout.generate = generate
 """
 # (flags, options of tools.run), to be compared with one process, many rows per pass, padded, nothing
 # compiled.

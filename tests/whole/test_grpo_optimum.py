@@ -84,7 +84,8 @@ def old_logprobs_at_another_temperature(patch):
     right = grpo.GPT.forward
 
     def forward(self, ids, mask, temperature=1.0, **options):
-        return right(self, ids, mask, temperature if torch.is_grad_enabled() else 1.5 * temperature, **options)
+        temperature = temperature if torch.is_grad_enabled() else 1.5 * temperature
+        return right(self, ids, mask, temperature, **options)
 
     patch.setattr(grpo.GPT, "forward", forward)
 
