@@ -1,7 +1,8 @@
 """Bugs planted in best_of_n.py, and the tests that ought to notice them."""
 
 LAW = (
-    "test_best_of_n.py::test_the_best_of_n_follows_the_law_f_to_the_n_and_equal_rewards_share_as_in_the_reference")
+    "test_best_of_n.py::test_the_best_of_n_follows_the_law_f_to_the_n_"
+    "and_equal_rewards_share_as_in_the_reference")
 WHOLE = "test_best_of_n.py::test_the_whole_script_selects_by_that_law_and_never_what_was_cut_off_or_is_blank"
 BOUND = (
     "test_best_of_n.py::test_the_kl_is_at_most_its_bound_and_equals_it_where_no_two_replies_score_the_same")
