@@ -66,25 +66,28 @@ def test_a_judge_of_a_name_that_the_logs_have_is_refused(folder):
             for function in judges.load_functions("--reward-fn", ["mine:kl", "mine:kl"])] == ["kl"] * 2
 
 
-def test_no_number_that_ppo_logs_is_free_for_a_judge(tmp_path):
-    words = (
-        "--steps 1 --rollout-batch 4 --minibatches 1 --max-new-tokens 4 --judge toy:gold --kl-in loss "
-        "--kl k2 "
-        f"--policy-loss penalty --ptx-coef 1 --ptx-data {TOY}/demonstrations.jsonl --missing-eos subtract")
+@pytest.mark.parametrize("script, own", [
+    ("ppo", "--policy-loss penalty --ptx-coef 1 --ptx-data {toy}/demonstrations.jsonl "
+            "--missing-eos subtract"),
+    ("grpo", "--kl-coef 0.1"),
+])
+def test_no_number_that_is_logged_is_free_for_a_judge(script, own, tmp_path):
+    words = ("--steps 1 --rollout-batch 4 --minibatches 1 --max-new-tokens 4 --judge toy:gold --kl-in loss "
+             f"--kl k2 {own.format(toy=TOY)}")
     assert tools.here("sft", tmp_path, f"--steps 1 --out {tmp_path}/sft --eval-every 100") == 0
     zero = "def zero(replies): return [0.0] * len(replies)\n"
     (tmp_path / "zeros.py").write_text(zero)
     sys.path.insert(0, str(tmp_path))
     try:
         inputs = f"--model {tmp_path}/sft --data {TOY}/prompts.jsonl"
-        flags = f"{inputs} --reward-fn zeros:zero {words} --out {tmp_path}/ppo"
+        flags = f"{inputs} --reward-fn zeros:zero {words} --out {tmp_path}/run"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tools, "PLAN", {"ppo": ""})
-            assert tools.here("ppo", tmp_path, flags) == 0
+            patch.setattr(tools, "PLAN", {script: ""})
+            assert tools.here(script, tmp_path, flags) == 0
     finally:
         sys.path.remove(str(tmp_path))
         sys.modules.pop("zeros", None)
-    row = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert "gold" in row and row.keys() - {"gold"} <= judges.TAKEN
 
 
