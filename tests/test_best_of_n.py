@@ -496,8 +496,10 @@ def test_ctrl_c_reaches_the_script_once_and_is_waited_for(tmp_path, monkeypatch)
         "import pathlib, signal, sys, time\nseen = []\nsignal.signal(signal.SIGINT, lambda *_: "
         "seen.append(1))\n"
         "here = pathlib.Path(sys.argv[1])\nhere.write_text('ready')\n"
-        "while not seen: time.sleep(0.01)\ntime.sleep(0.3)\nhere.write_text(f'saved after {len(seen)}')\n")
+        "end = time.time() + 60\nwhile not seen and time.time() < end: time.sleep(0.01)\ntime.sleep(0.3)\nhere.write_text(f'saved after {len(seen)}')\n")
     monkeypatch.setattr(best_of_n, "ROOT", tmp_path)
+    # A shell's background jobs are started with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt():
         while not (tmp_path / "state").exists() or not (tmp_path / "state").read_text():
