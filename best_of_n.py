@@ -436,7 +436,7 @@ def all_rounds(config, out):
     print(aligned(rows))
 
 
-def check_flags(config, out):
+def check(config, out):
     """UserError unless the flags go together and --out may be written to."""
     require(os.environ.get("WORLD_SIZE", "1") == "1", "best_of_n.py is one process: leave out torchrun")
     require(config.reward or config.reward_fn, "name what to score with: --reward or --reward-fn")
@@ -454,7 +454,7 @@ def check_flags(config, out):
 
 def main(config):
     out = Path(config.out)
-    check_flags(config, out)
+    check(config, out)
     # SIGTERM is as Ctrl-C: nothing is left half-written, and a script that was called is told.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if config.threads:

@@ -264,7 +264,7 @@ def distillation_loss(states, weight, targets, teacher_outputs, where, config, b
 # ---------------------------------------------------------------------------------------------------------
 # Before the first step, and one step
 
-def check_flags(config, run):
+def check(config, run):
     """UserError for flags that don't go together."""
     prompts, ranks = config.rollout_batch, run.world_size
     require(prompts % ranks == 0, f"--rollout-batch {prompts} is not divisible by {ranks} ranks")
@@ -332,7 +332,7 @@ def train_on(run, config, pair, batch, numbers, baseline):
 
 def main(config):
     run = Run(config)
-    check_flags(config, run)
+    check(config, run)
     judges = load_functions("--judge", config.judge)
     pair, tokenizer = load_pair(config, run)
     context = min(pair.student.config.block_size, pair.teacher.config.block_size)

@@ -167,7 +167,7 @@ def steps(prompts, replies):
 @dataclass
 class Config:
     out: str = "runs/sums"  # folder for the files
-    terms: Annotated[int, ">= 3", "<= 9"] = 4  # of a sum
+    terms: Annotated[int, ">= 3", "<= 9"] = 4  # how many numbers a sum adds up
     sums: Count = 8000  # different sums to train on, each with one demonstration
     heldout_sums: Count = 500  # different sums that are held out
     wrong: Fraction = 0.1  # share of the demonstrations that have a step with a wrong result

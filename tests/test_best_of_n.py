@@ -493,10 +493,11 @@ def test_a_script_that_fails_ends_the_rounds_with_its_exit_code_and_its_words(tm
 
 def test_ctrl_c_reaches_the_script_once_and_is_waited_for(tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(
-        "import pathlib, signal, sys, time\nseen = []\nsignal.signal(signal.SIGINT, lambda *_: "
-        "seen.append(1))\n"
-        "here = pathlib.Path(sys.argv[1])\nhere.write_text('ready')\n"
-        "end = time.time() + 60\nwhile not seen and time.time() < end: time.sleep(0.01)\ntime.sleep(0.3)\nhere.write_text(f'saved after {len(seen)}')\n")
+        "import pathlib, signal, sys, time\nseen = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: seen.append(1))\n"
+        "here = pathlib.Path(sys.argv[1])\nhere.write_text('ready')\nend = time.time() + 60\n"
+        "while not seen and time.time() < end: time.sleep(0.01)\n"
+        "time.sleep(0.3)\nhere.write_text(f'saved after {len(seen)}')\n")
     monkeypatch.setattr(best_of_n, "ROOT", tmp_path)
     # A shell's background jobs are started with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
