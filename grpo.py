@@ -44,8 +44,8 @@ divided by --max-new-tokens and replies (constant), so that a reply weighs as mu
     rloo       leave-one-out  clip       product  reply                         Ahmadian et al. 2024
     remax      greedy         reinforce  token    constant                      Li et al. 2024
     reinforce  batch          reinforce  token    token                         Hu 2025 (REINFORCE++)
-    maxrl      success-fail   reinforce  token    constant                      Tajwar et al. 2026
-    passk      pass           reinforce  token    constant                      Walder and Karkhanis 2025
+    maxrl      success-fail   reinforce  token    constant  --overlong keep     Tajwar et al. 2026
+    passk      pass           reinforce  token    constant  --overlong keep     Walder and Karkhanis 2025
 
 A preset is nothing but these flags, and those given beside it count. Without one: dr-grpo.
 
@@ -109,8 +109,9 @@ class Config(RunConfig):
         "rloo": {"advantage": "leave-one-out", "loss": "clip", "ratio": "product", "average": "reply"},
         "remax": {"advantage": "greedy", "loss": "reinforce", "average": "constant"},
         "reinforce": {"advantage": "batch", "loss": "reinforce", "average": "token"},
-        "maxrl": {"advantage": "success-fail", "loss": "reinforce", "average": "constant"},
-        "passk": {"advantage": "pass", "loss": "reinforce", "average": "constant"},
+        "maxrl": {"advantage": "success-fail", "loss": "reinforce", "average": "constant",
+                  "overlong": "keep"},
+        "passk": {"advantage": "pass", "loss": "reinforce", "average": "constant", "overlong": "keep"},
     }
     # a method by its name: nothing but the flags in the table above; those that are given beside it count
     preset: Literal["", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "remax", "reinforce",
@@ -646,6 +647,10 @@ def main(config):
                 of_likeliest = [forward(run, model, groups.likeliest, config)
                                 for model in (models.policy_model, models.reference)]
             baseline = shaped_scores(config, groups.likeliest, baseline, lowest, *of_likeliest)
+        if config.advantage in ("success", "success-fail"):
+            require(run.all_min(shaped.min()) >= 0,
+                    f"--advantage {config.advantage} is for scores of 0 and more, and one is "
+                    f"{shaped.min():.3g}; --squash sigmoid and --overlong keep make them so")
         flat = flat_groups(scores.view(-1, G))  # (N,)
         kept = torch.ones_like(flat) if config.flat == "keep" else ~flat
         advantages = group_advantages(shaped.view(-1, G), config.advantage, config.pass_k, baseline, kept,

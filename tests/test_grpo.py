@@ -7,6 +7,7 @@ import torch
 
 import grpo
 import ppo
+import tools
 from bench import estimators
 from grpo import (
     Config, deal_groups, flat_groups, group_advantages, kl_loss, overlong_scores, policy_loss, token_weights)
@@ -162,6 +163,16 @@ def test_rules_for_overlong_replies():
 def test_an_unknown_choice_is_an_error(call):
     with pytest.raises(ValueError, match="unknown"):
         call()
+
+
+def test_scores_below_0_are_no_shares_of_success_and_are_refused(small, tmp_path, capsys):
+    words = f"--steps 1 --group 2 --advantage success --overlong keep --reward {small}/reward"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "score", lambda run, reward_models, functions, batch, plan:
+                      torch.full((1, len(batch.texts)), -0.5))
+        assert tools.here("grpo", small, words, f"--out {tmp_path}/run") == 2
+    assert "is for scores of 0 and more, and one is -0.5; --squash sigmoid" in capsys.readouterr().err
+    assert tools.here("grpo", small, words, f"--squash sigmoid --out {tmp_path}/squashed") == 0
 
 
 # -- losses and averages
