@@ -116,6 +116,15 @@ def test_scores_that_differ_by_rounding_are_equal(kind):
     assert scores.std() > 0 and (group_advantages(scores, kind) == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["mean", "leave-one-out", "deviation", "success", "success-fail", "pass"])
+def test_a_group_is_compared_with_itself_alone(kind):
+    scores = torch.tensor([[1.0, 2.0, 4.0], [5.0, 9.0, 1.0]])
+    together = group_advantages(scores, kind, 2)
+    for number in range(2):
+        alone = group_advantages(scores[number:number + 1], kind, 2)
+        torch.testing.assert_close(together[number:number + 1], alone)
+
+
 def test_where_all_fail_maxrl_pushes_all_down_or_nothing():
     scores = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     assert group_advantages(scores, "success").tolist() == [[0, 0], [1, -1]]
