@@ -17,6 +17,7 @@ class Watch:
         """judges: those whose numbers are logged; on resume the rows before are read."""
         self.run, self.config = run, config
         self.judges = [judge.name for judge in judges]
+        self.needed = {"score", "entropy", "eos_rate", *self.judges}
         self.history = []
         self.warned = {}
         if run.step and run.main:
@@ -24,13 +25,17 @@ class Watch:
 
     def read_history(self):
         """The rows of a resumed run's metrics that have all the numbers that are read."""
-        needed = {"score", "entropy", "eos_rate", *self.judges}
         with open(self.run.out / "metrics.jsonl") as file:
             rows = [json.loads(line) for line in file]
-        return [row for row in rows if needed <= row.keys()]
+        return [row for row in rows if self.needed <= row.keys()]
 
     def look(self, row):
-        """Warn of what the row of this rollout shows."""
+        """Warn of what the row of this rollout shows.
+
+        One without an update, as no group taught anything, has no entropy, and is passed over.
+        """
+        if not self.needed <= row.keys():
+            return
         # The first rollouts are kept to compare with.
         self.history.append(row)
         self.history = self.history[:WINDOW] + self.history[WINDOW:][-295:]

@@ -184,6 +184,17 @@ def test_scores_below_0_are_no_shares_of_success_and_are_refused(small, tmp_path
     assert tools.here("grpo", small, words, f"--squash sigmoid --out {tmp_path}/squashed") == 0
 
 
+@pytest.mark.parametrize("flat", ["drop", "resample"])
+def test_a_run_goes_on_where_no_group_teaches_anything(flat, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "score", lambda run, reward_models, functions, batch, plan:
+                        torch.ones(1, len(batch.texts)))
+    words = f"--steps 11 --group 2 --overlong keep --flat {flat} --resample-rounds 2 --reward {small}/reward"
+    assert tools.here("grpo", small, words, f"--out {tmp_path}/run") == 0
+    rows = tools.metrics(tmp_path / "run")
+    assert len(rows) == 11 and all(row["flat_groups"] == 1 and row["grad_norm"] == 0 for row in rows)
+    assert rows[-1]["replies"] == 11 * 8 * 2 * (2 if flat == "resample" else 1)
+
+
 # -- losses and averages
 
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]) > 0  # three tokens, two, none
