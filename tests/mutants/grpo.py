@@ -44,7 +44,7 @@ MUTANTS = [
     ("grpo: flat whatever the size of the scores", FLAT,
      "return spread <= ROUNDING * scores.abs().amax(1)",
      "return spread <= 1"),
-    ("grpo: the greedy reply's score is added", WEIGHTS,
+    ("grpo: the greedy reply's score is added", VARIANCE,
      "return scores - baseline[:, None]",
      "return scores + baseline[:, None]"),
     ("grpo: the greedy reply's score is forgotten", VARIANCE,
