@@ -72,12 +72,15 @@ def test_replies_of_the_policy_itself_give_the_update_of_sampling(script, import
     assert "mismatch" not in sampled
 
 
-def test_how_far_the_sampler_was_is_measured(small, tmp_path):
-    file, words, _ = record(tmp_path, small, "grpo", heat=1.25)
-    assert tools.exit_code("grpo", *words, f"--rollouts {file} --importance reply --out {tmp_path}/run") == 0
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("importance", ["none", "token", "reply"])
+def test_how_far_the_sampler_was_is_measured_and_made_up_for(script, importance, small, tmp_path, monkeypatch):
+    file, words, _ = record(tmp_path, small, script, heat=1.25)
+    calls = tools.recorded(monkeypatch, SCRIPTS[script], "policy_loss")
+    words.append(f"--rollouts {file} --importance {importance} --importance-limit 1.2 --out {tmp_path}/run")
+    assert tools.exit_code(script, *words) == 0
     log_ratios = []
-    exact, _ = load_model(f"{small}/sft", GPT)
-    _, tokenizer = load_model(f"{small}/sft", GPT)
+    exact, tokenizer = load_model(f"{small}/sft", GPT)
     for row in map(json.loads, file.read_text().splitlines()):
         ids = encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
         whole = torch.tensor(ids + row["reply_ids"])
@@ -91,6 +94,20 @@ def test_how_far_the_sampler_was_is_measured(small, tmp_path):
     assert row["mismatch_max"] == pytest.approx(max(map(abs, flat)), abs=1e-4)
     ess = sum(weights) ** 2 / sum(w * w for w in weights) / len(weights)
     assert row["ess"] == pytest.approx(ess, abs=1e-3) and ess < 0.95
+
+    # What the loss was given for each reply's tokens.
+    found = []
+    for args, _ in calls["policy_loss"]:
+        mask, given = args[3], args[9] if script == "ppo" else args[4] / args[4].max() * 1.2
+        found += [own[where].tolist() for own, where in zip(given, mask)]
+    expected = []
+    for own in log_ratios:
+        of_tokens = {"none": [0.0] * len(own), "token": own, "reply": [sum(own)] * len(own)}[importance]
+        expected.append([min(math.exp(x), 1.2) for x in of_tokens])
+    if importance == "none":
+        found = [[x / max(itertools.chain(*found)) for x in own] for own in found]
+    flat = [sorted(itertools.chain(*of_replies)) for of_replies in (found, expected)]
+    assert flat[0] == pytest.approx(flat[1], abs=1e-3)
 
 
 def test_resume_and_two_ranks_give_the_same_bits(small, tmp_path):
