@@ -63,6 +63,25 @@ def by_roles(tokenizer, messages):
     return ids, mask
 
 
+def next_turn(tokenizer, messages):
+    """Ids to put behind a sampled reply, its end token included, so that the assistant may go on.
+
+    messages: the conversation, whose last turn, the user's or a tool's, follows that reply. What was sampled
+    keeps its ids: encoded from its text it might be other tokens. UserError if the chat template writes
+    earlier turns anew as the conversation goes on.
+    """
+    if tokenizer.roles:
+        return encode_prompt(tokenizer, messages[-1:])
+    messages, hidden = tokenizer.template.hide(messages, tokenizer.special)
+    pieces = tokenizer.template.prompt_pieces(messages)
+    require(len(pieces) > 1,
+            f"{tokenizer.folder}: its chat template writes earlier turns anew as the conversation goes on, so "
+            "the policy can't be trained over several turns (--tool)")
+    ids, mask = tokenizer.encode_pieces(pieces, hidden)
+    behind = len(mask) - mask[::-1].index(True)  # behind the last reply
+    return ids[behind:]
+
+
 def last_turn(mask):
     """The mask without any True before its last run of them."""
     if True not in mask:

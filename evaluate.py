@@ -28,7 +28,7 @@ import torch
 
 from formats.model_folder import load_model
 from judges import (
-    check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
+    check_functions, judge, load_functions, load_reward_models, load_tool, score, short_names, source_weights)
 from model import GPT
 from plumbing.disk import folder_of, write_json
 from plumbing.flags import Count, Fraction, Natural, NonNegative, Seed, require
@@ -58,7 +58,9 @@ class Config:
     # for each of these k: the probability that of k replies at least one is right, pass@k. A reply is right
     # whose number by the first judge, or else whose score, is above a half
     pass_k: list[int] = field(default_factory=list)
-    max_new_tokens: Count = 40  # longest reply, tokens
+    max_new_tokens: Count = 40  # longest reply, tokens; with --tool of all turns together, the tool's too
+    tool: str = ""  # a function that answers replies for a conversation of several turns, as for grpo.py
+    turns: Count = 8  # with --tool: the most replies of a model in a conversation
     temperature: NonNegative = 1.0  # of sampling; 0 takes the likeliest token, and there is no kl then
     batch: Count = 256  # replies sampled at once
     micro_batch_tokens: Count = 16384  # tokens per scoring pass
@@ -73,8 +75,8 @@ class Config:
 
 
 @torch.no_grad()
-def answer(alone, model, reference, reward_models, functions, judges, tokenizer, prompts, config):
-    """--samples replies to each [Prompt]; those to one prompt are neighbours.
+def answer(alone, model, reference, reward_models, functions, judges, tokenizer, prompts, config, tool=None):
+    """--samples replies to each [Prompt]; those to one prompt are neighbours. tool: of --tool.
 
     Returns M texts, and numpy arrays: ended, length, kl (M,), scores (sources, M), judged (judges, M).
     At temperature 0 a reply is no sample, so there is no KL: kl is 0.
@@ -88,7 +90,7 @@ def answer(alone, model, reference, reward_models, functions, judges, tokenizer,
         asked = prompts[start:start + at_once]
         batch = sample(
             alone, model, tokenizer, asked, config.max_new_tokens, config.temperature, generator,
-            per_prompt=config.samples)
+            per_prompt=config.samples, tool=tool)
         texts += batch.texts
         everyone = list(range(len(batch.texts)))
         plan, = batch.plan(alone, [everyone], config.micro_batch_tokens)
@@ -219,13 +221,14 @@ def main(config):
         chosen = [i * len(prompts) // config.prompts for i in range(config.prompts)]
         prompts = [prompts[i] for i in chosen]
     check_functions(functions + judges, [prompt.row for prompt in prompts], alone.say)
+    tool = load_tool(config, tokenizer, prompts, alone.say)
 
     results = {}
     replies = {}
     baseline = None
     for folder, model in zip(config.models, models):
         texts, ended, length, kl, source_scores, judged = answer(
-            alone, model, models[0], reward_models, functions, judges, tokenizer, prompts, config)
+            alone, model, models[0], reward_models, functions, judges, tokenizer, prompts, config, tool)
         for source, numbers in zip(sources + config.judge, [*source_scores, *judged]):
             require(np.isfinite(numbers).all(),
                     f"{source} gave a reply of {folder} a score that is not finite")

@@ -233,23 +233,23 @@ class Replies:
     `retire` drops its row. If a prompt waits when a reply is done, `admit` gives it the row instead.
     """
 
-    def __init__(self, prompts, max_new_tokens, tokenizer, rows, uniform, device):
+    def __init__(self, prompts, limits, width, tokenizer, rows, uniform, device):
+        """limits: tokens of each response, at most; width: of the longest prompt with its response."""
         prompt_ids, prompt_lengths = pad_rows(prompts, tokenizer.pad, device)  # (B, P), (B,)
         B, P = prompt_ids.shape
         self.prompts = prompts
         self.pad = tokenizer.pad
         self.stops = torch.tensor(tokenizer.stops, device=device)
-        self.limit = max_new_tokens
-        self.width = P + max_new_tokens
-        self.uniform = uniform  # (B, max_new_tokens, 2)
+        self.width = width
+        self.uniform = uniform  # (B, longest response, 2)
 
         # Of each prompt: its ids and those of its response; tokens of the prompt, of both so far, of both at
         # most; whether an end token has come.
-        self.ids = torch.full((B, self.width), tokenizer.pad, device=device)  # (B, P + max_new_tokens)
+        self.ids = torch.full((B, width), tokenizer.pad, device=device)  # (B, width)
         self.ids[:, :P] = prompt_ids
         self.prompt_lengths = prompt_lengths.to(device)  # (B,)
         self.lengths = self.prompt_lengths.clone()  # (B,)
-        self.ends = self.prompt_lengths + max_new_tokens  # (B,)
+        self.ends = self.prompt_lengths + torch.tensor(limits, device=device)  # (B,)
         self.stopped = torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
 
         # Of each row of the cache: the prompt that it belongs to; whether there is nothing to decode, or no
@@ -311,7 +311,7 @@ class Replies:
         states = model.transformer(newest[:, None], cache)  # (n, 1, C)
 
         # Of the numbers of its response, the new token takes the pair in its own place.
-        number = (at - self.prompt_lengths[live]).clamp(max=self.limit - 1)  # (n,)
+        number = (at - self.prompt_lengths[live]).clamp(max=self.uniform.shape[1] - 1)  # (n,)
         uniform = self.uniform[live, number]  # (n, 2)
         token = sample_token(head(states[:, 0]).float(), *sampling, uniform)  # (n,)
 
@@ -354,7 +354,7 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
     """Sample one response per prompt. Returns a Generation.
 
     prompts: non-empty lists of ids; equal ones share the pass over them. A response begins right behind its
-    own prompt, and ends with the end token or after max_new_tokens.
+    own prompt, and ends with the end token or after max_new_tokens, a number or one for each.
     rows: how many are decoded at once (0: all). The other prompts wait until enough of those have ended.
     uniform: see `uniforms`; drawn with generator if there is none. So a response depends on its own numbers,
     not on what else is in the batch.
@@ -362,18 +362,20 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
     Raises UserError when prompt and response don't fit the model's context.
     """
     device = model.device
-    B, P = len(prompts), max(map(len, prompts))
-    width, context = P + max_new_tokens, model.config.block_size
+    B, context = len(prompts), model.config.block_size
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * B
+    P, limit = max(zip(map(len, prompts), limits), key=sum)
+    width = P + limit
     require(width <= context,
-            f"a prompt of {P} tokens and {max_new_tokens} new ones don't fit the model's context "
+            f"a prompt of {P} tokens and {limit} new ones don't fit the model's context "
             f"of {context}; shorten the prompt or lower --max-new-tokens")
     dtype = model.head_weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     rows = min(rows or B, B)
     if uniform is None:
-        uniform = uniforms(B, max_new_tokens, generator, device)
-    replies = Replies(prompts, max_new_tokens, tokenizer, rows, uniform, device)
+        uniform = uniforms(B, max(limits), generator, device)
+    replies = Replies(prompts, limits, width, tokenizer, rows, uniform, device)
     # To ask a GPU which rows are done is to wait for it, so it is asked after every few tokens only.
     check_every = 1 if device.type == "cpu" else 8
 

@@ -61,6 +61,9 @@ tokens; k2 and k3 in the loss have the right gradient for each token (see the to
 update; what lies between the sampler and the policy is measured (mismatch, ess), and --importance weights
 each token with policy / sampler, at most --importance-limit (Yao et al. 2025), or with that of its reply.
 
+--tool has a function answer a reply, and the policy go on, over several turns. All that the policy sampled is
+trained, its end tokens too, and nothing else; score and advantage are those of the whole conversation.
+
 What differs between implementations:
     here                                     TRL 1.16's GRPOTrainer, others              switch
     population deviation, nothing added      over n - 1, plus 1e-4 (OpenRLHF 1e-9)       none
@@ -89,7 +92,7 @@ import torch
 from data import endless_order
 from formats.model_folder import open_model, save_model
 from judges import (
-    check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
+    check_functions, judge, load_functions, load_reward_models, load_tool, score, short_names, source_weights)
 from model import GPT, frozen_reference, prepare_training, shares_frozen
 from plumbing.flags import (
     Count, Fraction, Natural, NonNegative, Positive, RunConfig, as_list, flag_of, require)
@@ -136,7 +139,7 @@ class Config(RunConfig):
     # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
     reward: list[str] = field(default_factory=list)
     # Python functions, module:function, which get lists (those that their parameters name: prompts, replies,
-    # answers, ended) and return one number per reply
+    # answers, ended, dialogues) and return one number per reply
     reward_fn: list[str] = field(default_factory=list)
     # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
     reward_weights: list[float] = field(default_factory=list)
@@ -155,7 +158,11 @@ class Config(RunConfig):
     # replies that a rank samples at the same time, the others wait for a place; 0: all. Lower it when keys
     # and values take too much memory
     rollout_rows: Natural = 0
-    max_new_tokens: Count = 40  # longest reply, tokens
+    max_new_tokens: Count = 40  # longest reply, tokens; with --tool of all turns together, the tool's too
+    # a function, module:function, that answers replies for a conversation of several turns: it gets lists as
+    # those of --reward-fn do, and returns for each reply the next user's turn, or None where it is over
+    tool: str = ""
+    turns: Count = 8  # with --tool: the most replies of the policy in a conversation
     temperature: Positive = 1.0  # of sampling; all log-probabilities are taken at it
     epochs: Count = 1  # passes over each rollout
     minibatches: Count = 1  # optimiser steps per pass, each on as many prompts
@@ -206,7 +213,7 @@ WATCHED = ("kl", "entropy", "length", "eos_rate", "flat_groups", "grad_norm")
 def overlong_scores(scores, ended, lengths, rule, penalty, lowest, limit, tokens):
     """Scores (B,) with those of replies that are too long changed by --overlong.
 
-    ended (B,) bool; lengths (B,) in tokens; lowest: score of the rollout; limit: --max-new-tokens; tokens:
+    ended (B,) bool; lengths (B,) in tokens, a tool's included; lowest: score of the rollout; limit: --max-new-tokens; tokens:
     over which the linear penalty grows (Yu et al. 2025, eq. 13).
     """
     if rule in ("keep", "mask"):
@@ -388,6 +395,7 @@ def check(config, run):
     compares = config.advantage not in ("none", "greedy", "batch")
     require(config.group > 1 or not compares, f"--advantage {config.advantage} needs a --group of 2 or more")
     require(config.importance == "none" or config.rollouts, "--importance is for --rollouts")
+    require(not config.tool or not config.rollouts, "--tool is for replies sampled here, not for --rollouts")
     require(config.advantage != "pass" or config.pass_k <= config.group,
             f"--pass-k {config.pass_k} needs as many replies in a --group, which has {config.group}")
     require(config.overlong_tokens <= config.max_new_tokens or config.overlong != "linear",
@@ -446,10 +454,11 @@ class Groups(NamedTuple):
     likeliest_scores: torch.Tensor  # (N,) zeros unless there are any
 
 
-def sample_groups(run, config, models, functions, weights, prompts, recorded, order, generator, tokenizer):
+def sample_groups(run, config, models, functions, weights, prompts, recorded, order, generator, tokenizer,
+                  tool):
     """`Groups` of the next --rollout-batch prompts of all ranks; None if a score was not finite.
 
-    recorded: the replies of --rollouts to each of the prompts, else None.
+    recorded: the replies of --rollouts to each of the prompts, else None; tool: of --tool, else None.
     """
     def scored(batch):
         plan, = batch.plan(run, [list(range(len(batch.texts)))], config.micro_batch_tokens)
@@ -463,12 +472,12 @@ def sample_groups(run, config, models, functions, weights, prompts, recorded, or
         batch = replay(run, tokenizer, asked, [recorded[i] for i in drawn])  # ids, mask (B, T)
     else:
         batch = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, config.temperature,
-                       generator, config.rollout_rows, per_prompt=config.group)  # ids, mask (B, T)
+                       generator, config.rollout_rows, per_prompt=config.group, tool=tool)  # ids, mask (B, T)
     source_scores, scores = scored(batch)
     likeliest, likeliest_scores = None, torch.zeros(len(drawn), device=run.device)
     if config.advantage == "greedy":
         likeliest = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, 0.0, generator,
-                           config.rollout_rows)
+                           config.rollout_rows, tool=tool)
         _, likeliest_scores = scored(likeliest)
     repeated = [i for i in drawn for _ in range(config.group)]
     if not run.finite("the score", torch.cat([scores, likeliest_scores]), repeated + drawn):
@@ -546,7 +555,7 @@ def shaped_scores(run, config, models, batch, scores, lowest, old=None):
 
     lowest: score of the whole rollout; old: `Old`, if it is known already.
     """
-    scores = overlong_scores(scores, batch.ended, batch.mask.sum(1), config.overlong, config.overlong_penalty,
+    scores = overlong_scores(scores, batch.ended, batch.room_taken(), config.overlong, config.overlong_penalty,
                              lowest, config.max_new_tokens, config.overlong_tokens)
     if config.kl_coef == 0 or config.kl_in == "loss":
         return scores
@@ -655,6 +664,7 @@ def main(config):
         prompts = load_prompts(config, tokenizer, context, run.say)
     # A mistake in a function should show before anything is written.
     check_functions(functions + judges, [prompt.row for prompt in prompts], run.say)
+    tool = load_tool(config, tokenizer, prompts, run.say)
 
     def write(folder):
         save_model(folder, models.policy_model, tokenizer, config)
@@ -675,7 +685,7 @@ def main(config):
         rounds, useful = [], 0
         while None not in rounds and useful < config.rollout_batch and len(rounds) < config.resample_rounds:
             rounds.append(sample_groups(run, config, models, functions, weights, prompts, recorded, order,
-                                        generator, tokenizer))
+                                        generator, tokenizer, tool))
             if config.flat != "resample":
                 break
             if rounds[-1]:

@@ -1,4 +1,4 @@
-"""What gives a reply a number: reward models, and Python functions of yours.
+"""What gives a reply a number, or a conversation its next turn: reward models, and Python functions of yours.
 
 The weighted sum that a policy is trained on, and the baseline that it is compared with, stand in the
 algorithm's own file. Here they are loaded, checked and called, for training and evaluation alike.
@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from data import next_turn, with_reply
 from formats.model_folder import load_model
 from model import ScalarModel, last_scores
 from plumbing.flags import UserError, require
 
 ROOT = Path(__file__).resolve().parent
 # What a function may ask for, by the names of its parameters.
-GIVEN = ("prompts", "replies", "answers", "ended")
+GIVEN = ("prompts", "replies", "answers", "ended", "dialogues")
 # What the logs call something else: a --judge of such a name would hide it.
 TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value explained_variance entropy
     ref_perplexity updates kl_coef penalty_coef lr critic_lr grad_norm critic_grad_norm ratio_error
@@ -78,24 +79,53 @@ class Function:
         answers = parameters.get("answers")
         self.wants_answers = answers is not None and answers.default is inspect.Parameter.empty
 
-    def __call__(self, prompts, replies, answers, ended):
+    def __call__(self, prompts, replies, answers, ended, dialogues=None):
         """Lists, as long as there are replies -> scores (B,) fp32 on the CPU.
 
         What goes wrong in it is a UserError.
         """
-        given = dict(zip(GIVEN, (prompts, replies, answers, ended)))
-        arguments = {name: given[name] for name in self.wanted}
-        try:
-            with torch.no_grad(), self.modules:
-                scores = self.function(**arguments)
-                scores = torch.as_tensor(scores, dtype=torch.float32, device="cpu").detach()
-        except Exception as error:
-            raise UserError(f"{self.spec} failed ({type(error).__name__}: {error}); "
-                            f"it is given lists: {', '.join(self.wanted)}") from None
+        scores = self.call(as_scores, prompts, replies, answers, ended, dialogues)
         require(scores.shape == (len(replies),),
                 f"{self.spec} must return one finite number for each of {len(replies)} replies, "
                 f"got shape {tuple(scores.shape)}")
         return scores
+
+    def call(self, convert, *lists):
+        """What convert makes of what the function returns for these lists, which are those of GIVEN."""
+        given = dict(zip(GIVEN, lists))
+        arguments = {name: given[name] for name in self.wanted}
+        try:
+            with torch.no_grad(), self.modules:
+                return convert(self.function(**arguments))
+        except Exception as error:
+            raise UserError(f"{self.spec} failed ({type(error).__name__}: {error}); "
+                            f"it is given lists: {', '.join(self.wanted)}") from None
+
+
+def as_scores(numbers):
+    """Numbers as a function returns them, (B,) fp32 on the CPU."""
+    return torch.as_tensor(numbers, dtype=torch.float32, device="cpu").detach()
+
+
+class Tool(Function):
+    """A function module:name that answers a policy's replies, for a conversation of several turns.
+
+    turns: how many replies of the policy a conversation has at most.
+    """
+
+    def __init__(self, spec, turns):
+        super().__init__("--tool", spec)
+        self.turns = turns
+
+    def __call__(self, prompts, replies, answers, ended, dialogues=None):
+        """Lists, as for a `Function` -> the next turn, a text, for each reply; None: the conversation is over.
+        """
+        turns = self.call(lambda turns: turns, prompts, replies, answers, ended, dialogues)
+        fine = isinstance(turns, (list, tuple)) and len(turns) == len(replies)
+        require(fine and all(isinstance(turn, (str, type(None))) for turn in turns),
+                f"{self.spec} must return a list that has a text or None for each of {len(replies)} replies, "
+                f"got {repr(turns)[:80]}")
+        return list(turns)
 
 
 def wanted_lists(spec, parameters):
@@ -116,7 +146,7 @@ def wanted_lists(spec, parameters):
                     f"{spec}: its parameter {name} is none of {', '.join(GIVEN)}, by which names it "
                     "is given lists; rename it, or give it a default")
     require("replies" in wanted,
-            f"{spec} has no parameter named replies, so it can't judge them; it may have {', '.join(GIVEN)}")
+            f"{spec} has no parameter named replies, which it is for; it may have {', '.join(GIVEN)}")
     return list(dict.fromkeys(wanted))
 
 
@@ -225,9 +255,25 @@ def check_functions(functions, rows, say):
                 say(f"warning: {len(rows) - len(known)} of {len(rows)} prompts have no answer; "
                     f"{function.spec} gets an empty text for them")
         row = known[0] if known else rows[0]
-        trial = function([row.text], ["a trial"], [row.answer], [True])
-        require(trial.isfinite().all(),
-                f"{function.spec} must return one finite number for each reply, got {trial.item()}")
+        trial = function([row.text], ["a trial"], [row.answer], [True], [with_reply(row, "a trial")])
+        if not isinstance(function, Tool):
+            require(trial.isfinite().all(),
+                    f"{function.spec} must return one finite number for each reply, got {trial.item()}")
+
+
+def load_tool(config, tokenizer, prompts, say):
+    """The `Tool` of --tool and --turns, None if there is none.
+
+    UserError if it doesn't work on a prompt [Prompt], or the chat template on several turns.
+    """
+    if not config.tool:
+        return None
+    require(config.turns > 1, f"--turns {config.turns} leaves --tool nothing to answer")
+    tool = Tool(config.tool, config.turns)
+    rows = [prompt.row for prompt in prompts]
+    check_functions([tool], rows, say)
+    next_turn(tokenizer, with_reply(rows[0], "a trial") + [{"role": "user", "content": "a trial"}])
+    return tool
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -256,7 +302,7 @@ def judge(function, batch):
     """A function's numbers (B,) for a rollout, on the CPU."""
     prompts = [prompt.row.text for prompt in batch.prompts]
     answers = [prompt.row.answer for prompt in batch.prompts]
-    return function(prompts, batch.texts, answers, batch.ended.tolist())
+    return function(prompts, batch.texts, answers, batch.ended.tolist(), batch.dialogues)
 
 
 def short_names(paths):

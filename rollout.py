@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import describe, drop_long, encode_prompt, pad_rows
+from data import collate, describe, drop_long, encode_prompt, next_turn, pad_rows, with_reply
 from formats.rollouts import read_rollouts
 from formats.rows import Row
 from formats.sources import read_rows, split_by_prompt
-from generate import generate, uniforms
+from generate import Generation, generate, uniforms
 from plumbing.flags import require
 from plumbing.ranks import by_length, fill_up
 
@@ -131,10 +131,12 @@ class Pass(NamedTuple):
 class Rollout:
     """Replies of this rank.
 
-    What the CPU needs to know of them lies there too, so that nothing waits for the device.
+    What the CPU needs to know of them lies there too, so that nothing waits for the device. Where a tool
+    answers in between (see `converse`), a response is all that follows the prompt, and the mask is True on
+    what the policy sampled of it, end tokens included: it has gaps.
     """
     prompts: list  # of Prompt, one for each reply
-    texts: list  # of str, the replies
+    texts: list  # of str, the replies; of several turns the last
     ids: torch.Tensor  # (B, T) prompt, response, padding
     mask: torch.Tensor  # (B, T) bool, True on the response, its end token included
     ended: torch.Tensor  # (B,) bool, the response ends in the end token
@@ -146,6 +148,20 @@ class Rollout:
     host_steps: torch.Tensor
     # Log-probabilities (B, T) by the engine that sampled, 0 outside the response; None if that was ours.
     sampler_logprobs: torch.Tensor | None = None
+    # Of each conversation the turns behind its prompt, [{role, content}]; None where nothing answers.
+    turns: list | None = None
+
+    @property
+    def dialogues(self):
+        """The whole conversations, each a list of {role, content}."""
+        if self.turns is None:
+            return [with_reply(prompt.row, text) for prompt, text in zip(self.prompts, self.texts)]
+        return [prompt.row.prompt + turns for prompt, turns in zip(self.prompts, self.turns)]
+
+    def room_taken(self):
+        """How many of --max-new-tokens each reply takes (B,): the policy's, and those of the turns between."""
+        before = torch.tensor([len(prompt.ids) for prompt in self.prompts])  # (B,)
+        return (self.host_lengths - before).to(self.ids.device, non_blocking=True)
 
     def count_steps(self, steps):
         """Have steps (B, T) for steps, which hold the response and perhaps one position behind it."""
@@ -209,8 +225,11 @@ class Rollout:
         """Print a few of the replies, with their scores (B,) if there are any."""
         for i in range(0, len(self.texts), max(1, len(self.texts) // number))[:number]:
             prompt = self.prompts[i].row.text
+            said = [self.texts[i]]
+            if self.turns is not None:
+                said = [turn["content"] for turn in self.turns[i]]
             scored = "" if scores is None else f" (score {scores[i]:.2f})"
-            run.say(f"  sample: {prompt!r} -> {self.texts[i]!r}{scored}")
+            run.say(f"  sample: {' -> '.join(map(repr, [prompt, *said]))}{scored}")
 
 
 def join(rollouts):
@@ -231,26 +250,118 @@ def join(rollouts):
     return Rollout(**fields)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Sampling
+
+class Talk:
+    """A conversation behind a prompt while it grows: turns of the policy, and of a tool between them.
+
+    Attributes: number, which of this rank's replies it is; prompt; ids and mask, so far; turns
+    [{role, content}] behind the prompt; room, tokens that may still come; ended, whether the policy's last
+    turn ended by itself, and there was room for what follows it.
+    """
+
+    def __init__(self, number, prompt, room):
+        self.number, self.prompt, self.room = number, prompt, room
+        self.ids = list(prompt.ids)
+        self.mask = [False] * len(prompt.ids)
+        self.turns = []
+        self.ended = False
+
+    @property
+    def messages(self):
+        return self.prompt.row.prompt + self.turns
+
+    def add(self, role, text, ids):
+        """Put a turn behind the others. Its tokens count if they are the policy's, as it sampled them."""
+        self.turns.append({"role": role, "content": text})
+        self.ids += ids
+        self.mask += [role == "assistant"] * len(ids)
+        self.room -= len(ids)
+
+
+def ask_tool(tool, tokenizer, talks):
+    """Have a tool answer the last turns of some conversations; returns those that go on."""
+    if not talks:
+        return []
+    rows = [talk.prompt.row for talk in talks]
+    answers = tool([row.text for row in rows], [talk.turns[-1]["content"] for talk in talks],
+                   [row.answer for row in rows], [True] * len(talks), [talk.messages for talk in talks])
+    going = []
+    for talk, answer in zip(talks, answers):
+        if answer is None:
+            continue
+        ids = next_turn(tokenizer, [*talk.messages, {"role": "user", "content": answer}])
+        # One token at least must be left for the policy. Else it was cut off, though its own turn has an end.
+        talk.ended = len(ids) < talk.room
+        if talk.ended:
+            talk.add("user", answer, ids)
+            going.append(talk)
+    return going
+
+
+def converse(run, tokenizer, prompts, max_new_tokens, tool, replies_to):
+    """Conversations of several turns behind prompts [Prompt]: (Generation, turns of each as `Talk` has them).
+
+    replies_to(questions, limits, numbers): the Generation that samples the next turn of some of them. The
+    ids of what was sampled are kept as they are, and those of the tool's turns put behind them. All turns of
+    a conversation together have max_new_tokens at most.
+    """
+    talks = [Talk(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts)]
+    going = talks
+    for turn in range(tool.turns):
+        if turn > 0:
+            going = ask_tool(tool, tokenizer, [talk for talk in going if talk.ended])
+        # All ranks sample equally often, as they draw the same numbers and may gather weights for it.
+        if not run.any_rank(bool(going)):
+            break
+        questions = [talk.ids for talk in going]
+        got = replies_to(questions, [talk.room for talk in going], [talk.number for talk in going])
+        if not going:
+            continue
+        sampled = zip(going, got.ids.tolist(), got.lengths.tolist(), got.ended.tolist())
+        for talk, ids, length, ended in sampled:
+            reply = ids[len(talk.ids):length]
+            talk.add("assistant", tokenizer.decode(reply), reply)
+            talk.ended = ended
+    ids, mask, lengths = collate([(talk.ids, talk.mask) for talk in talks], tokenizer.pad, run.device)
+    ended = torch.tensor([talk.ended for talk in talks], device=run.device)
+    return Generation(ids, mask.to(run.device), lengths, ended), [talk.turns for talk in talks]
+
+
 def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generator,
-           rows=0, per_prompt=1, room=0):
+           rows=0, per_prompt=1, room=0, tool=None):
     """Sample per_prompt replies to each of this rank's prompts [Prompt]; those to one prompt are neighbours.
 
-    generator draws the same on all ranks, and the random numbers belong to the prompts, so that replies don't
-    depend on the number of ranks. rows: decoded at once, see `generate`; room: free columns behind the
-    longest reply.
+    generator draws the same on all ranks, and the random numbers belong to the prompts and turns, so that
+    replies don't depend on the number of ranks. rows: decoded at once, see `generate`; room: free columns
+    behind the longest reply; tool: a `judges.Tool` that answers replies, or None.
     """
     repeated = []
     for prompt in prompts:
         repeated += [prompt] * per_prompt
-    uniform = uniforms(len(repeated) * run.world_size, max_new_tokens, generator, run.device)
-    by_prompt = uniform.view(len(prompts) * run.world_size, per_prompt, *uniform.shape[1:])
-    uniform = by_prompt[run.rank::run.world_size].flatten(0, 1)  # (B, tokens, 2)
-    run.doing = f"step {run.step + 1}, sampling {rows or len(repeated)} replies at once"
-    questions = [prompt.ids for prompt in repeated]
-    with run.gathered(model), run.autocast():
-        got = generate(model, questions, max_new_tokens, tokenizer, temperature,
-                       rows=rows, uniform=uniform, interrupted=run.asked_to_stop)
-    run.safe_point()
+
+    def replies_to(questions, limit, numbers=slice(None)):
+        """The Generation that answers questions (lists of ids); numbers: which of this rank's replies."""
+        uniform = uniforms(len(repeated) * run.world_size, max_new_tokens, generator, run.device)
+        by_prompt = uniform.view(len(prompts) * run.world_size, per_prompt, *uniform.shape[1:])
+        uniform = by_prompt[run.rank::run.world_size].flatten(0, 1)  # (B, tokens, 2)
+        run.doing = f"step {run.step + 1}, sampling {rows or len(questions)} replies at once"
+        got = None
+        with run.gathered(model), run.autocast():
+            # There may be none, where other ranks have some.
+            if questions:
+                got = generate(model, questions, limit, tokenizer, temperature,
+                               rows=rows, uniform=uniform[numbers], interrupted=run.asked_to_stop)
+        run.safe_point()
+        return got
+
+    if tool is None:
+        got, turns = replies_to([prompt.ids for prompt in repeated], max_new_tokens), None
+        texts = got.texts(tokenizer)
+    else:
+        got, turns = converse(run, tokenizer, repeated, max_new_tokens, tool, replies_to)
+        texts = [own[-1]["content"] for own in turns]
     ids = got.ids
     mask = got.mask
     if room:
@@ -260,7 +371,7 @@ def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generato
     host_mask = mask.cpu()
     return Rollout(
         prompts=repeated,
-        texts=got.texts(tokenizer),
+        texts=texts,
         ids=ids,
         mask=mask,
         ended=got.ended,
@@ -269,6 +380,7 @@ def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generato
         sizes=lengths.tolist(),
         steps=mask,
         host_steps=host_mask,
+        turns=turns,
     )
 
 

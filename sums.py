@@ -110,6 +110,24 @@ def work_out(terms, rng, wrong=False, hasty=False):
     return "; ".join([*steps, f"so {total}"])
 
 
+def talk_through(terms, rng, wrong=False, hasty=False):
+    """The conversation that works out a sum: each step is asked of the calculator, which answers in between.
+
+    wrong: one of the steps that are asked has a wrong term. hasty: as for `work_out`.
+    """
+    count = rng.integers(1, len(terms) - 1) if hasty else len(terms) - 1
+    missed = rng.integers(1, count + 1) if wrong else None
+    messages = [{"role": "user", "content": prompt_of(terms)}]
+    total = terms[0]
+    for number, term in enumerate(terms[1:count + 1], 1):
+        if number == missed:
+            term += int(rng.choice(MISSES))
+        messages.append({"role": "assistant", "content": f"{total}{term:+d}="})
+        total += term
+        messages.append({"role": "user", "content": str(total)})
+    return [*messages, {"role": "assistant", "content": f"so {total}"}]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Checking replies
 
@@ -161,6 +179,20 @@ def steps(prompts, replies):
     return shares
 
 
+def calculator(replies):
+    """For --tool: the value of each reply that asks for one (12-7=), ? if it can't be read, None behind "so".
+    """
+    answers = []
+    for reply in replies:
+        reply = reply.strip()
+        value = value_of(reply.removesuffix("="))
+        if re.search(rf"\bso {WHOLE}$", reply):
+            answers.append(None)
+        else:
+            answers.append("?" if value is None else str(value))
+    return answers
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Writing files
 
@@ -172,6 +204,7 @@ class Config:
     heldout_sums: Count = 500  # different sums that are held out
     wrong: Fraction = 0.1  # share of the demonstrations that have a step with a wrong result
     hasty: Fraction = 0.4  # share of those that leave out the last steps
+    calculator: bool = False  # demonstrations in which a calculator, sums:calculator, does the steps
     seed: Seed = 0  # seed of the sums and of what is wrong with their demonstrations
     debug: bool = False  # show the traceback of an error
 
@@ -188,10 +221,14 @@ def main(config):
         prompts, demonstrations = [], []
         for terms in splits[split]:
             wrong, hasty = rng.random() < config.wrong, rng.random() < config.hasty
-            reply = work_out(terms, rng, wrong, hasty)
             asked = {"prompt": prompt_of(terms), "answer": str(sum(terms))}
             prompts.append(asked)
-            demonstrations.append(asked | {"completion": reply})
+            if config.calculator:
+                talk = talk_through(terms, rng, wrong, hasty)
+                demonstrations.append({"messages": talk, "answer": asked["answer"]})
+            else:
+                reply = work_out(terms, rng, wrong, hasty)
+                demonstrations.append(asked | {"completion": reply})
         for name, rows in (("demonstrations", demonstrations), ("prompts", prompts)):
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(folder / f"{name}{end}.jsonl", text.encode())
