@@ -145,9 +145,9 @@ def draws_alone(what):
     return TASKS[what].peer == "transformers generate"
 
 
-def variety(replies):
-    """The reward of grpo, cheap and not the same for all: different characters of each reply, a list."""
-    return [float(len(set(reply))) for reply in replies]
+def places(replies):
+    """The reward of grpo: cheap, and never the same for all of a group, whatever random weights say."""
+    return [float(i) for i in range(len(replies))]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def script_flags(job, what):
                 f"--sample-every {NEVER}")
     if what == "grpo":
         # Every reply is cut off, and keeps its score. As the peer, it has no reference to measure a KL with.
-        return (f"{flags} --preset grpo --overlong keep --kl-every 0 --reward-fn {__name__}:variety "
+        return (f"{flags} --preset grpo --overlong keep --kl-every 0 --reward-fn {__name__}:places "
                 f"--rollout-batch {job.size} --group {job.samples} --max-new-tokens {job.new} "
                 f"--sample-every {NEVER}")
     # As many tokens as the peer's batch has on average.
@@ -642,16 +642,16 @@ def their_grpo(job):
     from datasets import Dataset
     # It takes text alone, and these are ids: the text is the row's number, which is looked up.
     prompts = Dataset.from_dict({"prompt": [str(i) for i in range(len(job.rows))]})
-    # What is scaled by, sampled from and averaged over is ours too; there is no end token to look for.
     args = trl.GRPOConfig(
         **their_settings(job), num_generations=job.samples, max_completion_length=job.new, beta=0.0,
         loss_type="grpo", scale_rewards="group", temperature=1.0, top_p=1.0, top_k=0,
         generation_kwargs={"eos_token_id": None})
     policy = theirs(job, "policy")
+    # With the above: no time goes into looking for it.
     policy.generation_config.eos_token_id = None
 
     def reward(completions, **_):
-        return variety(completions)
+        return places(completions)
 
     trainer = trl.GRPOTrainer(policy, reward, args, train_dataset=prompts, **given_to_all(job))
 
