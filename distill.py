@@ -52,11 +52,11 @@ V vocabulary, V' the same rounded up to 64, C width of the student, C' of the te
 """
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 
-from data import describe, endless_order
+from data import endless_order
 from formats.model_folder import load_model, open_model, save_model
 from head import (
     add_weight_gradient, block_rows, ceil_divide, float32_products, rows_of_chunks, token_logprobs,
@@ -67,11 +67,12 @@ from plumbing.flags import Count, Fraction, Natural, Positive, RunConfig, requir
 from plumbing.health import shares_of_time
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
-from rollout import draw_prompts, load_prompts, sample
+from rollout import SAMPLED_AS_SCORED, draw_prompts, load_prompts, sample
 
 
 @dataclass
 class Config(RunConfig):
+    REFUSED: ClassVar = SAMPLED_AS_SCORED
     # files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     data: str = "runs/toy/prompts.jsonl"
     model: str = "runs/small"  # checkpoint folder or hub name of the student to start from, or scratch
@@ -337,8 +338,6 @@ def main(config):
     pair, tokenizer = load_pair(config, run)
     context = min(pair.student.config.block_size, pair.teacher.config.block_size)
     prompts = load_prompts(config, tokenizer, context, run.say)
-    shown = describe(tokenizer, prompts[0].ids, [False] * len(prompts[0].ids))
-    run.say(f"{len(prompts)} prompts, for instance\n{shown}")
     check_functions(judges, [prompt.row for prompt in prompts], run.say)
     for name, model in (("student", pair.student), ("teacher", pair.teacher)):
         run.say(f"{name}: {sum(p.numel() for p in model.parameters()):,} weights")

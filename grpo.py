@@ -57,6 +57,10 @@ averages, and resample draws other prompts in their place.
 There is no KL term unless you ask for one. k1 in the reward is taken off a reply's score, summed over its
 tokens; k2 and k3 in the loss have the right gradient for each token (see the top of ppo.py).
 
+--rollouts takes replies that another engine sampled. rho is the policy's own ratio, before and behind the
+update; what lies between the sampler and the policy is measured (mismatch, ess), and --importance weights
+each token with policy / sampler, at most --importance-limit (Yao et al. 2025), or with that of its reply.
+
 What differs between implementations:
     here                                     TRL 1.16's GRPOTrainer, others              switch
     population deviation, nothing added      over n - 1, plus 1e-4 (OpenRLHF 1e-9)       none
@@ -82,20 +86,23 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 
-from data import describe, endless_order
+from data import endless_order
 from formats.model_folder import open_model, save_model
 from judges import (
     check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
 from model import GPT, frozen_reference, prepare_training, shares_frozen
-from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, flag_of, require
+from plumbing.flags import (
+    Count, Fraction, Natural, NonNegative, Positive, RunConfig, as_list, flag_of, require)
 from plumbing.health import Totals, Watch, shares_of_time
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
-from rollout import Rollout, draw_prompts, join, load_prompts, sample
+from rollout import (
+    SAMPLED_AS_SCORED, Rollout, draw_prompts, join, load_prompts, load_recorded, replay, sample)
 
 
 @dataclass
 class Config(RunConfig):
+    REFUSED: ClassVar = SAMPLED_AS_SCORED
     PRESETS: ClassVar = {
         "grpo": {"advantage": "deviation", "loss": "clip", "ratio": "token", "average": "reply"},
         "dr-grpo": {"advantage": "mean", "loss": "clip", "ratio": "token", "average": "constant"},
@@ -118,6 +125,12 @@ class Config(RunConfig):
                     "maxrl", "passk"] = ""
     # files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     data: str = "runs/toy/prompts.jsonl"
+    # file of replies that another engine sampled, with token ids and log-probabilities (see README.md), in
+    # place of --data and sampling
+    rollouts: str = ""
+    # what each token of --rollouts counts: 1; or policy / sampler, of the token or of its whole reply
+    importance: Literal["none", "token", "reply"] = "none"
+    importance_limit: Positive = 2.0  # the most that it counts
     # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
     model: str = "runs/sft"
     # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
@@ -326,6 +339,22 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, weights, kind, ratio, 
     return (torch.where(mask, losses, 0.0) * weights).sum(), sums
 
 
+def importance_weights(logprobs, sampler_logprobs, mask, kind, limit):
+    """What tokens count (B, T) that another engine sampled: policy / sampler, at most limit; none: 1.
+
+    token: of each token alone, biased, as the tokens before it were sampled elsewhere too; reply: of its
+    whole reply, unbiased but for the limit (Ionides 2008, eq. 3). logprobs, sampler_logprobs, mask (B, T).
+    """
+    log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0.0)
+    if kind == "none":
+        return torch.ones_like(log_ratio)
+    if kind == "reply":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(mask)
+    elif kind != "token":
+        raise ValueError(f"unknown importance {kind}")
+    return log_ratio.clamp(max=math.log(limit)).exp()
+
+
 def kl_estimate(logprobs, ref_logprobs, kind):
     """Per-token estimate of KL(pi || ref) from tokens drawn from pi, in nats: kind k1, k2 or k3, any shape.
     """
@@ -358,6 +387,7 @@ def check(config, run):
             f"--minibatches {config.minibatches}, but only {prompts} prompts (--rollout-batch)")
     compares = config.advantage not in ("none", "greedy", "batch")
     require(config.group > 1 or not compares, f"--advantage {config.advantage} needs a --group of 2 or more")
+    require(config.importance == "none" or config.rollouts, "--importance is for --rollouts")
     require(config.advantage != "pass" or config.pass_k <= config.group,
             f"--pass-k {config.pass_k} needs as many replies in a --group, which has {config.group}")
     require(config.overlong_tokens <= config.max_new_tokens or config.overlong != "linear",
@@ -416,8 +446,11 @@ class Groups(NamedTuple):
     likeliest_scores: torch.Tensor  # (N,) zeros unless there are any
 
 
-def sample_groups(run, config, models, functions, weights, prompts, order, generator, tokenizer):
-    """`Groups` of the next --rollout-batch prompts of all ranks; None if a score was not finite."""
+def sample_groups(run, config, models, functions, weights, prompts, recorded, order, generator, tokenizer):
+    """`Groups` of the next --rollout-batch prompts of all ranks; None if a score was not finite.
+
+    recorded: the replies of --rollouts to each of the prompts, else None.
+    """
     def scored(batch):
         plan, = batch.plan(run, [list(range(len(batch.texts)))], config.micro_batch_tokens)
         by_source = score(run, models.reward_models, functions, batch, plan)  # (sources, B)
@@ -426,8 +459,11 @@ def sample_groups(run, config, models, functions, weights, prompts, order, gener
 
     drawn = draw_prompts(run, prompts, order, config.rollout_batch)
     asked = [prompts[i] for i in drawn]
-    batch = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, config.temperature,
-                   generator, config.rollout_rows, per_prompt=config.group)  # ids, mask (B, T)
+    if recorded:
+        batch = replay(run, tokenizer, asked, [recorded[i] for i in drawn])  # ids, mask (B, T)
+    else:
+        batch = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, config.temperature,
+                       generator, config.rollout_rows, per_prompt=config.group)  # ids, mask (B, T)
     source_scores, scores = scored(batch)
     likeliest, likeliest_scores = None, torch.zeros(len(drawn), device=run.device)
     if config.advantage == "greedy":
@@ -481,22 +517,42 @@ def forward(run, model, batch, config):
     return logprobs
 
 
-def shaped_scores(config, batch, scores, lowest, logprobs, ref_logprobs):
+class Old(NamedTuple):
+    """What is known of a rollout before its update."""
+    logprobs: torch.Tensor | None  # (B, T) None where the update's own first pass has them
+    ref_logprobs: torch.Tensor | None  # (B, T) None where no KL is asked for
+    importance: torch.Tensor | None  # (B, T) what tokens count that were sampled elsewhere; None: 1
+
+
+def look_back(run, config, models, batch):
+    """`Old` of a rollout, and {metric: number} of how far its sampler was from the policy."""
+    logprobs = ref_logprobs = importance = None
+    mismatch = {}
+    kl_in_reward = config.kl_coef > 0 and config.kl_in == "reward"
+    recorded = batch.sampler_logprobs is not None
+    if config.epochs * config.minibatches > 1 or kl_in_reward or recorded:
+        logprobs = forward(run, models.policy_model, batch, config)
+    if config.kl_coef > 0 or (config.kl_every and run.step % config.kl_every == 0):
+        ref_logprobs = forward(run, models.reference, batch, config)
+    if recorded:
+        mismatch = batch.mismatch(run, logprobs)
+        importance = importance_weights(logprobs, batch.sampler_logprobs, batch.mask, config.importance,
+                                        config.importance_limit)
+    return Old(logprobs, ref_logprobs, importance), mismatch
+
+
+def shaped_scores(run, config, models, batch, scores, lowest, old=None):
     """Scores (B,) of a rollout after --overlong and, where it stands in the reward, the KL of each reply.
 
-    lowest: score of the whole rollout; logprobs, ref_logprobs (B, T), needed for the KL alone.
+    lowest: score of the whole rollout; old: `Old`, if it is known already.
     """
     scores = overlong_scores(scores, batch.ended, batch.mask.sum(1), config.overlong, config.overlong_penalty,
                              lowest, config.max_new_tokens, config.overlong_tokens)
     if config.kl_coef == 0 or config.kl_in == "loss":
         return scores
-    return scores - config.kl_coef * kl_estimate(logprobs, ref_logprobs, config.kl).sum(1)
-
-
-class Old(NamedTuple):
-    """Log-probabilities (B, T) of a rollout before its update."""
-    logprobs: torch.Tensor  # None where the update's own first pass has them
-    ref_logprobs: torch.Tensor  # None where no KL is asked for
+    if old is None:
+        old, _ = look_back(run, config, models, batch)
+    return scores - config.kl_coef * kl_estimate(old.logprobs, old.ref_logprobs, config.kl).sum(1)
 
 
 class Update(NamedTuple):
@@ -539,6 +595,8 @@ def update(run, config, models, groups, old, advantages, trained, kept, generato
             mask = part.mask & part.of(trained)
             weights = token_weights(lengths[part.rows], config.average, replies, tokens,
                                     config.max_new_tokens)  # (n, 1)
+            if old.importance is not None:
+                weights = weights * part.of(old.importance)  # (n, W)
             loss, sums = policy_loss(logprobs, old_logprobs, advantages[part.rows], mask, weights,
                                      config.loss, config.ratio, config.clip_low, config.clip_high,
                                      (config.soft_positive, config.soft_negative))
@@ -582,7 +640,7 @@ def metrics_of(run, config, groups, flat, advantages, named, judged, done):
 
 def main(config):
     folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
-    run = Run(config, reads={"reward": folders})
+    run = Run(config, reads={"reward": folders, "data": as_list(config.rollouts)})
     sources = folders + config.reward_fn
     check(config, run)
     weights = torch.tensor(source_weights(config.reward_weights, sources), device=run.device)  # (sources,)
@@ -590,9 +648,11 @@ def main(config):
     judges = load_functions("--judge", config.judge)
     models, tokenizer = load_models(config, folders, run)
     context = min(model.config.block_size for model in [models.policy_model, *models.reward_models])
-    prompts = load_prompts(config, tokenizer, context, run.say)
-    shown = describe(tokenizer, prompts[0].ids, [False] * len(prompts[0].ids))
-    run.say(f"{len(prompts)} prompts, for instance\n{shown}")
+    recorded = None
+    if config.rollouts:
+        prompts, recorded = load_recorded(config, tokenizer, context, run.say, config.group)
+    else:
+        prompts = load_prompts(config, tokenizer, context, run.say)
     # A mistake in a function should show before anything is written.
     check_functions(functions + judges, [prompt.row for prompt in prompts], run.say)
 
@@ -604,8 +664,6 @@ def main(config):
     # Prompts drawn and replies sampled so far.
     state |= {"drawn": 0, "replies": 0} | state
     order = endless_order(len(prompts), config.seed, state["drawn"])
-    updates = config.epochs * config.minibatches
-    kl_in_reward = config.kl_coef > 0 and config.kl_in == "reward"
     G = config.group
     watch = Watch(run, config, judges)
 
@@ -616,8 +674,8 @@ def main(config):
         # 1. rollout and score, once more where too many groups teach nothing
         rounds, useful = [], 0
         while None not in rounds and useful < config.rollout_batch and len(rounds) < config.resample_rounds:
-            rounds.append(sample_groups(run, config, models, functions, weights, prompts, order, generator,
-                                        tokenizer))
+            rounds.append(sample_groups(run, config, models, functions, weights, prompts, recorded, order,
+                                        generator, tokenizer))
             if config.flat != "resample":
                 break
             if rounds[-1]:
@@ -631,22 +689,14 @@ def main(config):
         clock.append(run.clock())
 
         # 2. log-probabilities before the update, where they are needed
-        old = Old(None, None)
-        if updates > 1 or kl_in_reward:
-            old = old._replace(logprobs=forward(run, models.policy_model, batch, config))  # (B, T)
-        if config.kl_coef > 0 or (config.kl_every and step % config.kl_every == 0):
-            old = old._replace(ref_logprobs=forward(run, models.reference, batch, config))  # (B, T)
+        old, mismatch = look_back(run, config, models, batch)
 
         # 3. advantages
         lowest = run.all_min(scores.min())
-        shaped = shaped_scores(config, batch, scores, lowest, *old)  # (B,)
+        shaped = shaped_scores(run, config, models, batch, scores, lowest, old)  # (B,)
         baseline = groups.likeliest_scores  # (N,)
         if groups.likeliest:
-            of_likeliest = [None, None]
-            if kl_in_reward:
-                of_likeliest = [forward(run, model, groups.likeliest, config)
-                                for model in (models.policy_model, models.reference)]
-            baseline = shaped_scores(config, groups.likeliest, baseline, lowest, *of_likeliest)
+            baseline = shaped_scores(run, config, models, groups.likeliest, baseline, lowest)
         if config.advantage in ("success", "success-fail"):
             require(run.all_min(shaped.min()) >= 0,
                     f"--advantage {config.advantage} is for scores of 0 and more, and one is "
@@ -665,7 +715,7 @@ def main(config):
         # 5. log, save
         named = dict(zip(short_names(sources), groups.source_scores)) if len(sources) > 1 else {}
         judged = {function.name: judge(function, batch).to(run.device) for function in judges}
-        row = metrics_of(run, config, groups, flat, advantages, named, judged, done)
+        row = metrics_of(run, config, groups, flat, advantages, named, judged, done) | mismatch
         clock.append(run.clock())
         watch.check_ratio(-run.all_min(-done.ratio_error))
         watch.look(row)

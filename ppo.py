@@ -75,31 +75,40 @@ Legend: B replies on this rank, T tokens, V vocabulary; n replies of a pass, W t
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from data import collate, describe, encode_demonstrations, endless_batches, endless_order
+from data import collate, encode_demonstrations, endless_batches, endless_order
 from formats.model_folder import open_model, save_model
 from formats.sources import read_rows
 from judges import (
     check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
 from model import (
     GPT, ScalarModel, copy_of, frozen_reference, prepare_training, shares_frozen, values_before)
-from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
+from plumbing.flags import (
+    Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, as_list, require)
 from plumbing.health import Totals, Watch, shares_of_time
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
-from rollout import draw_prompts, load_prompts, sample
+from rollout import SAMPLED_AS_SCORED, draw_prompts, load_prompts, load_recorded, replay, sample
 
 Schedule = Literal["cosine", "linear", "constant"]
 
 
 @dataclass
 class Config(RunConfig):
+    REFUSED: ClassVar = SAMPLED_AS_SCORED
     # files whose prompts are used: a.jsonl, or a mixture a.jsonl:0.8,b.parquet:0.2, or hf:org/name:split
     data: str = "runs/toy/prompts.jsonl"
+    # file of replies that another engine sampled, with token ids and log-probabilities (see README.md), in
+    # place of --data and sampling
+    rollouts: str = ""
+    # what each token of --rollouts counts for the policy: 1; or policy / sampler, of the token or of its
+    # whole reply
+    importance: Literal["none", "token", "reply"] = "none"
+    importance_limit: Positive = 2.0  # the most that it counts
     # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
     model: str = "runs/sft"
     # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
@@ -335,13 +344,13 @@ def explained_variance(values, returns, mask, all_sum=lambda t: t):
 # batches and ranks.
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="clip", dual_clip=0.0,
-                penalty_coef=0.0):
+                penalty_coef=0.0, importance=1.0):
     """PPO's loss of the policy (Schulman et al. 2017).
 
     clip: the clipped surrogate (eq. 7); penalty: -ratio * A + penalty_coef * KL(old || new) (eq. 8).
     logprobs, old_logprobs, advantages, mask (B, T). dual_clip > 1 bounds the loss of a token with A < 0 by
-    -dual_clip * A (Ye et al. 2020, eq. 5). Returns (scalar, {clip_fraction, approx_kl}); approx_kl is k3 of
-    KL(old || new), per token.
+    -dual_clip * A (Ye et al. 2020, eq. 5). importance (B, T): what each token counts. Returns (scalar,
+    {clip_fraction, approx_kl}); approx_kl is k3 of KL(old || new), per token.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -356,21 +365,35 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip, tokens, kind="cl
             loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     clipped = (ratio.detach() - 1).abs() > clip
     stats = {"clip_fraction": clipped, "approx_kl": kl.detach()}
-    return (loss * mask).sum() / tokens, {k: (v * mask).sum() / tokens for k, v in stats.items()}
+    loss = (loss * mask * importance).sum() / tokens
+    return loss, {k: (v * mask).sum() / tokens for k, v in stats.items()}
 
 
-def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, kind, tokens):
+def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, kind, tokens, importance=1.0):
     """A KL(pi || ref) term for the loss.
 
     For k2 and k3 its gradient is that of each token's KL, also once pi has left old.
 
-    All (B, T) -> scalar. E_old[ratio * k3] is the KL itself. grad k2 = lr * grad log pi, which has the right
-    mean under pi, hence the constant ratio before it. k1's gradient has mean zero under pi, and is here to be
-    looked at.
+    All (B, T) -> scalar; importance: what each token counts. E_old[ratio * k3] is the KL itself. grad k2 =
+    lr * grad log pi, which has the right mean under pi, hence the constant ratio before it. k1's gradient has
+    mean zero under pi, and is here to be looked at.
     """
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20).exp()
-    weight = {"k1": 1.0, "k2": ratio.detach(), "k3": ratio}[kind]
+    weight = {"k1": 1.0, "k2": ratio.detach(), "k3": ratio}[kind] * importance
     return (weight * torch.where(mask, kl_estimate(logprobs, ref_logprobs, kind), 0.0)).sum() / tokens
+
+
+def importance_weights(logprobs, sampler_logprobs, mask, kind, limit):
+    """What tokens count that another engine sampled (B, T), as in grpo.py: policy / sampler, at most limit.
+    """
+    log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0.0)
+    if kind == "none":
+        return torch.ones_like(log_ratio)
+    if kind == "reply":
+        log_ratio = log_ratio.sum(1, keepdim=True).expand_as(mask)
+    elif kind != "token":
+        raise ValueError(f"unknown importance {kind}")
+    return log_ratio.clamp(max=math.log(limit)).exp()
 
 
 def value_loss(values, old_values, returns, steps, clip, tokens):
@@ -416,6 +439,7 @@ def check(config, folders, run):
     require(B % ranks == 0, f"--rollout-batch {B} is not divisible by {ranks} ranks")
     require(B // ranks % config.minibatches == 0,
             f"a rank's {B // ranks} prompts are not divisible into --minibatches {config.minibatches}")
+    require(config.importance == "none" or config.rollouts, "--importance is for --rollouts")
     require(config.kl_target == 0 or config.kl_coef > 0,
             "--kl-target needs a --kl-coef above 0 to start from")
     require(config.kl_target == 0 or B <= config.kl_horizon, "--kl-horizon must be at least --rollout-batch")
@@ -611,6 +635,10 @@ def update(run, config, models, batch, old, advantages, returns, coefs, generato
     grad_norm = critic_grad_norm = torch.zeros(())
     minibatches = deal(len(batch.texts), config.minibatches, config.epochs, run, generator)
     plans = batch.plan(run, minibatches, config.micro_batch_tokens)
+    importance = torch.ones_like(old.logprobs)  # (B, T)
+    if batch.sampler_logprobs is not None:
+        importance = importance_weights(old.logprobs, batch.sampler_logprobs, batch.mask, config.importance,
+                                        config.importance_limit)
 
     for number, picked in enumerate(minibatches):
         # Counts of the whole minibatch: a short reply weighs by its tokens.
@@ -627,14 +655,15 @@ def update(run, config, models, batch, old, advantages, returns, coefs, generato
                                                       with_entropy=config.entropy_coef > 0)
                 objective, stats = policy_loss(
                     logprobs, old_logprobs, part.of(advantages), part.mask, config.clip, tokens,
-                    config.policy_loss, config.dual_clip, coefs["penalty_coef"])
+                    config.policy_loss, config.dual_clip, coefs["penalty_coef"], part.of(importance))
                 totals.add({"policy_loss": objective, **stats})
                 approx_kl += stats["approx_kl"]
                 if config.entropy_coef > 0:
                     objective = objective - config.entropy_coef * (entropy * part.mask).sum() / tokens
                 if config.kl_in == "loss":
                     ref_logprobs = part.of(old.ref_logprobs)
-                    kl = kl_loss(logprobs, old_logprobs, ref_logprobs, part.mask, config.kl, tokens)
+                    kl = kl_loss(logprobs, old_logprobs, ref_logprobs, part.mask, config.kl, tokens,
+                                 part.of(importance))
                     totals.add({"kl_loss": kl})
                     objective = objective + coefs["kl_coef"] * kl
                 if number == 0:
@@ -717,7 +746,7 @@ def metrics_of(run, batch, old, scores, source_scores, rewards, explained, judge
 
 def main(config):
     folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
-    run = Run(config, reads={"reward": folders})
+    run = Run(config, reads={"reward": folders, "data": as_list(config.rollouts)})
     sources = folders + config.reward_fn
     check(config, folders, run)
     weights = torch.tensor(source_weights(config.reward_weights, sources), device=run.device)  # (sources,)
@@ -726,9 +755,11 @@ def main(config):
     models, tokenizer = load_models(config, folders, run)
     policy_model, reward_models = models.policy_model, models.reward_models
     context = min(model.config.block_size for model in [policy_model, models.critic_model, *reward_models])
-    prompts = load_prompts(config, tokenizer, context, run.say)
-    shown = describe(tokenizer, prompts[0].ids, [False] * len(prompts[0].ids))
-    run.say(f"{len(prompts)} prompts, for instance\n{shown}")
+    recorded = None
+    if config.rollouts:
+        prompts, recorded = load_recorded(config, tokenizer, context, run.say)
+    else:
+        prompts = load_prompts(config, tokenizer, context, run.say)
     demonstrations = None
     if config.ptx_coef > 0:
         limit = min(config.max_length or context, context)
@@ -759,8 +790,12 @@ def main(config):
             demonstrations.draw(updates)
         drawn = draw_prompts(run, prompts, order, config.rollout_batch)
         room = 1 if config.reward_at == "next" else 0
-        batch = sample(run, policy_model, tokenizer, [prompts[i] for i in drawn], config.max_new_tokens,
-                       config.temperature, generator, config.rollout_rows, room=room)  # ids, mask (B, T)
+        asked = [prompts[i] for i in drawn]
+        if recorded:
+            batch = replay(run, tokenizer, asked, [recorded[i] for i in drawn], room)  # ids, mask (B, T)
+        else:
+            batch = sample(run, policy_model, tokenizer, asked, config.max_new_tokens, config.temperature,
+                           generator, config.rollout_rows, room=room)  # ids, mask (B, T)
         steps = steps_mask(batch.mask, config.reward_at, run.all_max)  # (B, T)
         batch.count_steps(steps)
         clock.append(run.clock())
@@ -801,6 +836,8 @@ def main(config):
         named = dict(zip(short_names(sources), source_scores)) if len(sources) > 1 else {}
         judged = {function.name: judge(function, batch).to(run.device) for function in judges}
         row, tokens = metrics_of(run, batch, old, scores, named, rewards, explained, judged, done)
+        if recorded:
+            row |= batch.mismatch(run, old.logprobs)
         clock.append(run.clock())
         # The largest of all ranks.
         ratio_error = -run.all_min(-done.ratio_error)

@@ -8,12 +8,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from data import drop_long, encode_prompt
+from data import describe, drop_long, encode_prompt, pad_rows
+from formats.rollouts import read_rollouts
 from formats.rows import Row
 from formats.sources import read_rows, split_by_prompt
 from generate import generate, uniforms
 from plumbing.flags import require
 from plumbing.ranks import by_length, fill_up
+
+# Flags that no training script has, and what to say to those who give them.
+SAMPLED_AS_SCORED = dict.fromkeys(("--top-k", "--top-p", "--min-p"), (
+    "training samples from the distribution that it scores, the whole softmax at --temperature; what is left "
+    "when unlikely tokens are cut off is another policy, and its gradient is not the one that is computed"))
 
 
 class Prompt(NamedTuple):
@@ -38,7 +44,58 @@ def load_prompts(config, tokenizer, context, say, held_out=False):
             f"in the context of {context}")
     prompts = [Prompt(row, encode_prompt(tokenizer, row.prompt)) for row in train]
     lengths = [len(prompt.ids) for prompt in prompts]
-    return drop_long(prompts, lengths, context - config.max_new_tokens, say)
+    prompts = drop_long(prompts, lengths, context - config.max_new_tokens, say)
+    shown = describe(tokenizer, prompts[0].ids, [False] * len(prompts[0].ids))
+    say(f"{len(prompts)} prompts, for instance\n{shown}")
+    return prompts
+
+
+def load_recorded(config, tokenizer, context, say, per_prompt=1):
+    """Replies of --rollouts in place of sampling: prompts [Prompt], and per_prompt replies to each.
+
+    Returns (prompts, replies), where replies[i] is a list of `formats.rollouts.Recorded`. A prompt that has
+    several times as many replies comes several times. context: as for `load_prompts`.
+    """
+    path = config.rollouts
+    require(not config.part and not config.skip_bad and config.val_fraction == 0,
+            "--part, --skip-bad and --val-fraction are for --data; all of --rollouts is taken")
+    recorded = read_rollouts(path, config.temperature)
+    by_prompt = {}  # {ids of a prompt and its answer: (Prompt, [Recorded])}
+    for own in recorded:
+        ids = own.prompt_ids or encode_prompt(tokenizer, own.row.prompt)
+        check_recorded(own, ids, tokenizer, min(config.max_length or context, context), config.max_new_tokens)
+        _, replies = by_prompt.setdefault((*ids, own.row.answer), (Prompt(own.row, ids), []))
+        replies.append(own)
+    prompts, groups = [], []
+    for prompt, replies in by_prompt.values():
+        for start in range(0, len(replies) - per_prompt + 1, per_prompt):
+            prompts.append(prompt)
+            groups.append(replies[start:start + per_prompt])
+    require(prompts, f"{path} has no prompt with {per_prompt} replies (--group)")
+    left = len(recorded) - len(prompts) * per_prompt
+    more = f"; {left} are left over, as their prompts have too few" if left else ""
+    say(f"{path}: {len(recorded)} replies to {len(by_prompt)} prompts, taken {per_prompt} at a time{more}")
+    uses = config.steps * config.rollout_batch / len(prompts)
+    if uses > 1:
+        say(f"each is used {uses:.3g} times in {config.steps} steps: the policy moves away from what sampled "
+            "them (watch mismatch and ess)")
+    return prompts, groups
+
+
+def check_recorded(own, prompt_ids, tokenizer, context, max_new_tokens):
+    """UserError unless a reply that was sampled elsewhere could have been sampled here."""
+    length = len(own.reply_ids)
+    require(length <= max_new_tokens,
+            f"{own.where}: a reply of {length} tokens, and --max-new-tokens is {max_new_tokens}")
+    whole = len(prompt_ids) + length
+    require(whole <= context,
+            f"{own.where}: prompt and reply have {whole} tokens, and the context is {context}")
+    largest = max(*prompt_ids, *own.reply_ids)
+    require(largest < tokenizer.n_vocab,
+            f"{own.where}: token {largest} is none of the tokenizer's {tokenizer.n_vocab}; was it another "
+            "model that sampled?")
+    require(not set(own.reply_ids[:-1]) & set(tokenizer.stops),
+            f"{own.where}: the reply goes on behind an end token, where a policy stops")
 
 
 def draw_prompts(run, prompts, order, count):
@@ -87,12 +144,33 @@ class Rollout:
     # Positions that get a reward and a value, here and on the CPU: the response, or as `count_steps` says.
     steps: torch.Tensor  # (B, T) bool
     host_steps: torch.Tensor
+    # Log-probabilities (B, T) by the engine that sampled, 0 outside the response; None if that was ours.
+    sampler_logprobs: torch.Tensor | None = None
 
     def count_steps(self, steps):
         """Have steps (B, T) for steps, which hold the response and perhaps one position behind it."""
         self.steps, self.host_steps = steps, steps.cpu()
         behind = self.host_steps.sum(1) - self.host_mask.sum(1)  # (B,)
         self.sizes = (self.host_lengths + behind).tolist()
+
+    def mismatch(self, run, logprobs):
+        """How far the engine that sampled is from the policy, whose logprobs (B, T) these are.
+
+        Returns {mismatch: mean of log sampler / policy, nats per token (an estimate of the KL between them);
+        mismatch_max: the largest amount; ess: the effective sample size of replies weighted by policy /
+        sampler, as a share of their number}, all over all ranks.
+        """
+        log_ratio = torch.where(self.mask, logprobs - self.sampler_logprobs, 0.0)  # (B, T)
+        of_replies = log_ratio.sum(1)  # (B,)
+        # Their largest is taken off, as only proportions count.
+        weights = (of_replies - run.all_max(of_replies.max())).exp()
+        sums = [log_ratio.sum(), self.mask.sum(), weights.sum(), weights.square().sum()]
+        total, tokens, first, second = run.all_sum(torch.stack(sums)).tolist()
+        return {
+            "mismatch": -total / tokens,
+            "mismatch_max": run.all_max(log_ratio.abs().max()).item(),
+            "ess": first**2 / second / (len(weights) * run.world_size),
+        }
 
     def plan(self, run, selections, budget):
         """Lists of this rank's replies, each cut into passes of at most budget padded tokens.
@@ -141,7 +219,9 @@ def join(rollouts):
     fields = {}
     for name in Rollout.__dataclass_fields__:
         parts = [getattr(batch, name) for batch in rollouts]
-        if isinstance(parts[0], list):
+        if parts[0] is None:
+            fields[name] = None
+        elif isinstance(parts[0], list):
             fields[name] = sum(parts, [])
         elif parts[0].ndim == 1:
             fields[name] = torch.cat(parts)
@@ -189,6 +269,39 @@ def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generato
         sizes=lengths.tolist(),
         steps=mask,
         host_steps=host_mask,
+    )
+
+
+def replay(run, tokenizer, prompts, replies, room=0):
+    """The Rollout of replies that were sampled elsewhere: to each of this rank's prompts [Prompt] its list of
+    Recorded. room: free columns behind the longest.
+    """
+    repeated, rows, marks, logprobs = [], [], [], []
+    for prompt, group in zip(prompts, replies):
+        for own in group:
+            before = len(prompt.ids)
+            repeated.append(prompt)
+            rows.append(prompt.ids + own.reply_ids)
+            marks.append([False] * before + [True] * len(own.reply_ids))
+            logprobs.append([0.0] * before + own.logprobs)
+    ids, lengths = pad_rows(rows, tokenizer.pad, run.device)  # (B, T), (B,)
+    host_mask, _ = pad_rows(marks, False)  # (B, T)
+    sampler_logprobs, _ = pad_rows(logprobs, 0.0, run.device)  # (B, T)
+    ended = [row[-1] in tokenizer.stops for row in rows]
+    host_mask = F.pad(host_mask, (0, room))
+    mask = host_mask.to(run.device)
+    return Rollout(
+        prompts=repeated,
+        texts=[tokenizer.decode(own.reply_ids) for group in replies for own in group],
+        ids=F.pad(ids, (0, room), value=tokenizer.pad),
+        mask=mask,
+        ended=torch.tensor(ended, device=run.device),
+        host_mask=host_mask,
+        host_lengths=lengths,
+        sizes=lengths.tolist(),
+        steps=mask,
+        host_steps=host_mask,
+        sampler_logprobs=F.pad(sampler_logprobs, (0, room)),
     )
 
 

@@ -193,8 +193,13 @@ def add_flag(group, flag, hint, text):
         group.add_argument(flag, type=hint, metavar=METAVARS[hint], help=text)
 
 
-def unknown_argument(parser, argument):
-    """What to say of an argument that the parser doesn't know: the nearest flag, if one is near."""
+def unknown_argument(parser, argument, refused):
+    """What to say of an argument that the parser doesn't know: the nearest flag, if one is near.
+
+    refused: {flag: why there is none}.
+    """
+    if argument.split("=")[0] in refused:
+        return f"{argument}: {refused[argument.split('=')[0]]}"
     known = []
     for action in parser._actions:
         known += action.option_strings
@@ -241,7 +246,7 @@ def parse_flags(config_class, description, argv=None):
 
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(unknown_argument(parser, unknown[0]))
+        parser.error(unknown_argument(parser, unknown[0], getattr(config_class, "REFUSED", {})))
     given = vars(args)
     for name, limits in bounds.items():
         if name in given and not within(given[name], limits):

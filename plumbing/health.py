@@ -75,6 +75,11 @@ def diagnose(history, config, judges=()):
         raised = switches(config, "kl_coef", "kl_target")
         found["kl"] = (f"the KL to the reference, {last['kl']:.1f} nats per reply, is beyond --kl-limit "
                        f"{config.kl_limit:g}: raise {raised}, or lower --lr")
+    if last.get("ess", 1) < 0.5:
+        found["ess"] = (f"weighted by policy / sampler, the replies of --rollouts are worth "
+                        f"{last['ess']:.0%} of their number: sample anew with this policy; if nothing has "
+                        "been trained yet, the sampler had other weights, another temperature or another "
+                        "chat template")
     if len(history) >= 2 * WINDOW:
         found |= diagnose_trends(history, config)
     if len(history) >= 3 * WINDOW:

@@ -17,6 +17,8 @@ ROOMS = (
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
 TWINS = {
     "kl_estimate": "test_grpo.py::test_kl_terms_are_those_of_ppo",
+    "importance_weights":
+        "whole/test_recorded_replies.py::test_weights_are_bounded_and_those_of_one_script_are_the_others",
     "kl_loss": "test_grpo.py::test_kl_terms_are_those_of_ppo",
     "policy_loss": "test_grpo.py::test_with_a_ratio_of_each_token_the_clipped_loss_is_that_of_ppo",
 }

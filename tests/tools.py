@@ -370,9 +370,14 @@ def reply_logprob(policy, ids, mask, temperature=1.0):
     return sum(logprobs[t - 1, ids[t]] for t in mask.nonzero().flatten().tolist())
 
 
-def readme_commands():
+def readme_blocks(language):
+    """The blocks of code of a language in the README."""
     text = (ROOT / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return re.findall(rf"```(?:{language})\n(.*?)```", text, re.S)
+
+
+def readme_commands():
+    blocks = "\n".join(readme_blocks("bash|sh")).replace("\\\n", " ")
     return [
         line.split("#")[0].strip()
         for line in blocks.splitlines()

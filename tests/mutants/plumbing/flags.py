@@ -12,4 +12,8 @@ MUTANTS = [
     ("help: the common flags first", "whole/test_commands.py::test_help_begins_with_the_flags_of_the_script",
      "group = own if field.name in config_class.__annotations__ else common",
      "group = common if field.name in config_class.__annotations__ else own"),
+    ("a sampler that is not scored is an unknown flag like any other",
+     "whole/test_recorded_replies.py::test_training_has_no_sampler_that_is_not_scored_and_says_why",
+     'argument.split("=")[0] in refused',
+     'argument in refused'),
 ]
