@@ -119,7 +119,8 @@ class Config:
     rows: str = ""
     row_count: Count = 64  # how many rows to take from it
     threads: Count = 2  # CPU threads of each side
-    write: bool = False  # put the table of this call into bench/RESULTS.md
+    # put the table of this call into bench/RESULTS.md, in place of one of the same rows and flags
+    write: bool = False
     out: str = ""  # file that the printed lines are appended to
     # sft, reward, dpo, grpo: leave TRL the bfloat16 products and the gradient checkpointing that it comes with
     trl_defaults: bool = False
@@ -1051,7 +1052,10 @@ def main(what, config):
     if config.write:
         defaults = " trl-defaults" if config.trl_defaults else ""
         shape = results[0]["shape"]
-        put_or_append(f"speed {config.dtype} {shape} {config.heap}{defaults}", table(results, config))
+        # Some rows get a table of their own: those of one table were measured by one call.
+        some = [name for name in TASKS if name in what]
+        only = "" if some == list(TASKS) else f" of {' '.join(some)}"
+        put_or_append(f"speed {config.dtype} {shape} {config.heap}{defaults}{only}", table(results, config))
 
 
 def child(side, what, *rest):

@@ -143,6 +143,20 @@ def test_least_seconds_of_groups_by_hand():
     assert bench.least_seconds("grpo", config, row, 1e6, 1e9) == pytest.approx(drawn + trained)
 
 
+def test_rows_measured_by_themselves_leave_the_table_of_all_alone(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(bench, "make_models", lambda *_: None)
+    monkeypatch.setattr(bench, "compare", lambda what, *_: {"what": what, "shape": "uniform"})
+    monkeypatch.setattr(bench, "table", lambda results, _: [result["what"] for result in results])
+    monkeypatch.setattr(bench, "put_or_append", lambda *given: written.append(given))
+    (tmp_path / "trl").mkdir()
+    config = bench.Config(write=True, trl_ppo=str(tmp_path))
+    bench.main(["samples8", "grpo"], config)
+    bench.main([], config)
+    assert written == [("speed float32 uniform default of grpo samples8", ["samples8", "grpo"]),
+                       ("speed float32 uniform default", list(bench.TASKS))]
+
+
 def test_scaling_measures_every_panel_and_draws_it(tmp_path, capsys, monkeypatch):
     train, decode = scaling.Point("tiny", 2, 256), scaling.Point("tiny", 2, 64, 32, True)
     panels = [("size", train), ("size", decode), ("context", train), ("batch", decode), ("replies", decode)]
