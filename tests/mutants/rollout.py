@@ -42,7 +42,7 @@ MUTANTS = [
      "logprobs.append([0.0] * before + own.logprobs)",
      "logprobs.append([0.0] * (before - 1) + own.logprobs)"),
     ("replies from elsewhere: all have ended",
-     "whole/test_recorded_replies.py::test_what_transformers_samples_as_the_readme_has_it_is_scored_alike",
+     "whole/test_recorded_replies.py::test_replies_of_the_policy_itself_give_the_update_of_sampling",
      "ended = [row[-1] in tokenizer.stops for row in rows]",
      "ended = [True for row in rows]"),
     ("replies from elsewhere: longer than may be",

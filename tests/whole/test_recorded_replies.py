@@ -35,7 +35,7 @@ def record(folder, root, script, *flags, temperature=1.0, heat=1.0):
         asked = [{"prompt": f"Say {word}.", "answer": word} for word in tools.MORE_WORDS]
         tools.write_rows(prompts, asked[:4 if script == "grpo" else 8])
         words = tools.split([
-            f"--model {root}/sft --reward {root}/reward --threads 1 --max-new-tokens 10 --steps 1",
+            f"--model {root}/sft --reward {root}/reward --threads 1 --max-new-tokens 5 --steps 1",
             f"--warmup 0 --temperature {temperature}", FLAGS[script], *flags])
         assert tools.exit_code(script, *words, f"--data {prompts} --out {folder}/sampled") == 0
     (_, batch), = calls["sample"]
@@ -67,6 +67,7 @@ def test_replies_of_the_policy_itself_give_the_update_of_sampling(script, import
     row, = tools.rows_of(out)
     sampled, = tools.rows_of(tmp_path / "sampled")
     assert row["score"] == pytest.approx(sampled["score"], abs=1e-5) and row["length"] == sampled["length"]
+    assert row["eos_rate"] == sampled["eos_rate"] < 1
     assert abs(row["mismatch"]) < 1e-5 and row["mismatch_max"] < 1e-4
     assert row["ess"] == pytest.approx(1, abs=1e-4)
     assert "mismatch" not in sampled
