@@ -122,7 +122,8 @@ class Config:
     # put the table of this call into bench/RESULTS.md, in place of one of the same rows and flags
     write: bool = False
     out: str = ""  # file that the printed lines are appended to
-    # sft, reward, dpo, grpo: leave TRL the bfloat16 products and the gradient checkpointing that it comes with
+    # sft, reward, dpo, grpo: leave TRL the bfloat16 products and the gradient checkpointing that it comes
+    # with
     trl_defaults: bool = False
     # folder that TRL 1.12.0 was installed to (default: trl-1.12.0 in the environment that runs this)
     trl_ppo: str = ""
