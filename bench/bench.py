@@ -13,7 +13,10 @@
                                                          reference's part computed before
     ppo                      TRL 1.12's PPOTrainer       16 episodes, prompt and reply 64 tokens each, 4
                                                          updates: a whole step
+    grpo                     TRL 1.16's GRPOTrainer      4 prompts of 64 tokens, 4 replies of 64 to each, one
+                                                         update by GRPO's loss, no KL: a whole step
     generate16, generate64   transformers' generate      16 or 64 prompts of 64 tokens, 128 new ones each
+    samples8                 its num_return_sequences    8 prompts of 192 tokens, 8 replies of 64 to each
 
 The model is a GPT-2 of 6 layers and width 384 with 50,257 tokens, random weights, one folder that both sides
 open; it never draws an end token. Ours runs the script's own main(), stopped before every step; a peer's own
@@ -74,10 +77,14 @@ from plumbing.run import Run, run_script  # noqa: E402
 
 
 class Task(NamedTuple):
-    size: int  # rows, pairs, episodes or prompts of a lap
+    size: int  # rows, pairs or prompts of a lap
     unit: str
     peer: str
     rows: str = "prompts"  # what its rows are for formats/rows.py
+    # Tokens of a prompt, and of each reply that is drawn to it, in quarters of --tokens.
+    prompt: int = 2
+    new: int = 0
+    samples: int = 1  # replies to a prompt
 
 
 TASKS = {
@@ -85,9 +92,11 @@ TASKS = {
     "nanogpt": Task(8, "tokens/s", "nanoGPT's step", "demonstrations"),
     "reward": Task(8, "pairs/s", "TRL RewardTrainer", "preferences"),
     "dpo": Task(4, "pairs/s", "TRL DPOTrainer", "preferences"),
-    "ppo": Task(16, "episodes/s", "TRL PPOTrainer"),
-    "generate16": Task(16, "tokens/s", "transformers generate"),
-    "generate64": Task(64, "tokens/s", "transformers generate"),
+    "ppo": Task(16, "episodes/s", "TRL PPOTrainer", prompt=1, new=1),
+    "grpo": Task(4, "episodes/s", "TRL GRPOTrainer", prompt=1, new=1, samples=4),
+    "generate16": Task(16, "tokens/s", "transformers generate", prompt=1, new=2),
+    "generate64": Task(64, "tokens/s", "transformers generate", prompt=1, new=2),
+    "samples8": Task(8, "tokens/s", "transformers generate", prompt=3, new=1, samples=8),
 }
 CONTEXT = 512
 EPOCHS = 4  # of ppo
@@ -101,7 +110,7 @@ CPU = torch.device("cpu")
 class Config:
     # of our matrix products, and of nanogpt's; the other peers compute in float32
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # optimiser steps (ppo: rollouts with their updates; generate: calls) measured per side
+    # optimiser steps (ppo, grpo: rollouts with their updates; generate, samples8: calls) measured per side
     laps: Count = 10
     # kept: glibc gives no freed memory back, on both sides (MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_)
     heap: Literal["default", "kept"] = "default"
@@ -110,9 +119,11 @@ class Config:
     rows: str = ""
     row_count: Count = 64  # how many rows to take from it
     threads: Count = 2  # CPU threads of each side
-    write: bool = False  # put the table of this call into bench/RESULTS.md
+    # put the table of this call into bench/RESULTS.md, in place of one of the same rows and flags
+    write: bool = False
     out: str = ""  # file that the printed lines are appended to
-    # sft, reward, dpo: leave TRL the bfloat16 products and the gradient checkpointing that it comes with
+    # sft, reward, dpo, grpo: leave TRL the bfloat16 products and the gradient checkpointing that it comes
+    # with
     trl_defaults: bool = False
     # folder that TRL 1.12.0 was installed to (default: trl-1.12.0 in the environment that runs this)
     trl_ppo: str = ""
@@ -121,18 +132,24 @@ class Config:
     layers: Count = 6  # of the model
     width: Count = 384  # of the model; heads are 64 wide
     vocabulary: Annotated[int, ">= 261"] = 50257  # tokens of the model
-    # of a row; the lengths in dpo, ppo and generate follow from it
+    # of a row; the lengths of prompts and replies follow from it
     tokens: Annotated[int, ">= 32", "<= 512"] = 256
     debug: bool = False  # show the traceback of an error
 
 
 def new_tokens(what, config):
-    """Tokens that each prompt gets in a lap of ppo or generate, else 0."""
-    if what == "ppo":
-        return config.tokens // 4
-    if what.startswith("generate"):
-        return config.tokens // 2
-    return 0
+    """Tokens of each reply that is drawn in a lap, 0 where none is."""
+    return config.tokens * TASKS[what].new // 4
+
+
+def draws_alone(what):
+    """Whether nothing is trained."""
+    return TASKS[what].peer == "transformers generate"
+
+
+def places(replies):
+    """The reward of grpo: cheap, and never the same for all of a group, whatever random weights say."""
+    return [float(i) for i in range(len(replies))]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -174,7 +191,7 @@ def texts_of(what, config, tokenizer):
 def random_texts(what, config):
     """Random letters of equal length, a token each."""
     letters = random.Random(0)
-    prompt = config.tokens // (4 if new_tokens(what, config) else 2)
+    prompt = config.tokens * TASKS[what].prompt // 4
     reply = config.tokens - prompt
     # Less the control tokens.
     lengths = {"text": config.tokens - 2, "prompt": prompt - 2, "chosen": reply - 1, "rejected": reply - 1}
@@ -251,6 +268,7 @@ class Job:
         self.config = Config(**json.loads(config))
         self.size = TASKS[what].size
         self.unit = TASKS[what].unit
+        self.samples = TASKS[what].samples
         self.new = new_tokens(what, self.config)
         self.models = self.folder.parent / "models"
         self.rows = json.loads((self.folder / "ids.json").read_text())
@@ -279,7 +297,7 @@ class Job:
         if self.unit == "tokens/s":
             return tokens
         if self.unit == "episodes/s":
-            return self.size
+            return self.size * self.samples
         per_row = self.tokens(range(len(self.rows))) / len(self.rows)
         return tokens / per_row
 
@@ -331,7 +349,7 @@ def ours(job):
         return forward(self, ids, cache, index)
 
     with mock.patch.object(Transformer, "forward", counted):
-        if job.what.startswith("generate"):
+        if draws_alone(job.what):
             our_generate(job)
         else:
             our_script(job)
@@ -341,12 +359,12 @@ def our_generate(job):
     model, tokenizer = load_model(job.models / "policy", GPT)
     generator = torch.Generator().manual_seed(0)
     for batch in job.batches():
-        prompts = [job.rows[i]["ids"][0] for i in batch]
+        prompts = [job.rows[i]["ids"][0] for i in batch for _ in range(job.samples)]
         job.begin()
         with autocast(CPU, getattr(torch, job.config.dtype)):
             drawn = generate(model, prompts, job.new, tokenizer, generator=generator)
-        job.end(len(batch) * job.new, batch)
-        require(int(drawn.mask.sum()) == len(batch) * job.new, "a reply ended early")
+        job.end(len(prompts) * job.new, batch)
+        require(int(drawn.mask.sum()) == len(prompts) * job.new, "a reply ended early")
 
 
 def script_flags(job, what):
@@ -359,6 +377,11 @@ def script_flags(job, what):
         return (f"{flags} --reward {job.models}/reward --rollout-batch {job.size} "
                 f"--max-new-tokens {job.new} --epochs {EPOCHS} --minibatches 1 --critic-lr {LR} "
                 f"--sample-every {NEVER}")
+    if what == "grpo":
+        # Every reply is cut off, and keeps its score. As the peer, it has no reference to measure a KL with.
+        return (f"{flags} --preset grpo --overlong keep --kl-every 0 --reward-fn {__name__}:places "
+                f"--rollout-batch {job.size} --group {job.samples} --max-new-tokens {job.new} "
+                f"--sample-every {NEVER}")
     # As many tokens as the peer's batch has on average.
     padded = [len(row["ids"]) * max(map(len, row["ids"])) for row in job.rows]
     tokens = math.ceil(job.size * sum(padded) / len(padded))
@@ -370,11 +393,12 @@ def our_script(job):
     script = importlib.import_module(what)
     steps = Run.steps
     # What yields the numbers of rows.
-    draw = script.endless_order if what == "ppo" else script.endless_batches
+    by_row = what in ("ppo", "grpo")
+    draw = script.endless_order if by_row else script.endless_batches
     drawn = []
 
     def watched_draw(lengths, *args, **named):
-        number = lengths if what == "ppo" else len(lengths)
+        number = lengths if by_row else len(lengths)
         require(number == len(job.rows), f"{what}.py did not take all {len(job.rows)} rows")
         for numbers in draw(lengths, *args, **named):
             drawn.append(numbers)
@@ -384,7 +408,7 @@ def our_script(job):
         for step in steps(run, first, total, evaluate):
             job.begin()
             yield step
-            if what == "ppo":
+            if by_row:
                 batch = drawn[job.size * step:job.size * (step + 1)]
             else:
                 batch = drawn[step]
@@ -499,14 +523,16 @@ def their_generate(job):
         job.begin()
         drawn = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=job.new, use_cache=True, pad_token_id=model.config.pad_token_id)
-        job.end(len(batch) * job.new)
+            max_new_tokens=job.new, num_return_sequences=job.samples, use_cache=True,
+            pad_token_id=model.config.pad_token_id)
+        job.end(len(batch) * job.samples * job.new)
         require(drawn.shape[1] == ids.shape[1] + job.new, "a reply ended early")
 
 
 def their_trainer(job):
     """A trainer of TRL, stopped before each optimiser step."""
-    makers = {"sft": their_sft, "reward": their_reward, "dpo": their_dpo, "ppo": their_ppo}
+    makers = {"sft": their_sft, "reward": their_reward, "dpo": their_dpo, "ppo": their_ppo,
+              "grpo": their_grpo}
     makers[job.what](job).train()
 
 
@@ -519,7 +545,7 @@ def their_settings(job):
         "save_strategy": "no",
         "disable_tqdm": True,
         "learning_rate": LR,
-        "per_device_train_batch_size": job.size,
+        "per_device_train_batch_size": job.size * job.samples,
         "max_steps": job.steps,
     }
     if not job.config.trl_defaults or job.what == "ppo":
@@ -611,6 +637,32 @@ def their_ppo(job):
         args, model=theirs(job, "policy"), ref_model=theirs(job, "policy"),
         reward_model=theirs(job, "reward"), value_model=theirs(job, "reward"),
         train_dataset=prompts, **given_to_all(job))
+
+
+def their_grpo(job):
+    import trl
+    from datasets import Dataset
+    # It takes text alone, and these are ids: the text is the row's number, which is looked up.
+    prompts = Dataset.from_dict({"prompt": [str(i) for i in range(len(job.rows))]})
+    args = trl.GRPOConfig(
+        **their_settings(job), num_generations=job.samples, max_completion_length=job.new, beta=0.0,
+        loss_type="grpo", scale_rewards="group", temperature=1.0, top_p=1.0, top_k=0,
+        generation_kwargs={"eos_token_id": None})
+    policy = theirs(job, "policy")
+    # With the above: no time goes into looking for it.
+    policy.generation_config.eos_token_id = None
+
+    def reward(completions, **_):
+        return places(completions)
+
+    trainer = trl.GRPOTrainer(policy, reward, args, train_dataset=prompts, **given_to_all(job))
+
+    def look_up(numbers):
+        # No images, nor anything else.
+        return [job.rows[int(number)]["ids"][0] for number in numbers], None, {}
+
+    trainer._tokenize_prompts = look_up
+    return trainer
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -785,11 +837,12 @@ def compare(what, root, config, tokenizer):
         "width": config.width,
         "vocabulary": config.vocabulary,
         "rows": TASKS[what].size,
+        "samples": TASKS[what].samples,
         "mean_length": sum(lengths) / len(lengths),
         "new_tokens": new_tokens(what, config),
         "trl_defaults": config.trl_defaults,
     }
-    if what == "ppo":
+    if what in ("ppo", "grpo"):
         result |= parts_of_step(folder / "run" / "metrics.jsonl")
     for key, value in result.items():
         if isinstance(value, float):
@@ -801,7 +854,7 @@ def peer_dtype(what, config):
     """Of the peer's matrix products."""
     if what == "nanogpt":
         return config.dtype
-    if config.trl_defaults and what in ("sft", "reward", "dpo"):
+    if config.trl_defaults and what in ("sft", "reward", "dpo", "grpo"):
         return "bfloat16"
     return "float32"
 
@@ -816,7 +869,7 @@ def parts_of_step(metrics):
     rows = [json.loads(line) for line in metrics.read_text().splitlines()][1:]
     found = {}
     for key in rows[0] if rows else ():
-        if key.endswith(("_seconds", "_per_second")):
+        if key.endswith(("_seconds", "_per_second", "_share")):
             found[key] = statistics.median(row[key] for row in rows)
     return found
 
@@ -865,6 +918,7 @@ def least_seconds(what, config, batch, gemm, copy):
     those or than one reading of weights and cache at the rate of a copy.
     """
     new = new_tokens(what, config)
+    samples = TASKS[what].samples
     if not new:
         operations = 0
         for row in batch:
@@ -874,25 +928,34 @@ def least_seconds(what, config, batch, gemm, copy):
         return operations / gemm
 
     prompts = [len(row["ids"][0]) for row in batch]
-    total = decoding_seconds(config, prompts, new, gemm, copy)
+    total = decoding_seconds(config, prompts, new, gemm, copy, samples)
     if what == "ppo":
         # Reference, critic and reward model see it all once; policy and critic train on it; only policy and
         # reference have a head.
         headed = sum(forward_flops(config, length + new, new) for length in prompts)
         bare = sum(forward_flops(config, length + new) for length in prompts)
         total += (headed + 2 * bare + 3 * EPOCHS * (headed + bare)) / gemm
+    if what == "grpo":
+        # The policy trains on each reply behind its prompt; nothing else sees them.
+        headed = sum(forward_flops(config, length + new, new) for length in prompts)
+        total += samples * 3 * headed / gemm
     return total
 
 
-def decoding_seconds(config, prompts, new, gemm, copy):
-    """The least time that it takes to draw so many new tokens to each prompt. prompts: their lengths."""
-    L, C, V, B = config.layers, config.width, config.vocabulary, len(prompts)
+def decoding_seconds(config, prompts, new, gemm, copy, samples=1):
+    """The least time that it takes to draw some replies of so many new tokens to each prompt.
+
+    prompts: their lengths. The replies to a prompt need one pass over it, and one reading of its keys and
+    values per step.
+    """
+    L, C, V, B = config.layers, config.width, config.vocabulary, samples * len(prompts)
     size = 2 if config.dtype == "bfloat16" else 4  # bytes of a number
     total = sum(forward_flops(config, length, 1) for length in prompts) / gemm
     for step in range(1, new):
-        seen = sum(prompts) + B * step  # positions in the cache, over all rows
+        seen = samples * sum(prompts) + B * step  # positions that are attended to, over all rows
+        held = sum(prompts) + B * step  # those in the cache
         operations = B * (24 * L * C**2 + 2 * C * V) + 4 * L * C * seen
-        numbers = 12 * L * C**2 + C * V + 2 * L * C * seen
+        numbers = 12 * L * C**2 + C * V + 2 * L * C * held
         total += max(operations / gemm, size * numbers / copy)
     return total
 
@@ -990,7 +1053,10 @@ def main(what, config):
     if config.write:
         defaults = " trl-defaults" if config.trl_defaults else ""
         shape = results[0]["shape"]
-        put_or_append(f"speed {config.dtype} {shape} {config.heap}{defaults}", table(results, config))
+        # Some rows get a table of their own: those of one table were measured by one call.
+        some = [name for name in TASKS if name in what]
+        only = "" if some == list(TASKS) else f" of {' '.join(some)}"
+        put_or_append(f"speed {config.dtype} {shape} {config.heap}{defaults}{only}", table(results, config))
 
 
 def child(side, what, *rest):
@@ -1000,7 +1066,7 @@ def child(side, what, *rest):
         ours(job)
     elif what == "nanogpt":
         nanogpt(job)
-    elif what.startswith("generate"):
+    elif draws_alone(what):
         their_generate(job)
     else:
         their_trainer(job)

@@ -75,7 +75,8 @@ def test_replies_of_the_policy_itself_give_the_update_of_sampling(script, import
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("importance", ["none", "token", "reply"])
-def test_how_far_the_sampler_was_is_measured_and_made_up_for(script, importance, small, tmp_path, monkeypatch):
+def test_how_far_the_sampler_was_is_measured_and_made_up_for(script, importance, small, tmp_path,
+                                                             monkeypatch):
     file, words, _ = record(tmp_path, small, script, heat=1.25)
     calls = tools.recorded(monkeypatch, SCRIPTS[script], "policy_loss")
     words.append(f"--rollouts {file} --importance {importance} --importance-limit 1.2 --out {tmp_path}/run")
