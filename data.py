@@ -75,8 +75,8 @@ def next_turn(tokenizer, messages):
     messages, hidden = tokenizer.template.hide(messages, tokenizer.special)
     pieces = tokenizer.template.prompt_pieces(messages)
     require(len(pieces) > 1,
-            f"{tokenizer.folder}: its chat template writes earlier turns anew as the conversation goes on, so "
-            "the policy can't be trained over several turns (--tool)")
+            f"{tokenizer.folder}: its chat template writes earlier turns anew as the conversation goes on, "
+            "so the policy can't be trained over several turns (--tool)")
     ids, mask = tokenizer.encode_pieces(pieces, hidden)
     behind = len(mask) - mask[::-1].index(True)  # behind the last reply
     return ids[behind:]

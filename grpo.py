@@ -213,8 +213,8 @@ WATCHED = ("kl", "entropy", "length", "eos_rate", "flat_groups", "grad_norm")
 def overlong_scores(scores, ended, lengths, rule, penalty, lowest, limit, tokens):
     """Scores (B,) with those of replies that are too long changed by --overlong.
 
-    ended (B,) bool; lengths (B,) in tokens, a tool's included; lowest: score of the rollout; limit: --max-new-tokens; tokens:
-    over which the linear penalty grows (Yu et al. 2025, eq. 13).
+    ended (B,) bool; lengths (B,) in tokens, a tool's included; lowest: score of the rollout; limit:
+    --max-new-tokens; tokens: over which the linear penalty grows (Yu et al. 2025, eq. 13).
     """
     if rule in ("keep", "mask"):
         return scores
@@ -555,8 +555,8 @@ def shaped_scores(run, config, models, batch, scores, lowest, old=None):
 
     lowest: score of the whole rollout; old: `Old`, if it is known already.
     """
-    scores = overlong_scores(scores, batch.ended, batch.room_taken(), config.overlong, config.overlong_penalty,
-                             lowest, config.max_new_tokens, config.overlong_tokens)
+    scores = overlong_scores(scores, batch.ended, batch.room_taken(), config.overlong,
+                             config.overlong_penalty, lowest, config.max_new_tokens, config.overlong_tokens)
     if config.kl_coef == 0 or config.kl_in == "loss":
         return scores
     if old is None:

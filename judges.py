@@ -118,8 +118,7 @@ class Tool(Function):
         self.turns = turns
 
     def __call__(self, prompts, replies, answers, ended, dialogues=None):
-        """Lists, as for a `Function` -> the next turn, a text, for each reply; None: the conversation is over.
-        """
+        """Lists, as for a `Function` -> for each reply the next turn, a text; None where it is over."""
         turns = self.call(lambda turns: turns, prompts, replies, answers, ended, dialogues)
         fine = isinstance(turns, (list, tuple)) and len(turns) == len(replies)
         require(fine and all(isinstance(turn, (str, type(None))) for turn in turns),

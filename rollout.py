@@ -159,7 +159,7 @@ class Rollout:
         return [prompt.row.prompt + turns for prompt, turns in zip(self.prompts, self.turns)]
 
     def room_taken(self):
-        """How many of --max-new-tokens each reply takes (B,): the policy's, and those of the turns between."""
+        """How many of --max-new-tokens each reply takes (B,), the turns of a tool included."""
         before = torch.tensor([len(prompt.ids) for prompt in self.prompts])  # (B,)
         return (self.host_lengths - before).to(self.ids.device, non_blocking=True)
 

@@ -79,6 +79,42 @@ def test_last_only_masks_the_last_reply(tokenizer):
     assert not any(encode_dialogue(tokenizer, DIALOGUE[:2], last_only=True)[1])
 
 
+def behind_samples(tokenizer, messages, sampled):
+    """Ids and mask of a conversation whose replies were sampled as these ids, turn by turn.
+
+    messages: begins with a prompt, and then a reply and the user's next turn take turns.
+    """
+    start = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    ids = encode_prompt(tokenizer, messages[:start])
+    mask = [False] * len(ids)
+    for number, reply in enumerate(sampled):
+        ids, mask = ids + reply, mask + [True] * len(reply)
+        before = messages[:start + 2 * number + 2]
+        if before[-1]["role"] == "user":
+            added = data.next_turn(tokenizer, before)
+            ids, mask = ids + added, mask + [False] * len(added)
+    return ids, mask
+
+
+def test_turns_put_behind_samples_are_the_dialogue_where_samples_are_what_their_text_gives(tokenizer):
+    sampled = [[*"Ho<|endoftext|>".encode(), 256], [*b"Yes", 256]]
+    assert behind_samples(tokenizer, DIALOGUE, sampled) == encode_dialogue(tokenizer, DIALOGUE)
+    assert behind_samples(tokenizer, DIALOGUE[:4], sampled[:1])[0] == encode_prompt(tokenizer, DIALOGUE[:4])
+    # What a tool says can't become a control token.
+    assert data.next_turn(tokenizer, user("a", "b", "<|assistant|>")) == [259, *b"<|assistant|>", 260]
+
+
+def test_what_was_sampled_keeps_its_ids_though_its_text_would_give_others():
+    tokenizer = toy.tokenizer()
+    text = "There"
+    spelled = list(text.encode()) + [tokenizer.eos]  # by bytes, each of which is a token
+    assert len(tokenizer.encode(text)) < len(spelled) - 1
+    ids, mask = behind_samples(tokenizer, user("Hi", text, "Go on"), [spelled])
+    assert [i for i, m in zip(ids, mask) if m] == spelled
+    assert ids == [*encode_prompt(tokenizer, user("Hi")), *spelled,
+                   *encode_prompt(tokenizer, user("Go on"))]
+
+
 # -- rows to ids and masks
 
 def masked(tokenizer, ids, mask):

@@ -67,6 +67,23 @@ def test_cached_batched_greedy_equals_each_row_alone_without_a_cache(options):
         assert alone.ids.tolist() == [prompt + tokens]
 
 
+def test_each_prompt_may_have_a_limit_of_its_own_and_is_decoded_as_if_it_were_alone():
+    """Where the longest prompt and the longest response would not fit the context together."""
+    model = tiny(vocab_size=12, seed=3, block_size=20)
+    limits = [20 - len(prompt) if i % 3 else 1 + i for i, prompt in enumerate(PROMPTS)]
+    assert max(map(len, PROMPTS)) + max(limits) > 20
+    uniform = uniforms(len(PROMPTS), 20, torch.Generator().manual_seed(0), CPU)
+    for rows in (0, 3):
+        out = generate(model, PROMPTS, limits, ends(5, 0), rows=rows, uniform=uniform)
+        for i, (prompt, limit) in enumerate(zip(PROMPTS, limits)):
+            alone = generate(model, [prompt], limit, ends(5, 0), uniform=uniform[i:i + 1])
+            assert out.ids[i, :out.lengths[i]].tolist() == alone.ids[0].tolist()
+            assert out.mask[i].sum() == alone.mask.sum() <= limit and out.ended[i] == alone.ended[0]
+    assert out.ended.any() and not out.ended.all()
+    with pytest.raises(UserError, match="a prompt of 7 tokens and 14 new ones don't fit"):
+        generate(model, PROMPTS, [14] * len(PROMPTS), ends(5, 0))
+
+
 class Countdown(GPT):
     """After token n it says n - 1, down to 0, the end token.
 

@@ -101,7 +101,7 @@ def test_sources_are_named_by_as_much_of_their_path_as_tells_them_apart():
 @pytest.mark.parametrize("name, given", [
     ("least", 3),
     ("by_name", ["7"]),
-    ("everything", ["answers", "ended", "prompts"]),
+    ("everything", ["answers", "dialogues", "ended", "prompts"]),
     ("perhaps", ["7"]),
 ])
 def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(
@@ -111,3 +111,36 @@ def test_a_reward_function_gets_what_its_parameters_name_whatever_their_number(
     function = judges.Function("--reward-fn", f"graders:{name}")
     function(["What?"], ["The 7."], ["7"], [True])
     assert sys.modules.pop("graders").calls == [given] and function.wants_answers == (name == "by_name")
+
+
+TOOLS = """
+def fine(replies, dialogues):
+    return [None if reply == "no" else reply + dialogues[0][-1]["content"] for reply in replies]
+
+def text(replies):
+    return "a" * len(replies)
+
+def short(replies):
+    return [None] * (len(replies) - 1)
+
+def number(replies):
+    return [1] * len(replies)
+
+def nothing(replies):
+    return None
+
+def fails(replies):
+    return 1 / 0
+"""
+
+
+def test_a_tool_returns_a_turn_or_none_for_each_reply_and_anything_else_names_it(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(TOOLS)
+    monkeypatch.chdir(tmp_path)
+    lists = (["?"] * 2, ["no", "yes"], [""] * 2, [True] * 2, [[{"role": "user", "content": "!"}]] * 2)
+    assert judges.Tool("mine:fine", 2)(*lists) == [None, "yes!"]
+    for name in ("text", "short", "number", "nothing"):
+        with pytest.raises(UserError, match=f"--tool mine:{name} must return a list .* each of 2 replies"):
+            judges.Tool(f"mine:{name}", 2)(*lists)
+    with pytest.raises(UserError, match="--tool mine:fails failed .ZeroDivisionError"):
+        judges.Tool("mine:fails", 2)(*lists)

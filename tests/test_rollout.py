@@ -1,4 +1,6 @@
 """rollout.py: who gets which prompts and random numbers, and what a forward pass is given."""
+import contextlib
+import copy
 import itertools
 from types import SimpleNamespace
 
@@ -7,10 +9,12 @@ import torch
 
 import rollout
 import toy
+from data import encode_prompt
 from formats.rows import Row
+from generate import generate, uniforms
 from model import GPT, GPTConfig
 from plumbing.run import Alone
-from rollout import Prompt, draw_prompts, sample
+from rollout import Prompt, draw_prompts, join, sample
 
 TOKENIZER = toy.tokenizer()
 
@@ -89,3 +93,146 @@ def test_prompts_that_are_held_out_are_those_that_training_leaves(tmp_path):
     assert 30 < len(texts[1]) < 90 and not texts[0] & texts[1] and len(texts[0] | texts[1]) == 200
     config.val_fraction = 0.0
     assert len(rollout.load_prompts(config, TOKENIZER, 64, print, held_out=True)) == 200
+
+
+# -- several turns
+
+def ending_often():
+    """A tokenizer of which every sixth id ends a reply, so that an untrained policy's replies end."""
+    tokenizer = copy.copy(TOKENIZER)
+    tokenizer.stops = tuple(range(0, tokenizer.n_vocab, 6))
+    return tokenizer
+
+
+class Counter:
+    """A tool that answers by how long the last reply is; by every fourth length the conversation is over."""
+
+    def __init__(self, turns):
+        self.turns, self.asked = turns, []
+
+    def __call__(self, prompts, replies, answers, ended, dialogues):
+        assert all(ended) and [talk[0]["content"] for talk in dialogues] == prompts
+        assert [talk[-1] for talk in dialogues] == [{"role": "assistant", "content": own} for own in replies]
+        self.asked.append(len(replies))
+        return [None if len(own) % 4 == 3 else "x" * (len(own) % 4) for own in replies]
+
+
+TURNS, ROOM = 4, 24
+
+
+def by_hand(policy, tokenizer, prompt, uniform):
+    """(ids, mask, turns, ended, why) of one conversation, each turn sampled alone with its numbers (1, ROOM, 2).
+    """
+    tool, ids, mask, turns = Counter(TURNS), list(prompt.ids), [False] * len(prompt.ids), []
+    for own in uniform:
+        room = len(prompt.ids) + ROOM - len(ids)
+        got = generate(policy, [ids], room, tokenizer, uniform=own)
+        reply = got.ids[0, len(ids):].tolist()
+        ids, mask = ids + reply, mask + [True] * len(reply)
+        turns.append({"role": "assistant", "content": tokenizer.decode(reply)})
+        if not got.ended[0]:
+            return ids, mask, turns, False, "cut"
+        if len(turns) == 2 * TURNS - 1:
+            return ids, mask, turns, True, "turns"
+        answer, = tool([prompt.row.text], [turns[-1]["content"]], [""], [True], [prompt.row.prompt + turns])
+        if answer is None:
+            return ids, mask, turns, True, "over"
+        turn = {"role": "user", "content": answer}
+        added = encode_prompt(tokenizer, [turn])
+        if len(ids) + len(added) >= len(prompt.ids) + ROOM:
+            return ids, mask, turns, False, "no room"
+        ids, mask, turns = ids + added, mask + [False] * len(added), [*turns, turn]
+
+
+def conversations(policy, rank=0, world_size=1, turns=TURNS, **agreed):
+    """A Rollout of six prompts, four replies to each, in several turns, and what was asked of the ranks."""
+    alone, seen = ranked(rank, world_size), SimpleNamespace(gathered=0, flags=[], tool=Counter(turns))
+    agreed = iter(agreed.get("flags", ()))
+
+    @contextlib.contextmanager
+    def gathered(model):
+        seen.gathered += 1
+        yield
+
+    def any_rank(flag):
+        seen.flags.append(flag)
+        return next(agreed, flag)
+
+    alone.gathered, alone.any_rank = gathered, any_rank
+    generator = torch.Generator().manual_seed(5)
+    batch = sample(alone, policy, ending_often(), prompts(6)[rank::world_size], ROOM, 1.0, generator,
+                   per_prompt=4, tool=seen.tool)
+    seen.next = torch.rand(1, generator=generator).item()
+    return batch, seen
+
+
+def test_a_conversation_is_what_is_sampled_turn_by_turn_and_its_mask_what_the_policy_said(policy):
+    batch, _ = conversations(policy)
+    tokenizer, generator = ending_often(), torch.Generator().manual_seed(5)
+    numbers = [uniforms(24, ROOM, generator, torch.device("cpu")) for _ in range(TURNS)]
+    reasons = set()
+    for i, prompt in enumerate(batch.prompts):
+        ids, mask, turns, ended, why = by_hand(policy, tokenizer, prompt, [own[i:i + 1] for own in numbers])
+        reasons.add(why)
+        length = len(ids)
+        assert batch.ids[i, :length].tolist() == ids and (batch.ids[i, length:] == tokenizer.pad).all()
+        assert batch.mask[i, :length].tolist() == mask and not batch.mask[i, length:].any()
+        assert batch.host_lengths[i] == batch.sizes[i] == length
+        assert (batch.texts[i], batch.ended[i].item()) == (turns[-1]["content"], ended)
+        assert batch.turns[i] == turns and batch.dialogues[i] == prompt.row.prompt + turns
+        assert batch.room_taken()[i] == length - len(prompt.ids) <= ROOM
+    assert reasons == {"cut", "turns", "over", "no room"}
+    # What is trained of those that ended is a whole number of replies, each with its end token.
+    gaps = batch.mask[:, 1:].int() - batch.mask[:, :-1].int()
+    assert ((gaps == 1).sum(1) > 1).any()
+    assert all(batch.ids[i, t].item() in tokenizer.stops for i, t in (gaps == -1).nonzero().tolist()
+               if batch.ended[i] or batch.mask[i, t + 1:].any())
+
+
+def test_conversations_are_the_same_on_one_rank_and_two_and_ranks_sample_equally_often(policy):
+    whole, seen = conversations(policy)
+    for rank in range(2):
+        own, here = conversations(policy, rank, 2, flags=seen.flags)
+        expected = [i for i in range(24) if i // 4 % 2 == rank]
+        assert own.turns == [whole.turns[i] for i in expected]
+        assert own.ended.tolist() == whole.ended[expected].tolist()
+        assert here.gathered == seen.gathered and here.next == seen.next
+    # A rank of which nothing goes on takes part in what the others sample.
+    idle, here = conversations(policy, flags=[True] * 20, turns=20)
+    assert here.gathered == 20 and not here.flags[-1] and 0 not in here.tool.asked
+    assert idle.turns == conversations(policy, turns=20)[0].turns
+
+
+def test_a_tool_that_answers_nothing_changes_nothing(policy):
+    silent = lambda prompts, replies, *rest: [None] * len(replies)
+    silent.turns = 3
+    found, after = [], []
+    for tool in (None, silent):
+        generator = torch.Generator().manual_seed(2)
+        found.append(sample(ranked(0, 1), policy, ending_often(), prompts(6), 8, 1.0, generator, per_prompt=2,
+                            room=1, tool=tool))
+        after.append(torch.rand(1, generator=generator).item())
+    one, other = found
+    for name in ("ids", "mask", "ended", "host_mask", "host_lengths"):
+        assert getattr(one, name).equal(getattr(other, name)), name
+    assert one.texts == other.texts and one.sizes == other.sizes and one.dialogues == other.dialogues
+    assert one.room_taken().equal(one.mask.sum(1)) and after[0] == after[1]
+
+
+def test_conversations_are_cut_into_passes_joined_and_shown_as_replies_are(policy):
+    batch, _ = conversations(policy)
+    alone, said = ranked(0, 1), []
+    plan, = batch.plan(alone, [list(range(24))], 100)
+    for part in batch.passes(alone, plan):
+        logprobs, _ = policy(part.ids, part.where)  # (n, W)
+        for row, i in enumerate(part.numbers):
+            ids = batch.ids[i, :batch.sizes[i]]
+            by_token = policy.logits(policy.transformer(ids[None]))[0].log_softmax(-1)  # (T, V)
+            expected = [by_token[t - 1, ids[t]].item() for t in batch.mask[i].nonzero().flatten().tolist()]
+            assert logprobs[row, part.where[row]].tolist() == pytest.approx(expected, abs=1e-4)
+    both = join([batch, batch])
+    assert both.turns == batch.turns * 2 and both.dialogues == batch.dialogues * 2
+    alone.say = said.append
+    batch.show(alone, number=1)
+    expected = " -> ".join(repr(turn["content"]) for turn in batch.dialogues[0])
+    assert said == [f"  sample: {expected}"]

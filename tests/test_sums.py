@@ -187,3 +187,42 @@ def test_what_cannot_be_written_is_refused_before_anything_is(written, tmp_path)
     with pytest.raises(UserError, match="different sums of --terms 3, and 2100 are asked for"):
         run_here("sums", f"--out {tmp_path}/new --terms 3 --sums 2000 --heldout-sums 100")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("reply, answer", [
+    ("12-7=", "5"), (" 12-7= ", "5"), ("12-7", "5"), ("3-9=", "-6"), ("-6+9=", "3"), ("1/2=", "1/2"),
+    ("so 5", None), ("5+7=12; so 12", None), ("so -5\n", None),
+    ("12-7=5", "?"), ("so five", "?"), ("also 5", "?"), ("", "?"), ("=", "?"), ("1/0=", "?"),
+    ("9**9**9=", "?"), ("__import__('os')=", "?"), ("(" * 10000, "?"), ("9" * 10000 + "=", "?"),
+])
+def test_the_calculator_answers_what_can_be_read_and_nothing_behind_so(reply, answer):
+    assert sums.calculator([reply]) == [answer]
+    assert sums.calculator(["1+1=", reply, "so 2"]) == ["2", answer, None]
+
+
+def test_with_a_calculator_demonstrations_ask_for_each_step_and_it_answers_as_the_function_does(tmp_path):
+    run_here("sums", f"--out {tmp_path}/sums --calculator --sums 3000 --heldout-sums 10 --wrong 0.3")
+    path = tmp_path / "sums" / "demonstrations.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    counts, wrongs = collections.Counter(), []
+    for row in rows:
+        prompt, *talk, end = row["messages"]
+        terms = sums.terms_of(prompt["content"])
+        assert [turn["role"] for turn in talk] == ["assistant", "user"] * (len(talk) // 2)
+        asked, answers = [[turn["content"] for turn in own] for own in (talk[::2], talk[1::2])]
+        assert sums.calculator(asked) == answers and sums.calculator([end["content"]]) == [None]
+        counts[len(asked)] += 1
+        before = [str(terms[0]), *answers]
+        steps = [f"{total}{term:+d}=" for total, term in zip(before, terms[1:])]
+        assert end["content"] == f"so {before[-1]}"
+        wrong = sum(own != step for own, step in zip(asked, steps))
+        assert wrong <= 1
+        wrongs.append(wrong)
+        right, = sums.right([end["content"]], [row["answer"]])
+        assert len(asked) < 3 or right == (not wrong)
+    assert np.mean(wrongs) == pytest.approx(0.3, abs=0.03)
+    shares = {count: number / len(rows) for count, number in counts.items()}
+    assert shares == pytest.approx({1: 0.2, 2: 0.2, 3: 0.6}, abs=0.03)
+    read = read_rows(str(path), "demonstrations", SILENT)
+    assert [row.answer for row in read] == [row["answer"] for row in rows]
+    assert [row.prompt for row in read] == [row["messages"][:-1] for row in rows]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from data import describe, encode_dialogue, encode_prompt
+from data import describe, encode_dialogue, encode_prompt, next_turn
 from examples import BOS_EOS, BRACKETS, CHATML, HEADERS, SPECIAL, TALK, foreign_folder, open_folder, replies
 from formats.foreign_tokenizer import open_tokenizer
 from formats.tokenizer import ROLES
@@ -80,6 +80,27 @@ def test_plain_template_written_out_by_hand(tmp_path, tokenizers):
     assert describe(ours, *encode_dialogue(ours, TALK[1:])) == (
         "user: Wer reitet so spät?\nassistant: [[The fox.</s>]]\n"
         "user:   1234 dogs?\n\nassistant: [[No,\n it's 12. 日本</s>]]")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_put_behind_samples_are_the_dialogue_of_the_template(tmp_path, tokenizers, name):
+    ours = open_folder(tmp_path, TEMPLATES[name])
+    talk = [{"role": role, "content": text} for role, text in (
+        ("user", "Hi"), ("assistant", "Ho"), ("user", "<|im_end|> or </s>?"), ("assistant", "Yes"))]
+    whole, mask = encode_dialogue(ours, talk)
+    end = len(encode_prompt(ours, talk[:1])) + mask[mask.index(True):].index(False)
+    added = next_turn(ours, talk[:3])
+    assert whole[:end] + added == encode_prompt(ours, talk[:3]) == whole[:end + len(added)]
+    assert mask[:end].count(True) == mask.index(False, mask.index(True)) - mask.index(True)
+    assert not any(mask[end:end + len(added)]) and all(mask[end + len(added):])
+
+
+def test_a_template_that_writes_earlier_turns_anew_has_no_next_turn(tmp_path, tokenizers):
+    ours = open_folder(tmp_path, THINKING)
+    talk = [{"role": role, "content": text} for role, text in (
+        ("user", "Hi"), ("assistant", "<think>\nWell.\n</think>\nHo"), ("user", "So?"))]
+    with pytest.raises(UserError, match="writes earlier turns anew .* over several turns"):
+        next_turn(ours, talk)
 
 
 def test_a_template_that_rewrites_earlier_turns_trains_the_last_alone(tmp_path, tokenizers, transformers):
