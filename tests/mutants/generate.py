@@ -98,4 +98,12 @@ MUTANTS = [
      "test_generate.py::test_generation_leaves_the_model_as_it_was_even_when_it_fails",
      "    finally:\n        model.train(was_training)\n",
      "    except GeneratorExit:\n        raise\n    else:\n        model.train(was_training)\n"),
+    ("limits: all have the longest",
+     "test_generate.py::test_each_prompt_may_have_a_limit_of_its_own_and_is_decoded_as_if_it_were_alone",
+     "self.prompt_lengths + torch.tensor(limits, device=device)",
+     "self.prompt_lengths + max(limits)"),
+    ("limits: the longest prompt is given the longest",
+     "test_generate.py::test_each_prompt_may_have_a_limit_of_its_own_and_is_decoded_as_if_it_were_alone",
+     "P, limit = max(zip(map(len, prompts), limits), key=sum)",
+     "P, limit = max(map(len, prompts)), max(limits)"),
 ]

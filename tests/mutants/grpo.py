@@ -178,4 +178,12 @@ MUTANTS = [
      "whole/test_recorded_replies.py::test_replies_of_the_policy_itself_give_the_update_of_sampling",
      "[recorded[i] for i in drawn]",
      "recorded[:len(drawn)]"),
+    ("turns: a tool takes no room from the linear penalty",
+     "whole/test_turns.py::test_what_a_tool_takes_of_the_room_counts_as_overlong",
+     "batch.room_taken()",
+     "batch.mask.sum(1)"),
+    ("turns: the likeliest reply is one turn",
+     "whole/test_turns.py::test_the_likeliest_reply_of_remax_has_several_turns_too",
+     "config.rollout_rows, tool=tool)\n        _,",
+     "config.rollout_rows)\n        _,"),
 ]

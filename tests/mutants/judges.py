@@ -10,4 +10,12 @@ MUTANTS = [
      "test_a_function_that_wants_answers_and_gets_none_stops_the_run_and_one_that_gets_some_is_told",
      "require(known, f",
      "require(True, f"),
+    ("tool: a text is a list of letters",
+     "test_judges.py::test_a_tool_returns_a_turn_or_none_for_each_reply_and_anything_else_names_it",
+     "isinstance(turns, (list, tuple)) and ",
+     "turns and "),
+    ("tool: numbers are turns",
+     "test_judges.py::test_a_tool_returns_a_turn_or_none_for_each_reply_and_anything_else_names_it",
+     "isinstance(turn, (str, type(None)))",
+     "True"),
 ]

@@ -5,6 +5,12 @@ PROMPTS = (
     "test_ppo_takes_its_part_of_the_prompts_and_evaluation_those_that_no_stage_has_seen")
 DEALT = (
     "whole/test_ppo_control.py::test_ranks_share_prompts_replies_and_minibatches_as_one_process_has_them[2]")
+BY_HAND = (
+    "test_rollout.py::"
+    "test_a_conversation_is_what_is_sampled_turn_by_turn_and_its_mask_what_the_policy_said")
+TWO_RANKS = (
+    "test_rollout.py::"
+    "test_conversations_are_the_same_on_one_rank_and_two_and_ranks_sample_equally_often")
 
 MUTANTS = [
     ("ppo: --part is ignored", PROMPTS,
@@ -57,4 +63,43 @@ MUTANTS = [
      "whole/test_recorded_replies.py::test_what_cannot_be_replayed_is_refused",
      "range(0, len(replies) - per_prompt + 1, per_prompt)",
      "range(0, len(replies), per_prompt)"),
+    ("turns: the tool's count as the policy's", BY_HAND,
+     'self.mask += [role == "assistant"] * len(ids)',
+     'self.mask += [True] * len(ids)'),
+    ("turns: end tokens don't count but at the end", BY_HAND,
+     'self.mask += [role == "assistant"] * len(ids)',
+     'self.mask += [role == "assistant"] * (len(ids) - 1) + [False]'),
+    ("turns: what was sampled is encoded once more", "whole/test_turns.py",
+     'talk.add("assistant", tokenizer.decode(reply), reply)',
+     'talk.add("assistant", tokenizer.decode(reply), tokenizer.encode(tokenizer.decode(reply)))'),
+    ("turns: each has all of the room", BY_HAND,
+     "        self.room -= len(ids)\n",
+     ""),
+    ("turns: what a tool says takes no room", BY_HAND,
+     "        self.room -= len(ids)\n",
+     "        self.room -= len(ids) * (role == 'assistant')\n"),
+    ("turns: the tool answers replies that were cut off", BY_HAND,
+     "[talk for talk in going if talk.ended]",
+     "[talk for talk in going if talk.room > 0]"),
+    ("turns: a tool's turn without room for more is sent", BY_HAND,
+     "talk.ended = len(ids) < talk.room",
+     "talk.ended = len(ids) <= talk.room"),
+    ("turns: no room for the tool counts as ended", BY_HAND,
+     "        talk.ended = len(ids) < talk.room\n        if talk.ended:",
+     "        if len(ids) < talk.room:"),
+    ("turns: random numbers belong to the place among those that go on", BY_HAND,
+     "[talk.number for talk in going])",
+     "list(range(len(going))))"),
+    ("turns: a rank that is done leaves the others alone", TWO_RANKS,
+     "if not run.any_rank(bool(going)):",
+     "if not going:"),
+    ("turns: one more", BY_HAND,
+     "for turn in range(tool.turns):",
+     "for turn in range(tool.turns + 1):"),
+    ("turns: the tool sees the prompt alone", BY_HAND,
+     "[talk.messages for talk in talks])",
+     "[row.prompt for row in rows])"),
+    ("turns: functions see the first reply", BY_HAND,
+     'texts = [own[-1]["content"] for own in turns]',
+     'texts = [own[0]["content"] for own in turns]'),
 ]

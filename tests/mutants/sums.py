@@ -5,6 +5,7 @@ RIGHT = "test_sums.py::test_a_reply_is_right_that_ends_in_so_and_the_answer"
 SPLITS = "test_sums.py::test_held_out_sums_are_never_trained_on_and_none_comes_twice"
 ANSWERS = "test_sums.py::test_answers_reach_functions_with_prompts_and_demonstrations_alike"
 SHARES_WRONG = "test_sums.py::test_the_stated_shares_of_demonstrations_have_a_wrong_step_and_leave_some_out"
+CALCULATOR = "test_sums.py::test_the_calculator_answers_what_can_be_read_and_nothing_behind_so"
 
 MUTANTS = [
     ("sums: a partial sum leaves its range",
@@ -68,4 +69,14 @@ MUTANTS = [
      "test_sums.py::test_every_number_and_what_stands_between_them_is_a_token",
      'PIECES = r"[0-9]+|[^0-9]+"',
      'PIECES = r"[0-9]|[^0-9]+"'),
+    ("calculator: so is asked for, too", CALCULATOR,
+     "answers.append(None)",
+     'answers.append("?")'),
+    ("calculator: what can't be read ends the conversation", CALCULATOR,
+     '"?" if value is None else str(value)',
+     "None if value is None else str(value)"),
+    ("calculator: no step is wrong",
+     "test_sums.py::test_with_a_calculator_demonstrations_ask_for_each_step_and_it_answers_as_the_function_does",
+     "            term += int(rng.choice(MISSES))\n",
+     "            pass\n"),
 ]
