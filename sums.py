@@ -17,6 +17,13 @@ of the files, of SFT and of GRPO; processor seconds, as the machine was busy oth
     GRPO                            0.932    0.984    0.990
     seconds of SFT, of GRPO         50, 128  50, 123  51, 127
 
+With --calculator the steps are done by a calculator, sums:calculator, that answers in between, and the policy
+has to ask for each of them: 12-7+7-8=? -> 12-7= -> 5 -> 5+7= -> 12 -> 12-8= -> 4 -> so 4. Right of the
+held-out sums (seed 0, 2026-11-28; as above, but SFT of 300 steps and GRPO of 60): 0.402 and 0.936.
+
+    python sums.py --calculator --out runs/calculator
+    python grpo.py --data runs/calculator/prompts.jsonl --reward-fn sums:right --tool sums:calculator
+
 It writes demonstrations, of which many have a wrong step, and prompts, each with a file of held-out sums
 beside it, and the tokenizer. All rows have the answer in a field of their own. sums:right and sums:steps are
 functions for --reward-fn and --judge; check_steps says of each step of a reply whether it is right.
@@ -91,13 +98,19 @@ def draw_sums(config):
     return {"heldout": sums[:config.heldout_sums], "train": sums[config.heldout_sums:]}
 
 
+def draw_habits(terms, rng, wrong, hasty):
+    """How many steps of a sum are done, and the number of the wrong one, from 1 on, or None."""
+    count = rng.integers(1, len(terms) - 1) if hasty else len(terms) - 1
+    missed = rng.integers(1, count + 1) if wrong else None
+    return count, missed
+
+
 def work_out(terms, rng, wrong=False, hasty=False):
     """The reply that works out a sum.
 
     wrong: one of its steps has a wrong result. hasty: it leaves out the last of them, or several.
     """
-    count = rng.integers(1, len(terms) - 1) if hasty else len(terms) - 1
-    missed = rng.integers(1, count + 1) if wrong else None
+    count, missed = draw_habits(terms, rng, wrong, hasty)
     steps = []
     total = terms[0]
     for number, term in enumerate(terms[1:count + 1], 1):
@@ -115,8 +128,7 @@ def talk_through(terms, rng, wrong=False, hasty=False):
 
     wrong: one of the steps that are asked has a wrong term. hasty: as for `work_out`.
     """
-    count = rng.integers(1, len(terms) - 1) if hasty else len(terms) - 1
-    missed = rng.integers(1, count + 1) if wrong else None
+    count, missed = draw_habits(terms, rng, wrong, hasty)
     messages = [{"role": "user", "content": prompt_of(terms)}]
     total = terms[0]
     for number, term in enumerate(terms[1:count + 1], 1):

@@ -49,7 +49,7 @@ MUTANTS = [
      "config.samples) > 0.5",
      "config.samples) >= 0.5"),
     ("evaluate: several samples, one reply", SEVERAL,
-     "per_prompt=config.samples)",
+     "per_prompt=config.samples, tool=tool)",
      "per_prompt=1)"),
     ("evaluate: replies stand beside other prompts", SEVERAL,
      "[prompt for prompt in prompts for _ in range(config.samples)]",

@@ -69,7 +69,7 @@ MUTANTS = [
     ("turns: end tokens don't count but at the end", BY_HAND,
      'self.mask += [role == "assistant"] * len(ids)',
      'self.mask += [role == "assistant"] * (len(ids) - 1) + [False]'),
-    ("turns: what was sampled is encoded once more", "whole/test_turns.py",
+    ("turns: what was sampled is encoded once more", BY_HAND,
      'talk.add("assistant", tokenizer.decode(reply), reply)',
      'talk.add("assistant", tokenizer.decode(reply), tokenizer.encode(tokenizer.decode(reply)))'),
     ("turns: each has all of the room", BY_HAND,
