@@ -121,8 +121,7 @@ TURNS, ROOM = 4, 24
 
 
 def by_hand(policy, tokenizer, prompt, uniform):
-    """(ids, mask, turns, ended, why) of one conversation, each turn sampled alone with its numbers (1, ROOM, 2).
-    """
+    """(ids, mask, turns, ended, why) of one conversation, each turn alone, with its numbers (1, ROOM, 2)."""
     tool, ids, mask, turns = Counter(TURNS), list(prompt.ids), [False] * len(prompt.ids), []
     for own in uniform:
         room = len(prompt.ids) + ROOM - len(ids)

@@ -76,7 +76,8 @@ MUTANTS = [
      '"?" if value is None else str(value)',
      "None if value is None else str(value)"),
     ("calculator: no step is wrong",
-     "test_sums.py::test_with_a_calculator_demonstrations_ask_for_each_step_and_it_answers_as_the_function_does",
+     "test_sums.py::"
+     "test_with_a_calculator_demonstrations_ask_for_each_step_and_it_answers_as_the_function_does",
      "            term += int(rng.choice(MISSES))\n",
      "            pass\n"),
 ]

@@ -79,6 +79,7 @@ def test_resume_after_an_interrupt_equals_never_stopping(advantage, task, tmp_pa
     assert tools.same(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.case(33)
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_two_ranks_train_as_one_does(parallel, task, tmp_path):
     words = (f"--model {task}/sft --data {task}/sums/prompts.jsonl {FEW} --steps 2 --advantage greedy "
