@@ -117,7 +117,7 @@ class Counter:
         return [None if len(own) % 4 == 3 else "x" * (len(own) % 4) for own in replies]
 
 
-TURNS, ROOM = 4, 24
+TURNS, ROOM = 4, 20
 
 
 def by_hand(policy, tokenizer, prompt, uniform):
@@ -138,8 +138,9 @@ def by_hand(policy, tokenizer, prompt, uniform):
             return ids, mask, turns, True, "over"
         turn = {"role": "user", "content": answer}
         added = encode_prompt(tokenizer, [turn])
-        if len(ids) + len(added) >= len(prompt.ids) + ROOM:
-            return ids, mask, turns, False, "no room"
+        left = len(prompt.ids) + ROOM - len(ids) - len(added)
+        if left <= 0:
+            return ids, mask, turns, False, "no room" if left < 0 else "no room behind it"
         ids, mask, turns = ids + added, mask + [False] * len(added), [*turns, turn]
 
 
@@ -180,7 +181,7 @@ def test_a_conversation_is_what_is_sampled_turn_by_turn_and_its_mask_what_the_po
         assert (batch.texts[i], batch.ended[i].item()) == (turns[-1]["content"], ended)
         assert batch.turns[i] == turns and batch.dialogues[i] == prompt.row.prompt + turns
         assert batch.room_taken()[i] == length - len(prompt.ids) <= ROOM
-    assert reasons == {"cut", "turns", "over", "no room"}
+    assert reasons == {"cut", "turns", "over", "no room", "no room behind it"}
     # What is trained of those that ended is a whole number of replies, each with its end token.
     gaps = batch.mask[:, 1:].int() - batch.mask[:, :-1].int()
     assert ((gaps == 1).sum(1) > 1).any()
