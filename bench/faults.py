@@ -421,7 +421,7 @@ FAULTS = {
     "loss that saturates": ("gradient of a pair that is very wrong", loss_that_saturates),
     "padding that is ranked": ("share of the gradient on padding", padding_that_is_ranked),
     "logarithm of zero": ("KL of the reference to the policy", logarithm_of_zero),
-    "arithmetic without end": ("worth of 95**87**76", arithmetic_without_end),
+    "arithmetic without end": ("worth of `95**87**76`", arithmetic_without_end),
 }
 
 
