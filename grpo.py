@@ -50,9 +50,9 @@ divided by --max-new-tokens and replies (constant), so that a reply weighs as mu
 A preset is nothing but these flags, and those given beside it count. Without one: dr-grpo.
 
 With one optimiser step per rollout (the default) rho is 1 and a group's advantages add up to 0, so the loss
-is about 0 while its gradient is not: watch the score and grad_norm. A group whose scores are all equal
-teaches nothing and has advantages of exactly 0. flat_groups counts them; --flat drop leaves them out of the
-averages, and resample draws other prompts in their place.
+is 0 where all replies weigh the same, and small else, while its gradient is not: watch the score and
+grad_norm. A group whose scores are all equal teaches nothing and has advantages of exactly 0. flat_groups
+counts them; --flat drop leaves them out of the averages, and resample draws other prompts in their place.
 
 There is no KL term unless you ask for one. k1 in the reward is taken off a reply's score, summed over its
 tokens; k2 and k3 in the loss have the right gradient for each token (see the top of ppo.py).

@@ -54,7 +54,7 @@ TRL 1.12 to 1e-5):
     learning rates fall on a cosine        on a line                                  --lr-schedule,
                                                                                         --critic-lr-schedule
     gradients clipped to norm 1            not clipped                                --max-grad-norm 1e9
-    PPO-ptx: gradients summed, one step    no ptx (DeepSpeed-Chat: its own step)      --ptx-coef
+    PPO-ptx: gradients summed, one step    no ptx (DeepSpeed-Chat: the same)          --ptx-coef
     an optimiser each for policy, critic   one, value loss times 0.1                  none
     old log-probabilities from training    from the sampler                           none
       passes
