@@ -25,7 +25,7 @@ case "${SIZE:-small}" in
 small)
     files="--prompts 2000 --heldout-prompts 200 --demonstrations 256"
     sft="--epochs 2 --batch-tokens 1024 --micro-batch-tokens 8192 --warmup 3 --lr 2e-5"
-    grpo="--steps 90 --rollout-batch 16 --group 8 --micro-batch-tokens 8192 --lr 2e-5 --warmup 5 --kl-every 5"
+    grpo="--steps 60 --rollout-batch 16 --group 8 --micro-batch-tokens 8192 --lr 2e-5 --warmup 5 --kl-every 5"
     evaluation="--samples 8 --pass-k 1 8 --micro-batch-tokens 8192" ;;
 full)
     files="--prompts 10000 --heldout-prompts 1000 --demonstrations 256"
@@ -57,12 +57,12 @@ fi
 stage "3/5 GRPO with the checker as reward"
 "$python" grpo.py --preset dr-grpo --data "$prompts" --model "$start" --reward-fn "$reward" --judge "$judge" \
     --out "$out/grpo" --max-new-tokens "${TOKENS:-12}" --temperature 1 --lr-schedule cosine --kl-coef 0 \
-    --overlong floor --sample-every 10 --val-fraction 0 $grpo $every
+    --flat drop --overlong floor --sample-every 10 --val-fraction 0 $grpo $every
 stage "4/5 evaluation on held-out questions: sampled at temperature 1, and the likeliest replies"
 models=("$start" "$out/grpo")
-[ "$start" = "$model" ] || models+=("$model")
 measure="--data $heldout --reward-fn $reward --judge $judge --max-new-tokens ${TOKENS:-24} --dtype ${DTYPE:-auto}"
 "$python" evaluate.py --models "${models[@]}" $measure $evaluation --temperature 1 --out "$out/evaluation.json"
+[ "$start" = "$model" ] || models+=("$model")
 "$python" evaluate.py --models "${models[@]}" $measure --temperature 0 --out "$out/greedy.json"
 stage "5/5 picture"
 "$python" report.py --curves "$out" || echo "no picture: pip install matplotlib"

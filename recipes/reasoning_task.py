@@ -70,7 +70,7 @@ def answer_text(entry):
 @dataclass
 class Config:
     task: str = "spell_backward"  # name of the task in the package
-    # what the task is made with, name=value, as the package calls it (max_word_len=5); the rest is its default
+    # what the task is made with, name=value, as the package calls it (max_word_len=5)
     settings: list[str] = field(default_factory=list)
     suffix: str = ""  # text that is put behind each question, after a blank
     out: str = "runs/reasoning"  # folder for the files
@@ -118,8 +118,8 @@ def draw_rows(config):
         question = f"{entry['question']} {config.suffix}".rstrip()
         rows.setdefault(question, (answer, entry["answer"]))
     require(len(rows) == wanted,
-            f"--task {config.task} has {len(rows)} different questions in {4 * wanted}, and {wanted} are asked "
-            "for (--prompts, --heldout-prompts and --demonstrations)")
+            f"--task {config.task} has {len(rows)} different questions in {4 * wanted}, and {wanted} are "
+            "asked for (--prompts, --heldout-prompts and --demonstrations)")
     asked = [{"prompt": question, "answer": answer} for question, (answer, _) in rows.items()]
     shown = [{"prompt": question, "completion": reply} for question, (_, reply) in rows.items()]
     # What a task has few of (the shortest words) is used up by the first questions, so they are shuffled: all
