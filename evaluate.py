@@ -93,8 +93,9 @@ def answer(alone, model, reference, reward_models, functions, judges, tokenizer,
         texts += batch.texts
         everyone = list(range(len(batch.texts)))
         plan, = batch.plan(alone, [everyone], config.micro_batch_tokens)
+        # The first model is its own reference, so its own is 0.
         kl = torch.zeros(len(everyone), device=alone.device)
-        if config.temperature > 0:
+        if config.temperature > 0 and model is not reference:
             for part in batch.passes(alone, plan):
                 with alone.autocast():
                     logprobs = model(part.ids, part.where, config.temperature)[0]  # (n, W)
