@@ -7,9 +7,10 @@
 
 The score is a reward model's, that of a Python function, or a weighted sum of several, as in ppo.py; a
 judge's number stands beside it, under the function's name. win, tie and loss compare the first judge's
-numbers, or else the scores, of two replies to one prompt; the win rate counts ties half. kl is the mean over
-replies of the summed log pi - log ref, in nats, where ref is the first model. Replies are sampled at
-temperature 1 unless you say otherwise.
+numbers, or else the scores, of two replies to one prompt; the win rate counts ties half. standard_error is
+that of the first number, over prompts: twice it to both sides is a 95 % interval. kl is the mean over replies
+of the summed log pi - log ref, in nats, where ref is the first model. Replies are sampled at temperature 1
+unless you say otherwise.
 
 With --samples S there are S replies to a prompt, and win, tie and loss compare their means. pass@k, for each
 k of --pass-k, is the probability that at least one of k replies to a prompt is right, estimated without bias
@@ -94,8 +95,9 @@ def answer(alone, model, reference, reward_models, functions, judges, tokenizer,
         texts += batch.texts
         everyone = list(range(len(batch.texts)))
         plan, = batch.plan(alone, [everyone], config.micro_batch_tokens)
+        # The first model is its own reference, so its own is 0.
         kl = torch.zeros(len(everyone), device=alone.device)
-        if config.temperature > 0:
+        if config.temperature > 0 and model is not reference:
             for part in batch.passes(alone, plan):
                 with alone.autocast():
                     logprobs = model(part.ids, part.where, config.temperature)[0]  # (n, W)
@@ -268,6 +270,7 @@ def table(labels, results, judges):
             row[f"score_{name}"] = number
         rows.append(row)
     names = [name for name in (*judges, "score") if name in rows[0]]
+    names.insert(1, "standard_error")
     names += [name for name in rows[0] if name.startswith(("score_", "pass@"))]
     names += ["wins", "ties", "losses", "win_rate", "kl", "length", "eos_rate"]
 

@@ -3,7 +3,7 @@
 Writes summary.json, curves.png, ppo_metrics.png and report.html.
 
     python report.py --demo runs/demo
-    python report.py --curves runs/smollm2       any folder of runs (sft, reward, dpo, ppo): its curves alone
+    python report.py --curves runs/smollm2       any folder of runs (sft, reward, dpo, ppo, grpo): its curves
 """
 import base64
 import html
@@ -35,7 +35,8 @@ TRY_NEXT = [
 @dataclass
 class Config:
     demo: str = "runs/demo"  # folder that holds sft, reward, ppo, dpo and evaluation.json
-    curves: str = ""  # folder that holds some of sft, reward, dpo, ppo, on any data: draw their curves alone
+    # folder that holds some of sft, reward, dpo, ppo, grpo, on any data: draw their curves alone
+    curves: str = ""
     seconds: NonNegative = 0.0  # wall time of the whole demo, for the summary; 0 keeps the one that is there
     debug: bool = False  # show the traceback of an error
 
@@ -244,18 +245,25 @@ CURVES = [
     ("ppo", "entropy"),
     ("ppo", "length"),
     ("ppo", "explained_variance"),
+    ("grpo", "score"),
+    ("grpo", "flat_groups"),
+    ("grpo", "kl"),
+    ("grpo", "entropy"),
+    ("grpo", "length"),
 ]
+# Stages whose steps are rollouts.
+ROLLOUTS = ("ppo", "grpo")
 
 
 def draw_curves(folder, path):
     """The main metrics of whichever stages have run in a folder, one panel each."""
     plt = pyplot()
     found = {}
-    for stage in ("sft", "reward", "dpo", "ppo"):
+    for stage in dict(curve[:2] for curve in CURVES):
         if (folder / stage / "metrics.jsonl").is_file():
             found[stage] = read_metrics(folder / stage)
     curves = [curve for curve in CURVES if curve[0] in found]
-    require(curves, f"--curves {folder} holds no run (sft, reward, dpo, ppo)")
+    require(curves, f"--curves {folder} holds no run (sft, reward, dpo, ppo, grpo)")
     figure, panels = grid_of_panels(plt, len(curves), 14, 2.6)
     for axes, (stage, *names) in zip(panels, curves):
         for name, colour in zip(names, ("tab:blue", "tab:orange")):
@@ -267,7 +275,7 @@ def draw_curves(folder, path):
         axes.set_title(title, fontsize=9, loc="left")
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=7)
-        axes.set_xlabel("rollout" if stage == "ppo" else "step", fontsize=8)
+        axes.set_xlabel("rollout" if stage in ROLLOUTS else "step", fontsize=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)

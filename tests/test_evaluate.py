@@ -54,7 +54,8 @@ def test_evaluation_scores_by_a_weighted_sum_and_names_all_of_it(small, judged, 
                               "--reward-weights 2 10 0.5")
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in lines[1:]] == ["a/sft", "b/sft", "other"]
-    assert lines[0].split()[:4] == ["score", "score_reward", "score_mine:right", "score_mine:size"]
+    named = ["score", "standard_error", "score_reward", "score_mine:right", "score_mine:size"]
+    assert lines[0].split()[:5] == named
     assert len({len(line) for line in lines}) == 1
     for folder, result in results.items():
         parts = result["scores"]
@@ -147,7 +148,9 @@ def test_several_samples_are_counted_by_prompt(sampled, small, capsys):
     results, replies = sampled("--samples 5 --pass-k 1 3 5")
     head, *lines = capsys.readouterr().out.splitlines()[-4:]
     assert "6 prompts, 5 replies to each" in head
-    assert lines[0].split()[:5] == ["even", "pass@1", "pass@3", "pass@5", "wins"]
+    assert lines[0].split()[:6] == ["even", "standard_error", "pass@1", "pass@3", "pass@5", "wins"]
+    for line, result in zip(lines[1:], results):
+        assert line.split()[1:3] == [f"{result[name]:.3f}" for name in ("even", "standard_error")]
     prompts = [row["prompt"] for row in json.loads((small / "prompts.json").read_text())]
     means = []
     for result, rows in zip(results, replies):

@@ -1,5 +1,6 @@
 """recipes/reasoning_task.py, with a package that stands for reasoning_gym: its files, its answers, its
 checker as a reward."""
+import json
 import sys
 from types import SimpleNamespace
 
@@ -16,16 +17,19 @@ MARKS = "#### \\boxed{1} \\\\ \"quoted\" \n é"
 @pytest.fixture
 def task(monkeypatch):
     """The recipe, with a package of one task: count(1), whose answers the metadata checks."""
-    def create_dataset(name, size, seed):
+    def create_dataset(name, size, seed, most=50, word="follows"):
         if name != "count":
             raise ValueError(f"Dataset '{name}' not registered")
+        assert most > 0, "most must be positive"
         return [{
-            "question": f"What follows {seed + i % 50}?", "answer": str(seed + i % 50 + 1),
-            "metadata": {"source_dataset": "count", "marks": MARKS, "right": str(seed + i % 50 + 1)}
+            "question": f"What {word} {seed + i % most}?", "answer": str(seed + i % most + 1),
+            "metadata": {"source_dataset": "count", "marks": MARKS, "right": str(seed + i % most + 1)}
         } for i in range(size)]
 
     def check(answer, entry):
         assert entry["metadata"]["marks"] == MARKS and entry["answer"] == entry["metadata"]["right"]
+        if answer == "almost":
+            return 1 - 1e-12
         return 1.0 if answer == entry["metadata"]["right"] else 0.25
 
     package = SimpleNamespace(create_dataset=create_dataset, get_score_answer_fn=lambda name: check)
@@ -36,8 +40,12 @@ def task(monkeypatch):
     recipe.checker_of.cache_clear()
 
 
-def write(recipe, flags):
-    recipe.main(parse_flags(recipe.Config, "", flags.split()))
+def write(recipe, flags, *more):
+    recipe.main(parse_flags(recipe.Config, "", flags.split() + list(more)))
+
+
+def questions(file):
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
 
 
 def test_the_checker_gets_back_what_the_files_were_given(task, tmp_path):
@@ -54,6 +62,43 @@ def test_the_checker_gets_back_what_the_files_were_given(task, tmp_path):
         assert function([row.text] * 2, [f" {following}\n", "no"], [row.answer] * 2,
                         [True] * 2).tolist() == [1, 0.25]
     assert function(["?"], ["1"], [""], [True]).tolist() == [0]
+
+
+def test_what_is_right_is_what_the_checker_gives_all_of_its_score_and_nothing_less(task, tmp_path):
+    write(task, f"--task count --out {tmp_path}/files --prompts 2 --heldout-prompts 1")
+    row = read_rows(f"{tmp_path}/files/prompts.jsonl", "prompts", SILENT)[0]
+    answer = str(int(row.text.removesuffix("?").split()[-1]) + 1)
+    replies = [f" {answer}", "almost", "no"]
+    assert Function("--judge", "recipes.reasoning_task:right")(
+        [row.text] * 3, replies, [row.answer] * 3, [True] * 3).tolist() == [1, 0, 0]
+
+
+def test_settings_reach_the_package_and_the_suffix_every_question(task, tmp_path):
+    write(task, f"--task count --out {tmp_path}/files --prompts 4 --heldout-prompts 2 --settings most=6 "
+                "word=precedes --suffix", "Answer alone.")
+    asked = questions(tmp_path / "files/prompts.jsonl") + questions(tmp_path / "files/prompts_heldout.jsonl")
+    assert sorted(asked) == [f"What precedes {number}? Answer alone." for number in range(6)]
+    for settings, said in (
+            ("most=0", "--task count can't be made: most must be positive"),
+            ("least=1", "--task count can't be made: .* unexpected keyword argument 'least'"),
+            ("most", "--settings most is not name=value"),
+            ("size=3", "--settings size is set by --prompts and --seed")):
+        with pytest.raises(UserError, match=said):
+            write(task, f"--task count --out {tmp_path}/new --settings {settings}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_files_share_no_question_and_each_is_drawn_from_all_of_them(task, tmp_path):
+    write(task, f"--task count --out {tmp_path}/files --prompts 20 --heldout-prompts 15 --demonstrations 15")
+    files = [tmp_path / f"files/{name}.jsonl" for name in ("prompts", "prompts_heldout", "demonstrations")]
+    numbers = [[int(text.removesuffix("?").split()[-1]) for text in questions(file)] for file in files]
+    assert [len(own) for own in numbers] == [20, 15, 15]
+    assert sorted(sum(numbers, [])) == list(range(50))
+    # The package asks for small numbers first here.
+    for own in numbers:
+        assert min(own) < 15 and max(own) >= 35
+    rows = read_rows(str(files[2]), "demonstrations", SILENT)
+    assert [row.replies for row in rows] == [[str(number + 1)] for number in numbers[2]]
 
 
 def test_the_function_is_found_from_any_folder(task, tmp_path, monkeypatch):
