@@ -52,8 +52,8 @@ A preset is nothing but these flags, and those given beside it count. Without on
 With one optimiser step per rollout (the default) rho is 1 and a group's advantages add up to 0, so the loss
 is 0 where all replies weigh the same, and small else, while its gradient is not: watch the score and
 grad_norm. A group whose scores are all equal teaches nothing and has advantages of exactly 0. flat_groups
-counts them; --flat drop leaves them out of the averages, and resample draws other prompts in their place. (kl,
-entropy, approx_kl and clip_fraction are then means over the groups that are left.)
+counts them; --flat drop leaves them out of the averages, and resample draws other prompts in their place. By
+both kl, entropy, approx_kl and clip_fraction are means over the groups that are left.
 
 There is no KL term unless you ask for one. k1 in the reward is taken off a reply's score, summed over its
 tokens; k2 and k3 in the loss have the right gradient for each token (see the top of ppo.py).
