@@ -44,11 +44,12 @@ one set of prompts for the three phases (--part cuts it), and only as many round
 
 Measured on the embedded task (held-out prompts, gold score; from the demo's SFT and reward model, n 16, then
 `sft.py --data OUT/sft.jsonl --epochs 8 --lr 1e-3 --warmup 10`; 2026-11-24, 2 cores of an AMD EPYC without
-AMX, a minute and a half each):
+AMX, a minute and a half each; seed 2 on 2026-11-28, an Intel Xeon):
 
               SFT      best of 16    random control    PPO
     seed 0    0.175    0.875         0.044             0.949
     seed 1    0.089    0.867         0.026             0.913
+    seed 2    0.094    0.837         0.137             0.910
 
 A second round (--rounds 2 with those --train-flags) raises the score on the prompts it trains on from 1.36 to
 1.42, and not the gold score: 0.91, then 0.89. KL 0.86, then 1.23 nats; bounds 1.84 and 4.55.
