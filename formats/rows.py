@@ -29,6 +29,8 @@ class Row:
     answer: str = ""
     # A whole file of running text, which is split by position, not by hash.
     document: bool = False
+    # Of a pair: that the first is the better one; see dpo.py.
+    probability: float = 1.0
 
     @property
     def text(self):
@@ -467,7 +469,10 @@ def parse(row, form, want):
     answer = find_answer(row)
     margin = row.get("margin", 0.0)
     gold = row.get("gold", [])
-    check_numbers(ranks, gold, margin)
+    probability = row.get("probability", 1.0)
+    check_numbers(ranks, gold, margin, probability)
+    if want == "preferences" and len(replies) > 2 and probability != 1:
+        raise TypeError("a probability is that of a pair, and there are more than two replies")
     if want == "demonstrations" and len(replies) > 1:
         best = ranks.index(min(ranks))
         replies, ranks = [replies[best]], [0]
@@ -487,7 +492,7 @@ def parse(row, form, want):
         raise BadRow("all replies tied")
     if want != "preferences" or len(gold) != len(replies):
         gold = []
-    return Row(prompt, replies, ranks, float(margin), gold, answer)
+    return Row(prompt, replies, ranks, float(margin), gold, answer, probability=float(probability))
 
 
 def add_system(prompt, row):
@@ -500,8 +505,10 @@ def add_system(prompt, row):
     return prompt
 
 
-def check_numbers(ranks, gold, margin):
-    """TypeError unless the ranks, the gold scores and the margin of a row are finite numbers."""
+def check_numbers(ranks, gold, margin, probability):
+    """TypeError unless the ranks, gold scores, margin and probability of a row are such numbers."""
+    if not (is_number(probability) and 0 <= probability <= 1):
+        raise TypeError("the probability is not a number between 0 and 1")
     if isinstance(gold, list):
         numbers = [*ranks, *gold, margin]
         if all(is_number(x) and math.isfinite(x) for x in numbers):

@@ -159,7 +159,7 @@ def read_document(file, path):
 
 
 # Columns of a csv that hold numbers (or true and false), and those that hold lists or objects, as JSON.
-NUMBERS = {*RATINGS, "label", "labels", "margin"}
+NUMBERS = {*RATINGS, "label", "labels", "margin", "probability"}
 LISTS = {*TURNS, "completions", "ranks", "gold", "instances", "history", "reward_model"}
 # Columns that hold text, or messages as JSON.
 TALKS = {*PROMPTS, *REPLIES, "chosen", "rejected"}
