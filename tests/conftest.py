@@ -200,8 +200,8 @@ def flags(chain):
     preferences = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl"
     files = f"{preferences} --model {root}/sft"
     sampling = f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"
-    inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files, "ppo": sampling,
-              "grpo": sampling}
+    inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files, "kto": files,
+              "ppo": sampling, "grpo": sampling}
     return {name: f"{inputs[name]} {QUICK[name]} --threads 1 --steps 4" for name in TRAINERS}
 
 

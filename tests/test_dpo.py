@@ -403,7 +403,7 @@ def in_float64(inputs, factors):
 
 
 @pytest.mark.parametrize("at_once", [1 << 26, 10 * VOCAB, 1], ids=["one chunk", "chunks", "rows"])
-@pytest.mark.parametrize("N", [1, 23])
+@pytest.mark.parametrize("N", [1, 100])
 def test_the_kl_of_whole_distributions_and_its_gradient_are_those_of_float64(N, at_once, monkeypatch):
     monkeypatch.setattr(head_file, "LOGITS_AT_ONCE", at_once)
     inputs, factors = kl_inputs(N), torch.linspace(-1, 2, N)
@@ -415,8 +415,8 @@ def test_the_kl_of_whole_distributions_and_its_gradient_are_those_of_float64(N, 
     torch.testing.assert_close(kl, expected.float(), atol=1e-5, rtol=1e-5)
     for leaf, gradient in zip(leaves, gradients):
         torch.testing.assert_close(leaf.grad, gradient.float(), atol=1e-5, rtol=1e-4)
-    if at_once == 10 * VOCAB and N == 23:
-        # Never all logits, forward or backward: of 23 rows at most five, or the heads themselves.
+    if at_once == 10 * VOCAB:
+        # Never all logits, forward or backward: those of five rows at most, or the heads themselves.
         assert largest.numel <= max(5 * VOCAB, inputs[3].numel())
 
 
