@@ -234,8 +234,8 @@ def hinge_loss(h, w, l, m, config):
 
 
 def dpop_loss(h, w, l, m, config):
-    # Nats by which the chosen reply has become less likely. Training starts at the kink, where the slope is 0,
-    # but for what rounding makes of two equal models.
+    # Nats by which the chosen reply has become less likely. Training starts at the kink, where the slope is
+    # 0, but for what rounding makes of two equal models.
     fallen = F.relu(-w.ratios)
     return -F.logsigmoid(h - m - config.beta * config.dpop_lambda * fallen)
 

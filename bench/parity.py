@@ -6,9 +6,9 @@ one CPU thread.
 
 Nothing of theirs is copied or imitated; their own code runs:
     transformers   opens the folders that save_model writes
-    TRL, current   DPOTrainer, CPOTrainer (SimPO), ORPOTrainer and RewardTrainer, from text to the loss and
-                   its gradient; the losses of GRPOTrainer and RLOOTrainer on given replies, advantages and
-                   old log-probabilities
+    TRL, current   DPOTrainer, CPOTrainer (SimPO), ORPOTrainer, KTOTrainer and RewardTrainer, from text to the
+                   loss and its gradient; the losses of GRPOTrainer and RLOOTrainer on given replies,
+                   advantages and old log-probabilities
     TRL 1.12.0     the last with PPO: PPOTrainer.train() itself, its generation included, for one rollout and
                    two epochs on it. Its local variables are read each time it calls accelerator.backward; our
                    functions get its tokens alone, and for the second epoch its updated weights. It runs in a
@@ -59,6 +59,7 @@ except ModuleNotFoundError as error:
 
 import dpo
 import grpo
+import kto
 from data import collate, encode_group, encode_prompt, pad_rows, ranked_pairs
 from formats.families import TRANSPOSED
 from formats.model_folder import load_model, save_model
@@ -206,17 +207,19 @@ def encoded(rows):
     return [example for row in rows for example in encode_group(TOKENIZER, row)]
 
 
+def as_text(ids):
+    """What their tokenizer turns into these ids."""
+    return "".join(f"<{i}>" for i in ids)
+
+
 def pair_dataset(rows):
     """The rows as text that their tokenizer turns into our ids."""
-    def text(ids):
-        return "".join(f"<{i}>" for i in ids)
-
     columns = {"prompt": [], "chosen": [], "rejected": [], "margin": [row.margin for row in rows]}
     for row in rows:
         prompt = encode_prompt(TOKENIZER, row.prompt)
-        columns["prompt"].append(text(prompt))
+        columns["prompt"].append(as_text(prompt))
         for name, (ids, _) in zip(("chosen", "rejected"), encode_group(TOKENIZER, row)):
-            columns[name].append(text(ids[len(prompt):]))
+            columns[name].append(as_text(ids[len(prompt):]))
     return datasets.Dataset.from_dict(columns)
 
 
@@ -337,6 +340,61 @@ def no_reference_rows(folder):
         note = ", the SFT term over prompts too" if name == "ORPO" else ""
         table.add(f"{name} loss{note}", mine, other)
         table.add(f"{name} gradient", *gradients(model, trainer.model))
+    return table.rows
+
+
+def kto_rows(folder):
+    """KTO on eight single replies, whose mismatched pairs are the same: each prompt with the reply before.
+
+    Twice, the second time with the models in each other's places, as one of the two has a KL point of 0.
+    """
+    from trl import KTOConfig, KTOTrainer
+    table = Table(f"TRL {trl.__version__}")
+    config = kto.Config(beta=0.3, good_weight=1.5, bad_weight=0.8)
+    replies = []
+    for good in (True, False):
+        for row in pair_rows():
+            text = row.replies[0 if good else 1]
+            single = Row(row.prompt, [text], [int(not good)])
+            replies += [kto.Labelled(single, example, good) for example in encode_group(TOKENIZER, single)]
+    prompts = [encode_prompt(TOKENIZER, reply.row.prompt) for reply in replies]
+    completions = [reply.example.ids[len(prompt):] for reply, prompt in zip(replies, prompts)]
+    good = torch.tensor([reply.good for reply in replies])
+    pairs = kto.mismatched_pairs(range(len(replies)), replies)
+    batches = []
+    for examples in ([reply.example for reply in replies],
+                     [kto.mismatched(replies[i].example, replies[j].example, 128) for i, j in pairs]):
+        ids, mask, _ = collate(examples, TOKENIZER.pad, "cpu")  # (B, T)
+        batches.append((ids, mask))
+
+    points = []
+    for policy, reference in (("policy", "reference"), ("reference", "policy")):
+        args = KTOConfig(**trainer_settings(folder), beta=config.beta, desirable_weight=1.5,
+                         undesirable_weight=0.8, per_device_train_batch_size=len(replies), max_length=128)
+        data = datasets.Dataset.from_dict({
+            "prompt": [as_text(prompt) for prompt in prompts],
+            "completion": [as_text(completion) for completion in completions],
+            "label": good.tolist()})
+        trainer = KTOTrainer(theirs(folder, policy), theirs(folder, reference), args, train_dataset=data,
+                             processing_class=their_tokenizer())
+        other = their_loss(trainer)
+
+        model, fixed = ours(folder, policy), ours(folder, reference)
+        ratios = []  # of the replies, then of the mismatched pairs
+        for ids, mask in batches:
+            with torch.no_grad():
+                ref_logprobs = fixed(ids, mask)[0].sum(1)  # (B,)
+            ratios.append(model(ids, mask)[0].sum(1) - ref_logprobs)
+        z = kto.kl_point(ratios[1].detach())
+        weight = torch.full((len(replies),), 1 / len(replies))
+        mine = kto.kto_loss(ratios[0], good, z, weight, config)
+        mine.backward()
+
+        points.append(z.item())
+        table.add(f"KTO's KL point, {z.item():.3g}", z, trainer._metrics["train"]["kl"][-1])
+        table.add("KTO loss", mine, other)
+        table.add("KTO gradient", *gradients(model, trainer.model))
+    require(max(points) > 0.1, "KTO's KL point is 0 in both comparisons, so it is not compared")
     return table.rows
 
 
@@ -697,6 +755,7 @@ def main(words):
         rows += ppo_in_its_own_process(folder)
         rows += dpo_rows(folder)
         rows += no_reference_rows(folder)
+        rows += kto_rows(folder)
         rows += reward_rows(folder)
         rows += grpo_rows(folder)
     width = max(len(quantity) for quantity, _, _ in rows)

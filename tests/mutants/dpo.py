@@ -162,7 +162,7 @@ MUTANTS = [
      "reference = model"),
     ("dpo: the reference gets the adapters", RESUME,
      "    prepare_training(model, config)\n",
-     "    prepare_training(model, config)\n    reference = copy_of(model, shared)\n"),
+     "    prepare_training(model, config)\n    reference = frozen_reference(model, config)\n"),
     ("dpo: --reference is passed over",
      "test_dpo.py::test_dpo_refers_to_the_model_that_it_starts_from_or_to_that_of_reference",
      "    if config.reference:\n",
