@@ -42,9 +42,9 @@ to the first model that way. Its log-probabilities are computed once, before tra
 step, and simpo, orpo and rrhf have none.
 
 SPIN (Chen et al. 2024) is --loss dpo on demonstrations as chosen and the policy's own samples as rejected
-replies, each round from, and against, the last round's model. best_of_n.py --n 1 draws the samples; its
-sft.jsonl with "label": false in each row, behind the demonstrations with "label": true, is the --data. Where
-pi is the demonstrations' own distribution the loss is log 2 and the expected gradient 0.
+replies, each round from, and against, the last round's model. best_of_n.py --n 1 with any --reward-fn draws
+the samples; its sft.jsonl with "label": false in each row, behind the demonstrations with "label": true, is
+the --data. Where pi is the demonstrations' own distribution the loss is log 2 and the expected gradient 0.
 
 What differs between implementations:
     here                                     TRL 1.16, others                              switch
