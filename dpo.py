@@ -324,7 +324,8 @@ def token_kl(states, weight, ref_states, ref_weight):
     found = []
     for start in range(0, len(states), rows):
         at = slice(start, start + rows)
-        found.append(checkpoint(of_chunk, states[at], ref_states[at], use_reentrant=False))
+        found.append(checkpoint(of_chunk, states[at], ref_states[at], use_reentrant=False,
+                                preserve_rng_state=False))
     return torch.cat(found)
 
 

@@ -242,9 +242,7 @@ def main(config):
         run.seed_step(step)
         batch = plan[step]
         z = z_of(batch, train).to(run.device)
-        count = {True: 0, False: 0}  # of good and bad replies in the step, on all ranks
-        for i in batch:
-            count[train[i].good] += 1
+        goods = sum(train[i].good for i in batch)  # on all ranks
         totals = {"kl": z / run.world_size}
         pieces = run.split(batch, costs, budget)
         for piece, counts in run.passes(pieces, policy):
@@ -259,8 +257,8 @@ def main(config):
             loss = kto_loss(log_ratios, good, z, weight, config)
             run.backward(loss, optimizer)
             metrics = {"loss": loss}
-            for name, of_kind in (("good", good), ("bad", ~good)):
-                share = of_kind * counts / max(1, count[name == "good"])  # (B,)
+            for name, chosen, number in (("good", good, goods), ("bad", ~good, len(batch) - goods)):
+                share = chosen * counts / max(1, number)  # (B,)
                 metrics[f"{name}_reward"] = config.beta * (share * log_ratios).sum()
                 metrics[f"{name}_logprob"] = (share * logprobs).sum()
             for name, value in metrics.items():
