@@ -370,8 +370,11 @@ def open_reference(config, tokenizer):
     return reference.requires_grad_(False)
 
 
-def check(config):
+def check(config, say):
     """UserError for flags that --loss has no use for, or needs."""
+    if config.preset:
+        flags = [f"{flag_of(name)} {value}" for name, value in config.PRESETS[config.preset].items()]
+        say(f"--preset {config.preset} is {' '.join(flags)}; other flags given beside it count")
     without = {"reference": NO_REFERENCE, "sft_coef": WITH_SFT, "gamma": WITHOUT_MARGIN,
                "margins": WITHOUT_MARGIN}
     users = {name: [loss for loss in LOSSES if loss not in others] for name, others in without.items()}
@@ -386,7 +389,7 @@ def check(config):
 
 def main(config):
     run = Run(config)
-    check(config)
+    check(config, run.say)
     model, tokenizer = open_model(config, GPT)
     reference = None
     if config.reference:

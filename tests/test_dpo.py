@@ -591,7 +591,9 @@ def test_a_preset_is_nothing_but_its_flags():
     for name, changes in dpo.Config.PRESETS.items():
         found = parse_flags(dpo.Config, "", ["--preset", name, "--seed", "3"])
         assert found == dpo.Config(preset=name, seed=3, **changes)
-        dpo.check(found)
+        said = []
+        dpo.check(found, said.append)
+        assert all(f"--{key.replace('_', '-')} {value}" in said[0] for key, value in changes.items())
     assert parse_flags(dpo.Config, "", ["--preset", "simpo", "--beta", "9"]).beta == 9
 
 
