@@ -173,7 +173,7 @@ def say_balance(train, config, say):
     if good and bad:
         balance = config.good_weight * good / (config.bad_weight * bad)
         if not 0.9 < balance < 1.6:
-            say(f"warning: good ones weigh {balance:.3g} times as much as bad ones; --good-weight "
+            say(f"good ones weigh {balance:.3g} times as much as bad ones; --good-weight "
                 f"{config.bad_weight * bad / good:.3g} makes that 1")
     else:
         say("warning: all replies have the same label, so nothing says what is better")
