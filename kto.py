@@ -32,8 +32,8 @@ Left out: DPO's kin on pairs (see dpo.py), APO, BCO.
     python kto.py --model runs/sft --data runs/preferences/train.jsonl --steps 120 --good-weight 1.3
 
 On the embedded task, from the demo's SFT model and preferences (seed 0), that takes the gold score on 508
-held-out prompts from 0.198 to 0.807 (standard errors 0.039 and 0.024), at a KL of 0.89 nats per reply, in 95 s of
-CPU time (28 November 2026, one thread of a busy Xeon).
+held-out prompts from 0.198 to 0.807 (standard errors 0.039 and 0.024), at a KL of 0.89 nats per reply, in
+95 s of CPU time (28 November 2026, one thread of a busy Xeon).
 
 Legend: B replies (rows), T tokens.
 """
