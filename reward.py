@@ -185,6 +185,10 @@ def main(config):
     train, val = preference_groups(config, tokenizer, limit, run.say)
     costs = [group.longest for group in train]
     replies = [len(group.examples) for group in train]
+    uncertain = sum(group.row.probability != 1 for group in train)
+    if uncertain:
+        run.say(f"warning: {uncertain} rows have a probability, which only dpo.py uses; "
+                "here their labels are certain")
     shifts = model.can_shift and config.lora_save == "merged"
     if shifts:
         demonstrations = zero_demonstrations(config, tokenizer, train, limit, run.say)

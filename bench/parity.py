@@ -6,8 +6,9 @@ one CPU thread.
 
 Nothing of theirs is copied or imitated; their own code runs:
     transformers   opens the folders that save_model writes
-    TRL, current   DPOTrainer and RewardTrainer, from text to the loss and its gradient; the losses of
-                   GRPOTrainer and RLOOTrainer on given replies, advantages and old log-probabilities
+    TRL, current   DPOTrainer, CPOTrainer (SimPO), ORPOTrainer, KTOTrainer and RewardTrainer, from text to the
+                   loss and its gradient; the losses of GRPOTrainer and RLOOTrainer on given replies,
+                   advantages and old log-probabilities
     TRL 1.12.0     the last with PPO: PPOTrainer.train() itself, its generation included, for one rollout and
                    two epochs on it. Its local variables are read each time it calls accelerator.backward; our
                    functions get its tokens alone, and for the second epoch its updated weights. It runs in a
@@ -56,9 +57,10 @@ except ModuleNotFoundError as error:
           file=sys.stderr)
     sys.exit(2)
 
+import dpo
 import grpo
+import kto
 from data import collate, encode_group, encode_prompt, pad_rows, ranked_pairs
-from dpo import preference_loss
 from formats.families import TRANSPOSED
 from formats.model_folder import load_model, save_model
 from formats.rows import Row
@@ -205,17 +207,19 @@ def encoded(rows):
     return [example for row in rows for example in encode_group(TOKENIZER, row)]
 
 
+def as_text(ids):
+    """What their tokenizer turns into these ids."""
+    return "".join(f"<{i}>" for i in ids)
+
+
 def pair_dataset(rows):
     """The rows as text that their tokenizer turns into our ids."""
-    def text(ids):
-        return "".join(f"<{i}>" for i in ids)
-
     columns = {"prompt": [], "chosen": [], "rejected": [], "margin": [row.margin for row in rows]}
     for row in rows:
         prompt = encode_prompt(TOKENIZER, row.prompt)
-        columns["prompt"].append(text(prompt))
+        columns["prompt"].append(as_text(prompt))
         for name, (ids, _) in zip(("chosen", "rejected"), encode_group(TOKENIZER, row)):
-            columns[name].append(text(ids[len(prompt):]))
+            columns[name].append(as_text(ids[len(prompt):]))
     return datasets.Dataset.from_dict(columns)
 
 
@@ -239,27 +243,41 @@ def their_loss(trainer):
     return loss
 
 
-# What TRL calls a loss, its --loss and --label-smoothing, and what is to say about it.
+class Preference(NamedTuple):
+    """What TRL calls a loss, the settings that make it here, and what is to say about it."""
+    loss_type: str
+    ours: dict
+    note: str = ""
+
+
 DPO_CASES = (
-    ("sigmoid", "dpo", 0.0, ""),
-    ("hinge", "hinge", 0.0, ""),
-    ("ipo", "ipo", 0.0, ", log-ratios / tokens of the reply"),
+    Preference("sigmoid", {"loss": "dpo"}),
+    Preference("hinge", {"loss": "hinge"}),
+    Preference("ipo", {"loss": "ipo"}, ", log-ratios / tokens of the reply"),
     # AOT sorts what it compares within a batch: on one pair it is cDPO.
-    ("aot", "dpo", 0.1, ", label smoothing 0.1"),
+    Preference("aot", {"loss": "dpo", "label_smoothing": 0.1}, ", label smoothing 0.1"),
+    Preference("robust", {"loss": "robust", "label_smoothing": 0.1}),
+    Preference("sigmoid sft", {"loss": "dpo", "sft_coef": 1.0}, " (RPO), mean over all tokens"),
 )
+
+
+def by_tokens(pairs, lengths):
+    """Pairs whose SFT term is a mean over all tokens of the best replies, as theirs."""
+    tokens = lengths[pairs.best]
+    return pairs._replace(best_weight=tokens / tokens.sum())
 
 
 def dpo_rows(folder):
     from trl import DPOConfig, DPOTrainer
     table = Table(f"TRL {trl.__version__}")
-    beta = 0.3
     reference = ours(folder, "reference")
-    for loss_type, kind, smoothing, note in DPO_CASES:
+    for case in DPO_CASES:
         rows = pair_rows()
-        if loss_type == "aot":
+        if case.loss_type == "aot":
             rows = rows[:1]
-        args = DPOConfig(**trainer_settings(folder), loss_type=[loss_type], beta=beta,
-                         label_smoothing=smoothing)
+        config = dpo.Config(beta=0.3, **case.ours)
+        args = DPOConfig(**trainer_settings(folder), loss_type=case.loss_type.split(), beta=config.beta,
+                         label_smoothing=config.label_smoothing)
         trainer = DPOTrainer(
             theirs(folder, "policy"), theirs(folder, "reference"), args, train_dataset=pair_dataset(rows),
             processing_class=their_tokenizer())
@@ -267,21 +285,116 @@ def dpo_rows(folder):
 
         model = ours(folder, "policy")
         ids, mask, _ = collate(encoded(rows), TOKENIZER.pad, "cpu")  # (B, T)
-        better, worse, weight, _ = ranked_pairs(rows)
+        lengths = mask.sum(1).float()  # (B,)
         with torch.no_grad():
             ref_logprobs = reference(ids, mask)[0].sum(1)  # (B,)
-        log_ratios = model(ids, mask)[0].sum(1) - ref_logprobs  # (B,)
-        if loss_type == "ipo":
-            log_ratios = log_ratios / mask.sum(1)
-        mine, metrics = preference_loss(
-            log_ratios, better, worse, weight / len(rows), beta, kind, smoothing)
+        replies = dpo.Replies(model(ids, mask)[0].sum(1), lengths, ref_logprobs)
+        if case.loss_type == "ipo":
+            replies = dpo.Replies(replies.logprobs / lengths, lengths, ref_logprobs / lengths)
+        pairs = by_tokens(dpo.pairs_of(rows, config).times(1, len(rows)), lengths)
+        mine, metrics = dpo.preference_loss(replies, pairs, config)
         mine.backward()
 
-        table.add(f"DPO loss, {loss_type}{note}", mine, other)
-        table.add(f"DPO gradient, {loss_type}", *gradients(model, trainer.model))
-        if loss_type == "sigmoid":
+        table.add(f"DPO loss, {case.loss_type}{case.note}", mine, other)
+        table.add(f"DPO gradient, {case.loss_type}", *gradients(model, trainer.model))
+        if case.loss_type == "sigmoid":
             margin = trainer._metrics["train"]["rewards/margins"][-1]
             table.add("margin of implicit rewards", metrics["margin"], margin)
+    return table.rows
+
+
+def no_reference_rows(folder):
+    """SimPO and ORPO. Their trainers make a batch of texts, and their loss of that."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    table = Table(f"TRL {trl.__version__}")
+    rows = pair_rows()
+    lengths = {"max_length": 128}
+    simpo = CPOConfig(**trainer_settings(folder), **lengths, loss_type="simpo", beta=2.0, simpo_gamma=0.7,
+                      cpo_alpha=0.0, remove_unused_columns=False)
+    orpo = ORPOConfig(**trainer_settings(folder), **lengths, beta=0.1, remove_unused_columns=False)
+    cases = (
+        ("SimPO", CPOTrainer, simpo, dpo.Config(loss="simpo", beta=2.0, gamma=0.7)),
+        ("ORPO", ORPOTrainer, orpo, dpo.Config(loss="orpo", beta=0.1)),
+    )
+    for name, kind, args, config in cases:
+        data = pair_dataset(rows).remove_columns("margin")
+        trainer = kind(theirs(folder, "policy"), args, train_dataset=data, processing_class=their_tokenizer())
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        other, _ = trainer.get_batch_loss_metrics(trainer.model.train(), batch)
+        other.backward()
+
+        model = ours(folder, "policy")
+        examples = encoded(rows)
+        ids, mask, _ = collate(examples, TOKENIZER.pad, "cpu")  # (B, T)
+        tokens = mask.sum(1).float()  # (B,)
+        logprobs = model(ids, mask)[0].sum(1)  # (B,)
+        pairs = dpo.pairs_of(rows, config).times(1, len(rows))
+        mine, metrics = dpo.preference_loss(dpo.Replies(logprobs, tokens), pairs, config)
+        if name == "ORPO":
+            # Their SFT term is over the tokens of the prompts as well, all but the first.
+            examples = [(ids, [False] + [True] * (len(ids) - 1)) for ids, _ in examples[::2]]
+            ids, mask, _ = collate(examples, TOKENIZER.pad, "cpu")
+            mine = mine - metrics["sft_loss"] - model(ids, mask)[0].sum() / mask.sum()
+        mine.backward()
+        note = ", the SFT term over prompts too" if name == "ORPO" else ""
+        table.add(f"{name} loss{note}", mine, other)
+        table.add(f"{name} gradient", *gradients(model, trainer.model))
+    return table.rows
+
+
+def kto_rows(folder):
+    """KTO on eight single replies, whose mismatched pairs are the same: each prompt with the reply before.
+
+    Twice, the second time with the models in each other's places, as one of the two has a KL point of 0.
+    """
+    from trl import KTOConfig, KTOTrainer
+    table = Table(f"TRL {trl.__version__}")
+    config = kto.Config(beta=0.3, good_weight=1.5, bad_weight=0.8)
+    replies = []
+    for good in (True, False):
+        for row in pair_rows():
+            text = row.replies[0 if good else 1]
+            single = Row(row.prompt, [text], [int(not good)])
+            replies += [kto.Labelled(single, example, good) for example in encode_group(TOKENIZER, single)]
+    prompts = [encode_prompt(TOKENIZER, reply.row.prompt) for reply in replies]
+    completions = [reply.example.ids[len(prompt):] for reply, prompt in zip(replies, prompts)]
+    good = torch.tensor([reply.good for reply in replies])
+    pairs = kto.mismatched_pairs(range(len(replies)), replies)
+    batches = []
+    for examples in ([reply.example for reply in replies],
+                     [kto.mismatched(replies[i].example, replies[j].example, 128) for i, j in pairs]):
+        ids, mask, _ = collate(examples, TOKENIZER.pad, "cpu")  # (B, T)
+        batches.append((ids, mask))
+
+    points = []
+    for policy, reference in (("policy", "reference"), ("reference", "policy")):
+        args = KTOConfig(**trainer_settings(folder), beta=config.beta, desirable_weight=1.5,
+                         undesirable_weight=0.8, per_device_train_batch_size=len(replies), max_length=128)
+        data = datasets.Dataset.from_dict({
+            "prompt": [as_text(prompt) for prompt in prompts],
+            "completion": [as_text(completion) for completion in completions],
+            "label": good.tolist()})
+        trainer = KTOTrainer(theirs(folder, policy), theirs(folder, reference), args, train_dataset=data,
+                             processing_class=their_tokenizer())
+        other = their_loss(trainer)
+
+        model, fixed = ours(folder, policy), ours(folder, reference)
+        ratios = []  # of the replies, then of the mismatched pairs
+        for ids, mask in batches:
+            with torch.no_grad():
+                ref_logprobs = fixed(ids, mask)[0].sum(1)  # (B,)
+            ratios.append(model(ids, mask)[0].sum(1) - ref_logprobs)
+        z = kto.kl_point(ratios[1].detach())
+        weight = torch.full((len(replies),), 1 / len(replies))
+        mine = kto.kto_loss(ratios[0], good, z, weight, config)
+        mine.backward()
+
+        points.append(z.item())
+        table.add(f"KTO's KL point, {z.item():.3g}", z, trainer._metrics["train"]["kl"][-1])
+        table.add("KTO loss", mine, other)
+        table.add("KTO gradient", *gradients(model, trainer.model))
+    require(max(points) > 0.1, "KTO's KL point is 0 in both comparisons, so it is not compared")
     return table.rows
 
 
@@ -641,6 +754,8 @@ def main(words):
         rows = transformers_rows(folder)
         rows += ppo_in_its_own_process(folder)
         rows += dpo_rows(folder)
+        rows += no_reference_rows(folder)
+        rows += kto_rows(folder)
         rows += reward_rows(folder)
         rows += grpo_rows(folder)
     width = max(len(quantity) for quantity, _, _ in rows)

@@ -1,7 +1,8 @@
 """One row type for every stage, and the formats that people have their rows in.
 
 A row is a prompt (a conversation that awaits an answer) and its replies: none for prompts, one for a
-demonstration, K with ranks for preferences (a chosen/rejected pair is K = 2).
+demonstration, K with ranks for preferences (a chosen/rejected pair is K = 2), one or more with rank 0, good,
+or 1, bad, for labels.
 """
 import json
 import math
@@ -29,6 +30,8 @@ class Row:
     answer: str = ""
     # A whole file of running text, which is split by position, not by hash.
     document: bool = False
+    # Of a pair: that the first is the better one; see dpo.py.
+    probability: float = 1.0
 
     @property
     def text(self):
@@ -344,11 +347,11 @@ FORMATS = {
     "prompts": (parse_single, ("prompts",)),
     "questions": (parse_question, ("demonstrations", "prompts")),
     "conversations": (parse_single, ("demonstrations", "prompts")),
-    "labelled replies": (parse_single, ("demonstrations", "preferences", "prompts")),
+    "labelled replies": (parse_single, ("demonstrations", "preferences", "labels", "prompts")),
     "rated replies": (parse_single, ("demonstrations", "preferences", "prompts")),
-    "preferences": (parse_pair, ("demonstrations", "preferences", "prompts")),
-    "transcripts": (parse_pair, ("demonstrations", "preferences", "prompts")),
-    "rankings": (parse_ranking, ("demonstrations", "preferences", "prompts")),
+    "preferences": (parse_pair, ("demonstrations", "preferences", "labels", "prompts")),
+    "transcripts": (parse_pair, ("demonstrations", "preferences", "labels", "prompts")),
+    "rankings": (parse_ranking, ("demonstrations", "preferences", "labels", "prompts")),
     "plain text": (parse_plain, ("demonstrations",)),
 }
 NEEDED = {
@@ -358,6 +361,8 @@ NEEDED = {
     "preferences":
         "a prompt, chosen and rejected (or completions and ranks, or a reply with a label, true or false, "
         "or a rating)",
+    "labels":
+        "a prompt and a reply with a label, true or false (or chosen and rejected, or completions and ranks)",
     "prompts":
         "a prompt (prompt, instruction, question, query, problem or messages)",
 }
@@ -378,6 +383,7 @@ REFUSED = {
             "WebGPT: make the answer of the higher score chosen, the other rejected, question its full_text",
         ("response", "helpfulness"): "HelpSteer: rename helpfulness to rating",
     },
+    "labels": {},
     "prompts": {},
 }
 
@@ -454,9 +460,9 @@ def recognise(row):
 def parse(row, form, want):
     """A checked Row of a kind from an object of a known format.
 
-    row: the object without its nulls; form: its format, of `FORMATS`; want: "demonstrations", "preferences"
-    or "prompts". Raises BadRow with the reason if it has to be dropped, TypeError if it is not of this
-    format.
+    row: the object without its nulls; form: its format, of `FORMATS`; want: "demonstrations", "preferences",
+    "labels" or "prompts". Raises BadRow with the reason if it has to be dropped, TypeError if it is not of
+    this format.
     """
     parser, _ = FORMATS[form]
     parsed = parser(row, want)
@@ -467,7 +473,10 @@ def parse(row, form, want):
     answer = find_answer(row)
     margin = row.get("margin", 0.0)
     gold = row.get("gold", [])
-    check_numbers(ranks, gold, margin)
+    probability = row.get("probability", 1.0)
+    check_numbers(ranks, gold, margin, probability)
+    if want == "preferences" and len(replies) > 2 and probability != 1:
+        raise TypeError("a probability is that of a pair, and there are more than two replies")
     if want == "demonstrations" and len(replies) > 1:
         best = ranks.index(min(ranks))
         replies, ranks = [replies[best]], [0]
@@ -485,9 +494,18 @@ def parse(row, form, want):
         raise BadRow("chosen equals rejected")
     if len(replies) > 1 and len(set(ranks)) == 1:
         raise BadRow("all replies tied")
+    if want == "labels" and len(replies) > 1:
+        replies, ranks = first_and_last(replies, ranks)
     if want != "preferences" or len(gold) != len(replies):
         gold = []
-    return Row(prompt, replies, ranks, float(margin), gold, answer)
+    return Row(prompt, replies, ranks, float(margin), gold, answer, probability=float(probability))
+
+
+def first_and_last(replies, ranks):
+    """Replies and labels (0 good, 1 bad) of a ranking: the first in rank, and the last; no others."""
+    ends = min(ranks), max(ranks)
+    kept = [(reply, ends.index(rank)) for reply, rank in zip(replies, ranks) if rank in ends]
+    return [reply for reply, _ in kept], [label for _, label in kept]
 
 
 def add_system(prompt, row):
@@ -500,8 +518,10 @@ def add_system(prompt, row):
     return prompt
 
 
-def check_numbers(ranks, gold, margin):
-    """TypeError unless the ranks, the gold scores and the margin of a row are finite numbers."""
+def check_numbers(ranks, gold, margin, probability):
+    """TypeError unless the ranks, gold scores, margin and probability of a row are such numbers."""
+    if not (is_number(probability) and 0 <= probability <= 1):
+        raise TypeError("the probability is not a number between 0 and 1")
     if isinstance(gold, list):
         numbers = [*ranks, *gold, margin]
         if all(is_number(x) and math.isfinite(x) for x in numbers):

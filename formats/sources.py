@@ -159,7 +159,7 @@ def read_document(file, path):
 
 
 # Columns of a csv that hold numbers (or true and false), and those that hold lists or objects, as JSON.
-NUMBERS = {*RATINGS, "label", "labels", "margin"}
+NUMBERS = {*RATINGS, "label", "labels", "margin", "probability"}
 LISTS = {*TURNS, "completions", "ranks", "gold", "instances", "history", "reward_model"}
 # Columns that hold text, or messages as JSON.
 TALKS = {*PROMPTS, *REPLIES, "chosen", "rejected"}
@@ -502,8 +502,8 @@ def take_part(rows, part):
 def read_rows(spec, want, say=print, part="", skip_bad=False):
     """Rows of a kind from what --data names: see `parse_sources`.
 
-    want: the kind, "demonstrations", "preferences" or "prompts"; part: see `take_part`; skip_bad: see
-    `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
+    want: the kind, "demonstrations", "preferences", "labels" or "prompts"; part: see `take_part`; skip_bad:
+    see `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
     """
     sources = parse_sources(str(spec))
     found = []  # a list of rows for each source

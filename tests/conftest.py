@@ -158,6 +158,7 @@ def chain(tmp_path_factory):
     run("grpo", f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl --judge toy:gold",
         QUICK["grpo"], f"--threads 1 --steps 3 --out {root}/grpo")
     run("dpo", files, QUICK["dpo"], f"--out {root}/dpo")
+    run("kto", files, QUICK["kto"], f"--out {root}/kto")
     run("evaluate", f"--models {root}/sft {root}/ppo {root}/dpo --out {root}/evaluation.json",
         f"--data {TOY}/prompts_heldout.jsonl --judge toy:gold",
         "--prompts 20 --max-new-tokens 12 --threads 1")
@@ -200,8 +201,8 @@ def flags(chain):
     preferences = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl"
     files = f"{preferences} --model {root}/sft"
     sampling = f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"
-    inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files, "ppo": sampling,
-              "grpo": sampling}
+    inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files, "kto": files,
+              "ppo": sampling, "grpo": sampling}
     return {name: f"{inputs[name]} {QUICK[name]} --threads 1 --steps 4" for name in TRAINERS}
 
 

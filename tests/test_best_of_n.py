@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import best_of_n
+import dpo
 from bench.optimum import PROMPTS, entry, log_probabilities, replies_of, texts_of, write_reference
 from best_of_n import Samples, kl_bound, rows_to_write, same_for_the_same, select
 from data import decided_pairs
-from dpo import preference_loss
+from dpo import Pairs, Replies, preference_loss
 from examples import JUDGES, user
 from formats.rows import Row
 from formats.sources import read_rows
@@ -132,13 +133,16 @@ def exact_dpo(policy, reference, rewards, beta):
     better, worse = (~torch.eye(K, dtype=torch.bool)).nonzero().T
     weight = (policy[better] + policy[worse]).exp() * torch.sigmoid(rewards[better] - rewards[worse])
     weight = weight / weight.sum()
+    # All labels are right, no margins, and no SFT term that would ask for the best replies.
+    pairs = Pairs(better, worse, weight, 0.0, 1.0, 0.0, None, None)
     logits = policy.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([logits], max_iter=2000, line_search_fn="strong_wolfe",
                                   tolerance_grad=1e-10, tolerance_change=1e-14)
 
     def loss():
         optimizer.zero_grad()
-        value, _ = preference_loss(logits.log_softmax(0) - reference, better, worse, weight, beta)
+        replies = Replies(logits.log_softmax(0), torch.ones(K), reference)
+        value, _ = preference_loss(replies, pairs, dpo.Config(beta=beta))
         value.backward()
         return value
 

@@ -7,7 +7,8 @@ import pytest
 import tools
 
 ALGORITHMS = (
-    "sft", "reward", "ppo", "grpo", "dpo", "best_of_n", "distill", "evaluate", "chat", "report", "toy", "sums"
+    "sft", "reward", "ppo", "grpo", "dpo", "kto", "best_of_n", "distill", "evaluate", "chat", "report", "toy",
+    "sums",
 )
 # A file may import from the rooms before its own.
 # In plumbing/ and formats/ files import each other, in no circle.
@@ -19,6 +20,8 @@ TWINS = {
     "kl_estimate": "test_grpo.py::test_kl_terms_are_those_of_ppo",
     "importance_weights":
         "whole/test_recorded_replies.py::test_weights_are_bounded_and_those_of_one_script_are_the_others",
+    "reply_logprobs": "test_kto.py::test_what_stands_in_dpo_too_is_the_same",
+    "open_reference": "test_kto.py::test_what_stands_in_dpo_too_is_the_same",
     "kl_loss": "test_grpo.py::test_kl_terms_are_those_of_ppo",
     "policy_loss": "test_grpo.py::test_with_a_ratio_of_each_token_the_clipped_loss_is_that_of_ppo",
 }

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import ranked_pairs
-from dpo import preference_loss
+import dpo
+from dpo import Replies, pairs_of, preference_loss
 from formats.rows import Row
 from plumbing.steps import scheduled_lr
 from ppo import (
@@ -391,8 +391,8 @@ def test_nothing_is_explained_of_returns_that_do_not_vary(value):
 # -- losses
 
 @pytest.mark.parametrize("call", [
-    lambda: preference_loss(torch.zeros(2), *ranked_pairs([Row([], ["a", "b"], [0, 1])])[:3], beta=0.1,
-                            kind="new"),
+    lambda: preference_loss(Replies(*torch.zeros(3, 2)),
+                            pairs_of([Row([], ["a", "b"], [0, 1])], dpo.Config()), dpo.Config(loss="new")),
     lambda: kl_estimate(torch.zeros(2), torch.zeros(2), "new"),
     lambda: policy_loss(*torch.zeros(3, 1, 2), torch.ones(1, 2).bool(), 0.2, 2, kind="new"),
     lambda: kl_loss(*torch.zeros(3, 1, 2), torch.ones(1, 2).bool(), "new", 2),

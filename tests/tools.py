@@ -29,6 +29,7 @@ import distill
 import dpo
 import evaluate
 import grpo
+import kto
 import ppo
 import report
 import reward
@@ -70,6 +71,8 @@ PLAN = {
     "sft": f"{TINY} --data {TOY}/demonstrations.jsonl --batch-tokens 512 --eval-every 4 --max-new-tokens 8",
     "reward": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4",
     "dpo": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 "
+           "--max-new-tokens 8",
+    "kto": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 "
            "--max-new-tokens 8",
     "ppo": f"--data {TOY}/prompts.jsonl "
            "--model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12",
@@ -267,6 +270,7 @@ SCRIPTS = {
     "ppo": ppo,
     "grpo": grpo,
     "dpo": dpo,
+    "kto": kto,
     "best_of_n": best_of_n,
     "distill": distill,
     "evaluate": evaluate,
@@ -275,13 +279,14 @@ SCRIPTS = {
     "sums": sums,
     "report": report,
 }
-TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo")
+TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo", "kto")
 # Those whose steps are rollouts: they have no held-out loss.
 SAMPLERS = ("ppo", "grpo")
 DATA = {
     "sft": f"{TOY}/demonstrations.jsonl",
     "reward": f"{TOY}/preferences.jsonl",
     "dpo": f"{TOY}/preferences.jsonl",
+    "kto": f"{TOY}/preferences.jsonl",
     "ppo": f"{TOY}/prompts.jsonl",
     "grpo": f"{TOY}/prompts.jsonl",
     "evaluate": f"{TOY}/prompts_heldout.jsonl",
@@ -292,6 +297,7 @@ QUICK = {
     "sft": "--batch-tokens 512 --eval-every 2",
     "reward": "--batch-tokens 512 --eval-every 2",
     "dpo": "--batch-tokens 512 --eval-every 2",
+    "kto": "--batch-tokens 512 --eval-every 2",
     "ppo": "--rollout-batch 16 --minibatches 2 --max-new-tokens 12 --sample-every 2",
     "grpo": "--rollout-batch 8 --group 2 --minibatches 2 --max-new-tokens 12 --sample-every 2",
 }

@@ -94,6 +94,7 @@ def plan(uneven):
     return {
         "sft": f"{rows} --data {uneven}/demonstrations.json",
         "reward": f"{rows} --data {uneven}/rankings.json", "dpo": f"{rows} --data {uneven}/rankings.json",
+        "kto": f"{rows} --data {uneven}/rankings.json",
         "ppo": f"{common} --reward {uneven}/reward --data {uneven}/prompts.json --rollout-batch 8 "
                f"--minibatches 1 --epochs 1 --max-new-tokens 20 "
         f"--entropy-coef 0.01 --reward-norm scale --reward-at next --ptx-coef 0.5 --ptx-data "

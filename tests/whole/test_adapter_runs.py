@@ -22,13 +22,14 @@ from tools import SAMPLERS, SCRIPTS, TRAINERS, run_here, stopped_in_the_second_s
 
 
 PLAN = dict.fromkeys(
-    ("sft", "reward", "dpo"),
+    ("sft", "reward", "dpo", "kto"),
     "--batch-tokens 256 --val-fraction 0") | {
         "ppo": "--rollout-batch 8 --minibatches 2 --max-new-tokens 8",
         # No reply ends: their scores are to differ all the same.
         "grpo": "--rollout-batch 8 --group 4 --max-new-tokens 8 --kl-coef 0.1 --overlong keep",
     }
-DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
+DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "kto": "pairs", "ppo": "prompts",
+        "grpo": "prompts"}
 
 
 def run(name, root, out, *flags, model="sft"):

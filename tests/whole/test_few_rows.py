@@ -31,7 +31,7 @@ def few(folder, number):
     rows = f"--data {path} --steps 3"
     trained = f"{rows} --val-fraction 0 --batch-tokens 100000"
     return {
-        "sft": f"{trained} --tokenizer {TOY}", "reward": trained, "dpo": trained,
+        "sft": f"{trained} --tokenizer {TOY}", "reward": trained, "dpo": trained, "kto": trained,
         "ppo": f"{rows} --ptx-coef 1 --ptx-data {path}",
         "grpo": rows,
     }
@@ -39,7 +39,7 @@ def few(folder, number):
 
 @pytest.mark.case(21)
 @pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "kto", "ppo", "grpo"])
 def test_one_row_or_two_or_three_are_enough_to_train_on(script, number, models, tmp_path):
     """In batches of more than all of them: whole, or cut into passes of one row."""
     flags, found = few(tmp_path, number)[script], []
@@ -58,7 +58,7 @@ def test_one_row_or_two_or_three_are_enough_to_train_on(script, number, models, 
 
 @pytest.mark.long
 @pytest.mark.case(21)
-@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "kto", "ppo", "grpo"])
 def test_two_ranks_share_one_row_and_neither_waits_for_ever(script, models, tmp_path):
     flags = few(tmp_path, 1)[script]
     assert tools.here(script, models, flags, f"--out {tmp_path}/one") == 0

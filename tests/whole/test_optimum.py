@@ -4,11 +4,13 @@ with a bug they don't."""
 import pytest
 import torch
 
+import bench.optimum
 import data
 import dpo
 import ppo
 import rollout
-from bench.optimum import curve, distance, log_probabilities, optimum, replies_of, texts_of, write_reference
+from bench.optimum import (
+    PROMPTS, curve, distance, entry, log_probabilities, optimum, replies_of, texts_of, write_reference)
 
 NEAR = 0.02  # total variation
 SHORT = "--steps 100 --rollout-batch 256"  # enough without a bug
@@ -38,6 +40,26 @@ def test_ppo_reaches_the_optimum(tmp_path):
 
 def test_dpo_reaches_the_optimum(tmp_path):
     assert end(dpo, tmp_path / "run", beta=1.0) < NEAR
+
+
+def test_ipo_reaches_its_own_optimum_which_is_another(tmp_path, monkeypatch):
+    """ref exp(P(y wins) / beta) / Z, against a reply drawn evenly from all (Azar et al. 2023, eq. 6 and 7).
+
+    With all pairs equally often the least squares of h = (P(w wins) - 1/2) / beta give that; a reply's bout
+    against itself adds a half, which is the same for all.
+    """
+    def optimum(model, tokenizer, replies, beta):
+        rewards = torch.tensor([[entry(prompt, tokenizer.decode(y)) for y in replies] for prompt in PROMPTS])
+        wins = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :]).mean(2)  # (prompts, replies)
+        return (log_probabilities(model, tokenizer, replies) + wins / beta).softmax(1)
+
+    of_dpo = bench.optimum.optimum
+    monkeypatch.setattr(bench.optimum, "optimum", optimum)
+    assert end(dpo, tmp_path / "run", beta=0.2, flags="--loss ipo") < NEAR
+    model, tokenizer = write_reference(tmp_path / "reference", 2)
+    replies = texts_of(tokenizer, 2)
+    apart = optimum(model, tokenizer, replies, 0.2) - of_dpo(model, tokenizer, replies, 0.2)
+    assert apart.abs().sum(1).mean() / 2 > 0.1
 
 
 @pytest.mark.parametrize("flags, reaches", [
@@ -126,7 +148,8 @@ def test_ppo_with_a_bug_does_not_reach_the_optimum(bug, monkeypatch, tmp_path):
 def chosen_and_rejected_swapped(monkeypatch):
     right = dpo.preference_loss
     monkeypatch.setattr(dpo, "preference_loss",
-                        lambda ratios, better, worse, *rest: right(ratios, worse, better, *rest))
+                        lambda replies, pairs, config: right(
+                            replies, pairs._replace(better=pairs.worse, worse=pairs.better), config))
 
 
 def reference_left_out(monkeypatch):

@@ -85,6 +85,7 @@ def test_a_step_follows_the_formula_taken_one_reply_at_a_time(name, small, tmp_p
     ("reward", ("loss", "grad_norm")),
     ("dpo", ("loss", "grad_norm")),
     ("ppo", ("ptx_loss",)),
+    ("kto", ("loss", "grad_norm")),
 ])
 def test_a_rank_that_gets_no_examples_adds_nothing(name, lost, small, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.Run, "split", lambda _, examples, *rest: ranks.fill_up([], 2, examples[:1]))

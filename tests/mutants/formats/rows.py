@@ -5,6 +5,22 @@ LABELS = "formats/test_rows.py::test_labels_and_ratings_become_a_ranking_of_each
 ANSWERS = "formats/test_rows.py::test_a_prompt_of_every_format_brings_its_answer"
 
 MUTANTS = [
+    ("labels: those between the first and the last in rank stay",
+     "test_kto.py::test_labels_are_read_of_labelled_replies_pairs_and_the_ends_of_rankings",
+     "kept = [(reply, ends.index(rank)) for reply, rank in zip(replies, ranks) if rank in ends]",
+     "kept = [(reply, int(rank > ends[0])) for reply, rank in zip(replies, ranks)]"),
+    ("labels: those of a ranking upside down",
+     "test_kto.py::test_labels_are_read_of_labelled_replies_pairs_and_the_ends_of_rankings",
+     "ends = min(ranks), max(ranks)",
+     "ends = max(ranks), min(ranks)"),
+    ("probabilities: those of rankings pass",
+     "test_dpo.py::test_probabilities_are_read_with_pairs_and_refused_elsewhere",
+     'if want == "preferences" and len(replies) > 2 and probability != 1:',
+     "if False:"),
+    ("probabilities: above 1",
+     "test_dpo.py::test_probabilities_are_read_with_pairs_and_refused_elsewhere",
+     "if not (is_number(probability) and 0 <= probability <= 1):",
+     "if not (is_number(probability) and 0 <= probability):"),
     ("preferences: chosen and rejected swapped", FORMATS,
      "Row(prompt, [chosen, rejected], [0, 1])",
      "Row(prompt, [chosen, rejected], [1, 0])"),
