@@ -222,6 +222,7 @@ def test_files_hold_the_best_all_ranks_with_ties_and_the_best_against_the_worst(
     assert files["pairs"] == [{"prompt": "Say river.", "chosen": "b", "rejected": "a"}]
     assert [row["ranks"] for row in files["rankings"]] == [[2, 0, 1, 2], [0, 0, 0, 0]]
     assert files["rankings"][0]["completions"] == ["a", "b", "c", "d"]
+    assert [row["scores"] for row in files["rankings"]] == [[1, 3, 2, 1], [5, 5, 5, 5]]
 
 
 def test_what_may_not_stand_in_a_file_is_in_none():
@@ -229,7 +230,8 @@ def test_what_may_not_stand_in_a_file_is_in_none():
     samples = samples_of([["a", "b", "c"]] * 3, [[1, 3, 2]] * 3, usable)
     files = files_of(samples)
     assert [row["completion"] for row in files["sft"]] == ["c", "b"]
-    assert files["rankings"] == [{"prompt": "Say river.", "completions": ["a", "c"], "ranks": [1, 0]}]
+    assert files["rankings"] == [{"prompt": "Say river.", "completions": ["a", "c"], "ranks": [1, 0],
+                                  "scores": [1.0, 2.0]}]
     assert files["pairs"] == [{"prompt": "Say river.", "chosen": "c", "rejected": "a"}]
 
 
