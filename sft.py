@@ -86,7 +86,8 @@ class Config(RunConfig):
     quality: Literal["best", "weights", "tokens", "words"] = "best"
     weight_beta: Positive = 1.0  # b of --quality weights, in units of the score
     quantiles: Annotated[int, ">= 2"] = 5  # K of --quality tokens
-    # with --quality words: what stands before the replies of each quantile but the best, the worst one last
+    # with --quality words: what stands before the replies of each quantile but the best, the worst one last;
+    # no good reply should begin so
     words: list[str] = field(default_factory=lambda: ["Bad:"])
     kl_coef: NonNegative = 0.05  # a of --quality tokens and words; 0 needs no reference
     reference: str = ""  # checkpoint folder of ref; without it --model is the reference too
@@ -200,7 +201,7 @@ class QualityTokens(nn.Embedding):
         return torch.where((ids > last)[..., None], added, known)
 
 
-def open_reference(config, model, tokenizer):
+def load_reference(config, model, tokenizer):
     """ref, never to be trained. It must be made before the model gets adapters and quality tokens."""
     if not config.reference:
         return frozen_reference(model, config).eval()
@@ -265,7 +266,7 @@ def main(config):
     limit = context_of(config, model)
     reference = weights = None
     if labelled and config.kl_coef:
-        reference = open_reference(config, model, tokenizer)
+        reference = load_reference(config, model, tokenizer)
         limit = min(limit, reference.config.block_size)
     if scored:
         labels = labels_of(config, tokenizer, model) if labelled else [[]]

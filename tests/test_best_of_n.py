@@ -441,7 +441,8 @@ def told(words, flag):
 
 
 @pytest.mark.parametrize("flags, bounded", [
-    ("--train sft", True), ("--train dpo", False), ("--train dpo --reference fixed", False)])
+    ("--train sft", True), ("--train dpo", False), ("--train dpo --reference fixed", False),
+    ("--train quality", False)])
 def test_two_rounds_train_measure_and_resume(flags, bounded, small, mine, tmp_path, called, capsys):
     out = tmp_path / "out"
     flags = (f"--model {small}/sft {mine} --reward-fn mine:size --judge mine:right --out {out} {flags} "
@@ -457,10 +458,16 @@ def test_two_rounds_train_measure_and_resume(flags, bounded, small, mine, tmp_pa
     assert [told(words, "--model") for words in sampled] == policies[:2]
     assert [told(words, "--model") for words in trained] == policies[:2]
     assert [told(words, "--out") for words in trained] == policies[1:]
-    wanted = policies[0] if "fixed" in flags else None
+    quality = "quality" in flags
+    wanted = policies[0] if "fixed" in flags or quality else None
     assert [told(words, "--reference") for words in trained] == [wanted] * 2
     file = "pairs.jsonl" if "dpo" in flags else "sft.jsonl"
-    assert [told(words, "--data") for words in trained] == [f"{out}/round_{k}/{file}" for k in (1, 2)]
+    files = [f"{out}/round_{k}/{file}" for k in (1, 2)]
+    if quality:
+        pool = [f"{out}/round_{k}/rankings.jsonl" for k in (1, 2)]
+        files = [pool[0], ",".join(pool)]
+    assert [told(words, "--data") for words in trained] == files
+    assert [told(words, "--quality") for words in trained] == ["tokens" if quality else None] * 2
     seeds = {told(words, "--seed") for words in sampled}
     assert len(seeds) == 2 and seeds != {"0"}
 
