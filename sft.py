@@ -8,26 +8,29 @@ Left out: packing several rows into one sequence (batches are bucketed by length
 little).
 
 --quality says what to make of replies that have scores (rankings, ratings, labels, pairs, best_of_n.py's
-rankings.jsonl). By default each prompt's best one is trained on, as above. The others take all of them:
+rankings.jsonl). By default each prompt's best one is trained on, as above. The others take all of them, in a
+conversation the last turn alone:
 
     weights   L = -(1/N) sum_i w_i log pi(y_i | x_i),    w_i = exp(r_i / b) / mean_j exp(r_j / b)
               (reward-weighted regression: Peters and Schaal 2007; b: --weight-beta). For replies drawn from
               ref it is least at pi* = ref exp(r / b) / Z, the optimum of RLHF.
     tokens    L = -(1/N) sum_i [log pi(y_i | x_i, c_i) - a sum_t KL(ref(. | x, y_<t) || pi(. | x, c, y_<t))]
               (Quark: Lu et al. 2022, eq. 2; a: --kl-coef). c_i is a token between prompt and reply which
-              says in which of K quantiles of all scores the reply lies. For a = 0 it is least where pi under
-              the best is ref restricted to its best K-th: KL(pi || ref) = log K, the mean reward that of the
-              best K-th. Else each token has (p + a ref) / (1 + a), p being that.
+              says in which of K quantiles of all scores the reply lies. For replies drawn from ref and a = 0
+              it is least where pi under the best is ref restricted to its best K-th: KL(pi || ref) = log K,
+              the mean reward that of the best K-th. Else each token has (p + a ref) / (1 + a), p being that.
     words     the same with words for tokens, which say something before they are trained (chain of hindsight:
               Liu et al. 2023)
 
 The best quantile has no token and no words: an untouched prompt asks for the best. So the model in --out is
 used as any other, and needs neither flag nor tokenizer of its own. The other quantiles' tokens live while
 training lasts; no head can say them, and nothing is trained to. Equal scores share the quantile in which the
-middle of their places lies, and the best quantile that occurs counts as the first.
-Left out: Quark's bonus for entropy (0.06 in its code); several replies in one sequence, the better behind the
+middle of their places lies, and the best quantile that occurs counts as the first. Quark's code differs from
+its formula, and from this file: its KL is KL(pi || ref), its token stands before the prompt, and it cuts ties
+in two.
+Left out: the bonus for entropy in Quark's code (0.06); several replies in one sequence, the better behind the
 worse (chain of hindsight); weights that are cut off. Rounds (sample, score, put into the pool, sort anew,
-train): best_of_n.py --rounds 3 --train quality.
+train): best_of_n.py --rounds 3 --train quality, where each begins with new tokens.
 
     python sft.py --out runs/sft       after `python toy.py`: held-out loss 0.51 in a minute on 2 cores
     python sft.py --data rows.jsonl --model scratch --out runs/mine --layers 6 --heads 6 --width 384

@@ -17,6 +17,7 @@ import sft
 from bench.optimum import write_reference
 from data import Example, encode_group, encode_prompt
 from formats.model_folder import load_model
+from formats.rows import Row
 from formats.sources import read_rows
 from plumbing import run as runtime
 from plumbing.flags import UserError
@@ -304,6 +305,16 @@ def behind(network, ids, said):
 def test_a_label_stands_before_the_last_reply_of_a_conversation():
     example = sft.with_label(Example([1, 2, 3, 4, 5], [False, False, False, True, True]), [8, 9])
     assert example == ([1, 2, 3, 8, 9, 4, 5], [False] * 5 + [True] * 2)
+
+
+def test_the_quantiles_are_those_of_the_pool_and_not_of_each_prompt(small):
+    _, tokenizer = load_model(small / "sft", model.GPT)
+    rows = [Row([{"role": "user", "content": text}], ["a", "b"], ranks)
+            for text, ranks in (("Hard.", [-1.0, -2.0]), ("Easy.", [-5.0, -4.0]))]
+    config = SimpleNamespace(quality="tokens")
+    train, plain, _ = sft.encode_scored(config, tokenizer, rows, [[], [7]], 50, str)
+    assert [7 in example.ids for example in train] == [True, True, False, False]
+    assert train[2:] == plain[2:] == encode_group(tokenizer, rows[1])
 
 
 def test_what_is_saved_has_the_tokenizer_and_the_shape_of_what_it_was_made_from(small, tmp_path):
