@@ -34,7 +34,7 @@ train): best_of_n.py --rounds 3 --train quality, where each begins with new toke
 
     python sft.py --out runs/sft       after `python toy.py`: held-out loss 0.51 in a minute on 2 cores
     python sft.py --data rows.jsonl --model scratch --out runs/mine --layers 6 --heads 6 --width 384
-    python sft.py --model runs/sft --data runs/best_of_n/rankings.jsonl --quality tokens --out runs/quark
+    python sft.py --model runs/sft --data runs/best_of_n/rankings.jsonl --quality tokens --epochs 4 --lr 1e-3
 
 Legend: B rows, T tokens, N tokens of a pass, C width, V vocabulary, K quantiles.
 """
