@@ -6,7 +6,7 @@ writes three files for the other scripts, and summary.json:
 
     sft.jsonl       the selected replies, for sft.py           prompt, completion
     pairs.jsonl     best against worst, for dpo.py             prompt, chosen, rejected
-    rankings.jsonl  all with their ranks, for reward.py        prompt, completions, ranks
+    rankings.jsonl  all with their ranks, for reward.py        prompt, completions, ranks, scores
 
 --select best keeps each prompt's best reply (rejection sampling: Touvron et al. 2023, section 3.2; RAFT, Dong
 et al. 2023), top the best share over all prompts (ReST, Gulcehre et al. 2023), and random one of each prompt
@@ -31,6 +31,8 @@ has one) and seconds. With --reference reset each round of DPO starts from the l
 and k rounds lead to ref exp(k r / beta) / Z; with fixed it refers to the first one, and all rounds lead to
 ref exp(r / beta) / Z (Xiong et al. 2024). Both are the limits for pairs that are labelled by chance,
 sigma(r_w - r_l). Best against worst, as here, is certain, and has no limit: --train-flags says when to stop.
+--train quality is Quark (Lu et al. 2022): sft.py --quality tokens on the rankings of all rounds so far, which
+are sorted anew each time, with the first model as ref. What it makes is sampled as of the best quantile.
 --resume leaves out the rounds that are done.
 
     python best_of_n.py --reward runs/reward --arena runs/ppo runs/dpo --out runs/arena
@@ -104,7 +106,8 @@ class Config:
     # checkpoint folders of stronger models, which the policy meets in battles, see above
     arena: list[str] = field(default_factory=list)
     rounds: Natural = 0  # rounds of sampling and training; 0 writes the files and trains nothing
-    train: Literal["sft", "dpo"] = "sft"  # the script that --rounds calls
+    # what --rounds calls: sft.py, dpo.py, or sft.py --quality tokens on all rounds' replies
+    train: Literal["sft", "dpo", "quality"] = "sft"
     # what DPO refers to: the last round's model, or always the first one
     reference: Literal["reset", "fixed"] = "reset"
     # flags for that script, all in one pair of quotes; its defaults are for other data: say --epochs and --lr
@@ -220,7 +223,9 @@ def rows_to_write(samples, chosen, arena):
         if some.sum() > 1:
             # As in sports: how many are better.
             ranks = (own[some][:, None] < own[some]).sum(1).tolist()
-            files["rankings"].append({"prompt": prompt, "completions": texts[some].tolist(), "ranks": ranks})
+            # Scores, unlike ranks, can be compared with those of other prompts.
+            files["rankings"].append({"prompt": prompt, "completions": texts[some].tolist(), "ranks": ranks,
+                                      "scores": own[some].tolist()})
         high, low = best[group], worst[group]
         if some[high] and some[low] and own[high] > own[low]:
             files["pairs"].append({"prompt": prompt, "chosen": texts[high], "rejected": texts[low]})
@@ -413,9 +418,12 @@ def all_rounds(config, out):
 
     All of it by scripts, which know themselves with --resume what they have done already.
     """
-    script = f"{config.train}.py"
+    quality = config.train == "quality"
+    script = "sft.py" if quality else f"{config.train}.py"
     given = [*flags_of(config, MACHINE), *config.train_flags.split(), "--resume"]
-    if config.reference == "fixed":
+    if quality:
+        given += ["--quality", "tokens"]
+    if config.reference == "fixed" or quality:
         given += ["--reference", config.model]
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -429,7 +437,10 @@ def all_rounds(config, out):
             seed = (config.seed * 1009 + number) % 1_000_001
             call("best_of_n.py", "--model", policy, "--out", folder, "--resume",
                  *flags_of(config, SAMPLING), "--seed", seed)
-            data = folder / {"sft": "sft.jsonl", "dpo": "pairs.jsonl"}[config.train]
+            file = {"sft": "sft.jsonl", "dpo": "pairs.jsonl", "quality": "rankings.jsonl"}[config.train]
+            data = folder / file
+            if quality:
+                data = ",".join(str(out / f"round_{k}" / file) for k in range(1, number + 1))
             call(script, "--model", policy, "--data", data, "--out", folder / "model", *given)
             policy = str(folder / "model")
         if number == len(rows):

@@ -336,9 +336,22 @@ def parse_ranking(row, want):
     ranks = row["ranks"]
     if not isinstance(replies, list) or not isinstance(ranks, list):
         raise TypeError("completions and ranks are not lists")
+    if want == "scored":
+        # Ranks are those within a prompt; scores can be compared with those of others.
+        ranks = scores_as_ranks(row, ranks)
     if len(replies) != len(ranks) or len(replies) < 2:
         raise BadRow("completions and ranks don't match, or fewer than two")
     return Row(parse_prompt(row), replies, ranks)
+
+
+def scores_as_ranks(row, ranks):
+    """The negatives of a ranking's scores, or else of its gold scores; the ranks if it has neither."""
+    scores = first(row, ("scores", "gold"))
+    if scores is None:
+        return ranks
+    if not isinstance(scores, list) or not all(map(is_number, scores)):
+        raise TypeError("scores is not a list of numbers")
+    return [-score for score in scores]
 
 
 # Of each format: what parses it, and what it is good for.
@@ -347,11 +360,11 @@ FORMATS = {
     "prompts": (parse_single, ("prompts",)),
     "questions": (parse_question, ("demonstrations", "prompts")),
     "conversations": (parse_single, ("demonstrations", "prompts")),
-    "labelled replies": (parse_single, ("demonstrations", "preferences", "labels", "prompts")),
-    "rated replies": (parse_single, ("demonstrations", "preferences", "prompts")),
-    "preferences": (parse_pair, ("demonstrations", "preferences", "labels", "prompts")),
-    "transcripts": (parse_pair, ("demonstrations", "preferences", "labels", "prompts")),
-    "rankings": (parse_ranking, ("demonstrations", "preferences", "labels", "prompts")),
+    "labelled replies": (parse_single, ("demonstrations", "preferences", "labels", "scored", "prompts")),
+    "rated replies": (parse_single, ("demonstrations", "preferences", "scored", "prompts")),
+    "preferences": (parse_pair, ("demonstrations", "preferences", "labels", "scored", "prompts")),
+    "transcripts": (parse_pair, ("demonstrations", "preferences", "labels", "scored", "prompts")),
+    "rankings": (parse_ranking, ("demonstrations", "preferences", "labels", "scored", "prompts")),
     "plain text": (parse_plain, ("demonstrations",)),
 }
 NEEDED = {
@@ -363,6 +376,9 @@ NEEDED = {
         "or a rating)",
     "labels":
         "a prompt and a reply with a label, true or false (or chosen and rejected, or completions and ranks)",
+    "scored":
+        "a prompt with replies of different quality: completions and ranks (or scores), chosen and rejected, "
+        "or a reply with a label, true or false, or a rating",
     "prompts":
         "a prompt (prompt, instruction, question, query, problem or messages)",
 }
@@ -384,6 +400,7 @@ REFUSED = {
         ("response", "helpfulness"): "HelpSteer: rename helpfulness to rating",
     },
     "labels": {},
+    "scored": {},
     "prompts": {},
 }
 
@@ -461,8 +478,9 @@ def parse(row, form, want):
     """A checked Row of a kind from an object of a known format.
 
     row: the object without its nulls; form: its format, of `FORMATS`; want: "demonstrations", "preferences",
-    "labels" or "prompts". Raises BadRow with the reason if it has to be dropped, TypeError if it is not of
-    this format.
+    "labels", "scored" (as preferences, but replies need not differ, and ranks are negative scores if it has
+    some) or "prompts". Raises BadRow with the reason if it has to be dropped, TypeError if it is not of this
+    format.
     """
     parser, _ = FORMATS[form]
     parsed = parser(row, want)
@@ -490,9 +508,10 @@ def parse(row, form, want):
         check_prompt(prompt)
     check_texts([*replies, answer])
     check_texts(turn["content"] for turn in prompt)
-    if len(replies) > 1 and len(set(replies)) == 1:
+    compared = len(replies) > 1 and want != "scored"
+    if compared and len(set(replies)) == 1:
         raise BadRow("chosen equals rejected")
-    if len(replies) > 1 and len(set(ranks)) == 1:
+    if compared and len(set(ranks)) == 1:
         raise BadRow("all replies tied")
     if want == "labels" and len(replies) > 1:
         replies, ranks = first_and_last(replies, ranks)

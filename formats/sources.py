@@ -396,7 +396,7 @@ def read_source(path, want, say, skip_bad=False):
 def is_compared(form, want):
     """Whether rows of a format have one reply each that is compared with the others to the same prompt."""
     if form == "rated replies":
-        return want != "prompts"
+        return want in ("demonstrations", "preferences")
     return form == "labelled replies" and want == "preferences"
 
 
@@ -502,8 +502,8 @@ def take_part(rows, part):
 def read_rows(spec, want, say=print, part="", skip_bad=False):
     """Rows of a kind from what --data names: see `parse_sources`.
 
-    want: the kind, "demonstrations", "preferences", "labels" or "prompts"; part: see `take_part`; skip_bad:
-    see `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
+    want: the kind, "demonstrations", "preferences", "labels", "scored" or "prompts"; part: see `take_part`;
+    skip_bad: see `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
     """
     sources = parse_sources(str(spec))
     found = []  # a list of rows for each source

@@ -226,6 +226,7 @@ def test_files_hold_the_best_all_ranks_with_ties_and_the_best_against_the_worst(
     assert files["pairs"] == [{"prompt": "Say river.", "chosen": "b", "rejected": "a"}]
     assert [row["ranks"] for row in files["rankings"]] == [[2, 0, 1, 2], [0, 0, 0, 0]]
     assert files["rankings"][0]["completions"] == ["a", "b", "c", "d"]
+    assert [row["scores"] for row in files["rankings"]] == [[1, 3, 2, 1], [5, 5, 5, 5]]
 
 
 def test_what_may_not_stand_in_a_file_is_in_none():
@@ -233,7 +234,8 @@ def test_what_may_not_stand_in_a_file_is_in_none():
     samples = samples_of([["a", "b", "c"]] * 3, [[1, 3, 2]] * 3, usable)
     files = files_of(samples)
     assert [row["completion"] for row in files["sft"]] == ["c", "b"]
-    assert files["rankings"] == [{"prompt": "Say river.", "completions": ["a", "c"], "ranks": [1, 0]}]
+    assert files["rankings"] == [{"prompt": "Say river.", "completions": ["a", "c"], "ranks": [1, 0],
+                                  "scores": [1.0, 2.0]}]
     assert files["pairs"] == [{"prompt": "Say river.", "chosen": "c", "rejected": "a"}]
 
 
@@ -443,7 +445,8 @@ def told(words, flag):
 
 
 @pytest.mark.parametrize("flags, bounded", [
-    ("--train sft", True), ("--train dpo", False), ("--train dpo --reference fixed", False)])
+    ("--train sft", True), ("--train dpo", False), ("--train dpo --reference fixed", False),
+    ("--train quality", False)])
 def test_two_rounds_train_measure_and_resume(flags, bounded, small, mine, tmp_path, called, capsys):
     out = tmp_path / "out"
     flags = (f"--model {small}/sft {mine} --reward-fn mine:size --judge mine:right --out {out} {flags} "
@@ -459,10 +462,16 @@ def test_two_rounds_train_measure_and_resume(flags, bounded, small, mine, tmp_pa
     assert [told(words, "--model") for words in sampled] == policies[:2]
     assert [told(words, "--model") for words in trained] == policies[:2]
     assert [told(words, "--out") for words in trained] == policies[1:]
-    wanted = policies[0] if "fixed" in flags else None
+    quality = "quality" in flags
+    wanted = policies[0] if "fixed" in flags or quality else None
     assert [told(words, "--reference") for words in trained] == [wanted] * 2
     file = "pairs.jsonl" if "dpo" in flags else "sft.jsonl"
-    assert [told(words, "--data") for words in trained] == [f"{out}/round_{k}/{file}" for k in (1, 2)]
+    files = [f"{out}/round_{k}/{file}" for k in (1, 2)]
+    if quality:
+        pool = [f"{out}/round_{k}/rankings.jsonl" for k in (1, 2)]
+        files = [pool[0], ",".join(pool)]
+    assert [told(words, "--data") for words in trained] == files
+    assert [told(words, "--quality") for words in trained] == ["tokens" if quality else None] * 2
     seeds = {told(words, "--seed") for words in sampled}
     assert len(seeds) == 2 and seeds != {"0"}
 

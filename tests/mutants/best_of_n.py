@@ -16,6 +16,7 @@ SAME = "test_best_of_n.py::test_the_same_reply_has_one_score_within_its_group"
 NO_NUMBER = "test_best_of_n.py::test_a_score_that_is_no_number_is_one_clear_line_and_nothing_is_written"
 GROUPS = "test_best_of_n.py::test_every_group_consists_of_the_replies_to_its_own_prompt_and_of_all_of_them"
 ROUNDS = "test_best_of_n.py::test_two_rounds_train_measure_and_resume"
+QUALITY = ROUNDS + "[--train quality-False]"
 CTRL_C = "test_best_of_n.py::test_ctrl_c_reaches_the_script_once_and_is_waited_for"
 
 MUTANTS = [
@@ -85,6 +86,16 @@ MUTANTS = [
     ("rounds: DPO learns the selected replies", ROUNDS,
      '"dpo": "pairs.jsonl"',
      '"dpo": "sft.jsonl"'),
+    ("quality: the pool is the last round's", QUALITY,
+     'data = ",".join(str(out / f"round_{k}" / file) for k in range(1, number + 1))',
+     "pass"),
+    ("quality: the reference is the last round's model", QUALITY,
+     'if config.reference == "fixed" or quality:',
+     'if config.reference == "fixed":'),
+    ("quality: a row lacks its scores",
+     "test_best_of_n.py::test_files_hold_the_best_all_ranks_with_ties_and_the_best_against_the_worst",
+     '"scores": own[some].tolist()',
+     '"scores": ranks'),
     ("rounds: a script is killed on Ctrl-C", CTRL_C,
      "process.send_signal(signal.SIGINT)",
      "process.kill()"),

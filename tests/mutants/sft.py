@@ -1,6 +1,15 @@
 """Bugs planted in sft.py, and the tests that ought to notice them."""
 
 FORMULA = "whole/test_trainers.py::test_a_step_follows_the_formula_taken_one_reply_at_a_time[sft]"
+FIFTH = "test_sft.py::test_the_best_of_five_quantiles_is_the_reference_restricted_to_its_best_fifth"
+TIE = "test_sft.py::test_the_tie_to_the_reference_mixes_it_in_at_each_token"
+OPTIMUM = "test_sft.py::test_weighted_replies_lead_to_the_optimum_of_rlhf"
+QUANTILES = "test_sft.py::test_quantiles_of_scores_with_ties_and_with_few_replies"
+DIVERGENCE = (
+    "test_sft.py::test_the_divergence_from_the_reference_and_its_gradient_are_those_of_its_definition")
+STEP = ("test_sft.py::"
+        "test_a_step_is_that_of_the_formula_and_labels_are_not_learned_but_stand_before_the_reply")
+REFUSED = "test_sft.py::test_what_does_not_go_together_is_said_in_a_line"
 CONVERSATIONS = "test_sft.py::test_sft_notes_conversations_and_leaves_open_what_models_of_others_have_seen"
 
 MUTANTS = [
@@ -22,12 +31,71 @@ MUTANTS = [
      "-logprob / tokens"),
     ("sft: --part is ignored",
      "whole/test_trainers.py::test_training_takes_its_part_of_a_file_and_holds_prompts_out[sft]",
-     'read_rows(config.data, "demonstrations", run.say, config.part, config.skip_bad)',
-     'read_rows(config.data, "demonstrations", run.say)'),
+     "read_rows(config.data, kind, run.say, config.part, config.skip_bad)",
+     "read_rows(config.data, kind, run.say)"),
     ("sft: a conversation that was trained on is not noted", CONVERSATIONS,
      'any(message["role"] == "assistant" for',
      'any(message["role"] == "nobody" for'),
     ("sft: what others' models know is taken to be known", CONVERSATIONS,
      'if config.model != "scratch" and not knows_single_turns(model.config):',
      "if False:"),
+    ("quality: quantiles from the worst up", QUANTILES,
+     "quantiles = K * (first + last) // (2 * len(ranks))",
+     "quantiles = K * (2 * len(ranks) - 2 - first - last) // (2 * len(ranks))"),
+    ("quality: a tie is cut by its first place", QUANTILES,
+     "K * (first + last) //",
+     "K * (first + first) //"),
+    ("quality: the best that occurs may lack the best label", QUANTILES,
+     "return quantiles - quantiles.min()",
+     "return quantiles"),
+    ("quality: quantiles of each prompt, not of the pool",
+     "test_sft.py::test_the_quantiles_are_those_of_the_pool_and_not_of_each_prompt",
+     "    quantiles = quantiles_of(ranks, len(labels))\n",
+     "    quantiles = np.concatenate([quantiles_of(group.row.ranks, len(labels)) for group in groups])\n"),
+    ("quality: the reference is asked with the label", STEP + "[words]",
+     "collate([plain[i] for i in piece]",
+     "collate([train[i] for i in piece]"),
+    ("quality: labels are trained", STEP + "[words]",
+     "[False] * len(label)",
+     "[True] * len(label)"),
+    ("quality: the label stands before the prompt", STEP + "[tokens]",
+     "ids = example.ids[:start] + label + example.ids[start:]",
+     "ids = label + example.ids"),
+    ("quality: --reference is ignored", STEP + "[tokens]",
+     "    if not config.reference:\n",
+     "    if True:\n"),
+    ("quality: the KL the other way round", DIVERGENCE,
+     "F.kl_div(log_p, log_ref,",
+     "F.kl_div(log_ref, log_p,"),
+    ("quality: the KL of the last chunk alone", DIVERGENCE,
+     "total = total + checkpoint(",
+     "total = checkpoint("),
+    ("quality: the KL counts for nothing", TIE,
+     "logprob - kl_coef * kl, kl.detach()",
+     "logprob - kl_coef * kl.detach(), kl.detach()"),
+    ("quality: the best reply has a token too", FIFTH + "[tokens]",
+     "return [[], *([size + k] for k in range(config.quantiles - 1))]",
+     "return [[size + max(0, k - 1)] for k in range(config.quantiles)]"),
+    ("quality: one token for all quantiles but the best", FIFTH + "[tokens]",
+     "(ids - last - 1).clamp(min=0)",
+     "(ids - last - 1).clamp(min=0, max=0)"),
+    ("quality: weights of exp(-r / b)", OPTIMUM + "[rated]",
+     "scores = -torch.tensor(ranks, dtype=torch.float64)",
+     "scores = torch.tensor(ranks, dtype=torch.float64)"),
+    ("quality: every reply weighs the same", OPTIMUM + "[ranked]",
+     "weights[piece].to(run.device) @",
+     "torch.ones(len(piece)).to(run.device) @"),
+    ("quality: a weight is another reply's", OPTIMUM + "[rated]",
+     "weights[piece].to(run.device) @",
+     "weights[:len(piece)].to(run.device) @"),
+    ("quality: the tokens are saved with the model",
+     "test_sft.py::test_what_is_saved_has_the_tokenizer_and_the_shape_of_what_it_was_made_from",
+     "config, without_quality_tokens, single_turn)",
+     "config, single_turn=single_turn)"),
+    ("quality: a flag of another kind is taken and not used", REFUSED,
+     "unchanged or config.quality in kinds",
+     "unchanged or kinds"),
+    ("quality: replies of one score are trained on", REFUSED,
+     "len(set(ranks)) > 1,",
+     "ranks,"),
 ]

@@ -2,6 +2,7 @@
 
 FORMATS = "formats/test_rows.py::test_every_format_is_recognised_and_read_as_the_right_row"
 LABELS = "formats/test_rows.py::test_labels_and_ratings_become_a_ranking_of_each_prompt"
+SCORED = "test_sft.py::test_scored_rows_are_rankings_ratings_labels_and_pairs_with_scores_before_ranks"
 ANSWERS = "formats/test_rows.py::test_a_prompt_of_every_format_brings_its_answer"
 
 MUTANTS = [
@@ -21,6 +22,18 @@ MUTANTS = [
      "test_dpo.py::test_probabilities_are_read_with_pairs_and_refused_elsewhere",
      "if not (is_number(probability) and 0 <= probability <= 1):",
      "if not (is_number(probability) and 0 <= probability):"),
+    ("quality: ranks within a prompt before its scores", SCORED,
+     "ranks = scores_as_ranks(row, ranks)",
+     "pass"),
+    ("quality: the lower score is better", SCORED,
+     "return [-score for score in scores]",
+     "return scores"),
+    ("quality: gold scores before those of the ranking", SCORED,
+     'first(row, ("scores", "gold"))',
+     'first(row, ("gold", "scores"))'),
+    ("quality: replies that are all tied are dropped", SCORED,
+     'len(replies) > 1 and want != "scored"',
+     "len(replies) > 1"),
     ("preferences: chosen and rejected swapped", FORMATS,
      "Row(prompt, [chosen, rejected], [0, 1])",
      "Row(prompt, [chosen, rejected], [1, 0])"),
