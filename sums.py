@@ -3,25 +3,24 @@
     12-7+7-8=?    ->    12-7=5; 5+7=12; 12-8=4; so 4
 
     python sums.py
-    python sft.py --data runs/sums/demonstrations.jsonl --steps 500
-    python grpo.py --data runs/sums/prompts.jsonl --reward-fn sums:right --lr 5e-4 --steps 200
+    python sft.py --data runs/sums/demonstrations.jsonl --val-fraction 0 --steps 1200
+    python grpo.py --data runs/sums/prompts.jsonl --reward-fn sums:right --lr 5e-4 --steps 250
     python evaluate.py --models runs/sft runs/grpo --data runs/sums/prompts_heldout.jsonl --judge sums:right
 
-Right of 500 held-out sums at temperature 1 (2026-11-24, one thread of an AMD EPYC without AMX; --seed is that
-of the files, of SFT and of GRPO; processor seconds, as the machine was busy otherwise; SFT had besides
---val-data runs/sums/demonstrations_heldout.jsonl, so that it trained on all demonstrations):
+Right of 500 held-out sums at temperature 1 (2026-11-28, one thread of an Intel Xeon; --seed is that of the
+files, of SFT, of GRPO and of the evaluation; processor seconds, on a machine that was busy otherwise; SFT had
+--val-data runs/sums/demonstrations_heldout.jsonl in place of --val-fraction 0, which trains on the same):
 
-    seed                            0        1        2
-    SFT                             0.446    0.460    0.610
-    SFT, the likeliest reply        0.930    0.998    1.000
-    GRPO                            0.932    0.984    0.990
-    seconds of SFT, of GRPO         50, 128  50, 123  51, 127
+    seed                            0         1         2
+    SFT                             0.372     0.438     0.412
+    GRPO                            0.936     0.976     0.954
+    seconds of SFT, of GRPO         161, 128  179, 127  186, 130
 
 With --calculator the steps are done by a calculator, sums:calculator, that answers in between, and the policy
 has to ask for each of them: 12-7+7-8=? -> 12-7= -> 5 -> 5+7= -> 12 -> 12-8= -> 4 -> so 4. Right of the
 held-out sums (seed 0, 2026-11-28; as above, but SFT of 300 steps and GRPO of 60): 0.402 and 0.936.
 
-    python sums.py --calculator --out runs/calculator
+    python sums.py --calculator --hasty 0.4 --out runs/calculator
     python grpo.py --data runs/calculator/prompts.jsonl --reward-fn sums:right --tool sums:calculator
 
 It writes demonstrations, of which many have a wrong step, and prompts, each with a file of held-out sums
@@ -215,7 +214,7 @@ class Config:
     sums: Count = 8000  # different sums to train on, each with one demonstration
     heldout_sums: Count = 500  # different sums that are held out
     wrong: Fraction = 0.1  # share of the demonstrations that have a step with a wrong result
-    hasty: Fraction = 0.4  # share of those that leave out the last steps
+    hasty: Fraction = 0.5  # share of those that leave out the last steps
     calculator: bool = False  # demonstrations in which a calculator, sums:calculator, does the steps
     seed: Seed = 0  # seed of the sums and of what is wrong with their demonstrations
     debug: bool = False  # show the traceback of an error

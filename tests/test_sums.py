@@ -201,7 +201,8 @@ def test_the_calculator_answers_what_can_be_read_and_nothing_behind_so(reply, an
 
 
 def test_with_a_calculator_demonstrations_ask_for_each_step_and_it_answers_as_the_function_does(tmp_path):
-    run_here("sums", f"--out {tmp_path}/sums --calculator --sums 3000 --heldout-sums 10 --wrong 0.3")
+    flags = "--calculator --sums 3000 --heldout-sums 10 --wrong 0.3 --hasty 0.4"
+    run_here("sums", f"--out {tmp_path}/sums {flags}")
     path = tmp_path / "sums" / "demonstrations.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     counts, wrongs = collections.Counter(), []

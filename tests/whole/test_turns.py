@@ -24,7 +24,7 @@ def task(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("turns")
     with quietly():
-        run_here("sums", f"--calculator --terms 3 --sums 600 --heldout-sums 60 --out {root}/sums")
+        run_here("sums", f"--calculator --hasty 0.4 --terms 3 --sums 600 --heldout-sums 60 --out {root}/sums")
         run_here("sft", f"--data {root}/sums/demonstrations.jsonl --val-fraction 0 --batch-tokens 1024",
                  "--layers 1 --heads 2 --width 64 --block-size 48 --lr 0.01 --steps 150 --threads 1",
                  f"--out {root}/sft")
