@@ -247,9 +247,10 @@ class Replies:
         # most; whether an end token has come.
         self.ids = torch.full((B, width), tokenizer.pad, device=device)  # (B, width)
         self.ids[:, :P] = prompt_ids
-        self.prompt_lengths = prompt_lengths.to(device)  # (B,)
+        # In one piece, as each copy to a device may be a wait.
+        ends = prompt_lengths + torch.tensor(limits)
+        self.prompt_lengths, self.ends = torch.stack([prompt_lengths, ends]).to(device)  # (B,) each
         self.lengths = self.prompt_lengths.clone()  # (B,)
-        self.ends = self.prompt_lengths + torch.tensor(limits, device=device)  # (B,)
         self.stopped = torch.zeros(B, dtype=torch.bool, device=device)  # (B,)
 
         # Of each row of the cache: the prompt that it belongs to; whether there is nothing to decode, or no
