@@ -45,7 +45,8 @@ AMX):
     teacher 0.949    the student after sft.py 0.092    after the second command, 21 s of CPU time: 0.957, and
     0.953 with seeds 1 and 2; KL to the teacher 0.019 nats per reply    after the third: 0.929, KL 0.137
 The standard error of each is 0.014; teacher and student draw the same random numbers there, so most replies
-are the same.
+are the same. On the sums of sums.py (seed 0, 28 November 2026, an Intel Xeon), to one layer that had 600
+steps of SFT: right 0.936 by the teacher, 0.528 by the student before and 0.960 after, in 51 s of CPU time.
 
 Legend: B replies of this rank, T tokens; n replies of a pass, W tokens of the longest; N tokens of a pass,
 V vocabulary, V' the same rounded up to 64, C width of the student, C' of the teacher.
