@@ -63,7 +63,7 @@ CASES = {
 
 
 def pytest_addoption(parser):
-    text = "run the tests of faults alone, the long ones too, and print a table of cases"
+    text = "run the tests of faults and all long ones alone, and print a table of cases"
     parser.addoption("--faults", action="store_true", help=text)
 
 
@@ -76,8 +76,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--faults"):
-        config.hook.pytest_deselected(items=[item for item in items if not list(item.iter_markers("case"))])
-        items[:] = [item for item in items if list(item.iter_markers("case"))]
+        kept = {item for item in items for name in ("case", "long") if item.get_closest_marker(name)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
         return
     for item in items:
         if item.get_closest_marker("long"):

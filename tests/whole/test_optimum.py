@@ -42,6 +42,7 @@ def test_dpo_reaches_the_optimum(tmp_path):
     assert end(dpo, tmp_path / "run", beta=1.0) < NEAR
 
 
+@pytest.mark.long
 def test_ipo_reaches_its_own_optimum_which_is_another(tmp_path, monkeypatch):
     """ref exp(P(y wins) / beta) / Z, against a reply drawn evenly from all (Azar et al. 2023, eq. 6 and 7).
 
