@@ -167,13 +167,15 @@ def conversations(policy, rank=0, world_size=1, turns=TURNS, **agreed):
 
 
 def test_a_conversation_is_what_is_sampled_turn_by_turn_and_its_mask_what_the_policy_said(policy):
-    batch, _ = conversations(policy)
+    batch, seen = conversations(policy)
     tokenizer, generator = ending_often(), torch.Generator().manual_seed(5)
     numbers = [uniforms(24, ROOM, generator, torch.device("cpu")) for _ in range(TURNS)]
-    reasons = set()
+    reasons, asked = set(), 0
     for i, prompt in enumerate(batch.prompts):
         ids, mask, turns, ended, why = by_hand(policy, tokenizer, prompt, [own[i:i + 1] for own in numbers])
         reasons.add(why)
+        # Of a reply that was cut off, or is the last that there may be, the tool hears nothing.
+        asked += sum(turn["role"] == "assistant" for turn in turns) - (why in ("cut", "turns"))
         length = len(ids)
         assert batch.ids[i, :length].tolist() == ids and (batch.ids[i, length:] == tokenizer.pad).all()
         assert batch.mask[i, :length].tolist() == mask and not batch.mask[i, length:].any()
@@ -182,6 +184,7 @@ def test_a_conversation_is_what_is_sampled_turn_by_turn_and_its_mask_what_the_po
         assert batch.turns[i] == turns and batch.dialogues[i] == prompt.row.prompt + turns
         assert batch.room_taken()[i] == length - len(prompt.ids) <= ROOM
     assert reasons == {"cut", "turns", "over", "no room", "no room behind it"}
+    assert sum(seen.tool.asked) == asked
     # What is trained of those that ended is a whole number of replies, each with its end token.
     gaps = batch.mask[:, 1:].int() - batch.mask[:, :-1].int()
     assert ((gaps == 1).sum(1) > 1).any()

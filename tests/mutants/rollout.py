@@ -80,7 +80,7 @@ MUTANTS = [
      "        self.room -= len(ids) * (role == 'assistant')\n"),
     ("turns: the tool answers replies that were cut off", BY_HAND,
      "[talk for talk in going if talk.ended]",
-     "[talk for talk in going if talk.room > 0]"),
+     "list(going)"),
     ("turns: a tool's turn without room for more is sent", BY_HAND,
      "talk.ended = len(ids) < talk.room",
      "talk.ended = len(ids) <= talk.room"),
