@@ -447,6 +447,7 @@ def main(config):
     model.eval()
 
     def validate(step):
+        """Log the loss and what goes with it on held-out replies, and print samples."""
         def kl_of(ids, mask, lengths):
             return forward(model, reference, ids, mask, config)[1]
 

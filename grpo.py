@@ -351,7 +351,7 @@ def importance_weights(logprobs, sampler_logprobs, mask, kind, limit):
     """What tokens count (B, T) that another engine sampled: policy / sampler, at most limit; none: 1.
 
     token: of each token alone, biased, as the tokens before it were sampled elsewhere too; reply: of its
-    whole reply, unbiased but for the limit (Ionides 2008, eq. 3). logprobs, sampler_logprobs, mask (B, T).
+    whole reply, unbiased but for the limit (Ionides 2008). logprobs, sampler_logprobs, mask (B, T).
     """
     log_ratio = torch.where(mask, logprobs - sampler_logprobs, 0.0)
     if kind == "none":

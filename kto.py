@@ -231,6 +231,7 @@ def main(config):
         return kl_point(logprobs - reply_logprobs(run, reference, examples, budget, pad))
 
     def validate(step):
+        """Log the loss and what goes with it on held-out replies, and print samples."""
         log_ratios = reply_logprobs(run, model, val_examples, budget, pad) - ref_val  # (N,)
         good = torch.tensor([reply.good for reply in val])
         z = z_of(range(len(val)), val)
