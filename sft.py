@@ -32,6 +32,10 @@ Left out: the bonus for entropy in Quark's code (0.06); several replies in one s
 worse (chain of hindsight); weights that are cut off. Rounds (sample, score, put into the pool, sort anew,
 train): best_of_n.py --rounds 3 --train quality, where each begins with new tokens.
 
+--judge has functions measure sampled replies to held-out prompts beside the validation loss, and the first of
+them say which checkpoint is the best. InstructGPT's models overfit in validation loss after one epoch of 16,
+got better all the same, and were chosen by a reward model's score (section 3.5). docs/sft.md tries it.
+
     python sft.py --out runs/sft       after `python toy.py`: held-out loss 0.51 in a minute on 2 cores
     python sft.py --data rows.jsonl --model scratch --out runs/mine --layers 6 --heads 6 --width 384
     python sft.py --model runs/sft --data runs/best_of_n/rankings.jsonl --quality tokens --epochs 4 --lr 1e-3
