@@ -96,25 +96,24 @@ def make_start(out):
     if not (task / "tokenizer.json").exists():
         run_all([("the task's files", f"toy.py --out {task} --groups 300 --threads 1")], 1)
     write_sentences(out / "sentences.jsonl")
-    demonstrations = f"{task}/demonstrations.jsonl"
+    demonstrations = f"--data {task}/demonstrations.jsonl --val-data {task}/demonstrations_heldout.jsonl"
     run_all([
         ("pretraining", f"sft.py --data {out}/sentences.jsonl --tokenizer {task} --val-fraction 0 "
                         f"--steps 250 {COMMON} --out {out}/pretrained"),
-        ("a model to ask", f"sft.py --data {demonstrations} --val-fraction 0 --steps 500 {COMMON} "
-                           f"--out {out}/asked"),
+        ("a model to ask", f"sft.py {demonstrations} --steps 600 --eval-every 300 {COMMON} --out {out}/sft"),
     ], 1)
     if not (out / "preferences" / "train.jsonl").exists():
-        run_all([("rankings", f"toy.py --model {out}/asked --out {out}/preferences --groups 8000 "
-                              "--heldout-groups 500 --samples 8 --threads 1")], 1)
+        run_all([("rankings", f"toy.py --model {out}/sft --out {out}/preferences --groups 8000 "
+                              "--heldout-groups 500 --threads 1")], 1)
     run_all([("the reward model",
-              f"reward.py --model {out}/asked --data {out}/preferences/train.jsonl "
-              f"--val-data {out}/preferences/heldout.jsonl --demonstrations {demonstrations} --epochs 1 "
-              f"{COMMON} --out {out}/reward")], 1)
+              f"reward.py --model {out}/sft --data {out}/preferences/train.jsonl "
+              f"--val-data {out}/preferences/heldout.jsonl "
+              f"--demonstrations {task}/demonstrations.jsonl --epochs 1 {COMMON} --out {out}/reward")], 1)
 
 
 def train(out, config, seed):
     """One run of 16 epochs. Returns {name: array over validations} of MEASURED, and of "epoch"."""
-    task, run = out / "toy", out / f"sft-{seed}"
+    task, run = out / "toy", out / f"seed-{seed}"
     draw_demonstrations(task, out / f"demonstrations-{seed}.jsonl", config.demonstrations, seed)
     line = (f"sft.py --model {out}/pretrained --data {out}/demonstrations-{seed}.jsonl "
             f"--val-data {task}/demonstrations_heldout.jsonl --epochs {EPOCHS} --batch-tokens 512 "
