@@ -260,16 +260,16 @@ def best_of_n(gold, score):
     return points
 
 
-def sampled(folder, out, config, per_prompt=1):
-    """Replies of a checkpoint to the training prompts of seed 0.
+def sampled(folder, reference, reward, data, per_prompt=1, every=1):
+    """Replies of a checkpoint to every second, third, ... prompt of a file of the toy task.
 
-    Returns gold and narrow score (prompts, per_prompt), and the mean KL to SFT.
+    Returns gold score and score (prompts, per_prompt), and the mean KL to the reference.
     """
     policy, tokenizer = load_model(folder, GPT)
-    reference, _ = load_model(out / "sft", GPT)
-    reward, _ = load_model(out / "narrow", ScalarModel)
-    settings = evaluate.Config(micro_batch_tokens=8192, data=f"{out}/toy/prompts.jsonl")
-    prompts = load_prompts(settings, tokenizer, policy.config.block_size, print)[::2]
+    reference, _ = load_model(reference, GPT)
+    reward, _ = load_model(reward, ScalarModel)
+    settings = evaluate.Config(micro_batch_tokens=8192, data=str(data))
+    prompts = load_prompts(settings, tokenizer, policy.config.block_size, print)[::every]
     prompts = [prompt for prompt in prompts for _ in range(per_prompt)]
     alone = Alone(torch.device("cpu"), torch.float32)
     judges = load_functions("--judge", ["toy:gold"])
@@ -278,9 +278,9 @@ def sampled(folder, out, config, per_prompt=1):
     return gold.reshape(-1, per_prompt), score.reshape(-1, per_prompt), float(kl.mean())
 
 
-def over_optimisation(plt, out, config):
+def over_optimisation(plt, out):
     """Draw gold and proxy over sqrt(KL); returns a Markdown table."""
-    lines = points_of_methods(out, config)
+    lines = points_of_methods(out)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
     rows = [
         "| method | KL, nats | proxy score | gold score | best gold on the way |",
@@ -304,9 +304,10 @@ def over_optimisation(plt, out, config):
     return "\n".join(rows)
 
 
-def points_of_methods(out, config):
+def points_of_methods(out):
     """{method: [(sqrt(KL), proxy score, gold score)]}, from the start on; for DPO a point per beta."""
-    gold, score, _ = sampled(out / "sft", out, config, BEST_OF)
+    rest = out / "sft", out / "narrow", out / "toy" / "prompts.jsonl"
+    gold, score, _ = sampled(out / "sft", *rest, BEST_OF, every=2)
     lines = {"best of n": best_of_n(gold, score)}
     start = lines["best of n"][0]
 
@@ -324,15 +325,15 @@ def points_of_methods(out, config):
 
     points = [start]
     for beta in DPO_BETAS:
-        gold, score, kl = sampled(out / f"dpo-{beta:g}", out, config)
+        gold, score, kl = sampled(out / f"dpo-{beta:g}", *rest, every=2)
         points.append((math.sqrt(max(0, kl)), score.mean(), gold.mean()))
     lines["DPO, beta " + ", ".join(f"{beta:g}" for beta in DPO_BETAS)] = points
     return lines
 
 
-def put(name, text):
-    """Replace what stands between the markers `name` of bench/RESULTS.md."""
-    path = ROOT / "bench" / "RESULTS.md"
+def put(name, text, page="bench/RESULTS.md"):
+    """Replace what stands between the markers `name` of a page."""
+    path = ROOT / page
     page = path.read_text()
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     require(begin in page and end in page, f"{path} has lost its markers {begin} and {end}")
@@ -424,7 +425,7 @@ def main(config):
     draw(plt, out, halves, config.seeds, ROOT / "bench" / "hot.png", "hot ")
     hot_results = table(out, [BASELINE, *HOT], config.seeds, "hot ")
     print(hot_results)
-    fooled = over_optimisation(plt, out, config)
+    fooled = over_optimisation(plt, out)
     print(fooled)
     put("ablation", results)
     put("hot", hot_results)
