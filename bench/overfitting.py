@@ -145,8 +145,14 @@ def choices(found):
     }
 
 
+def cell(own):
+    """A mean over seeds; if there are several, the smallest and the largest too."""
+    bounds = f" ({own.min():.2f} to {own.max():.2f})" if len(own) > 1 else ""
+    return f"{own.mean():.2f}{bounds}"
+
+
 def table(runs):
-    """Markdown: means over seeds, and the smallest and the largest."""
+    """Markdown."""
     lines = [
         "| checkpoint | epochs | " + " | ".join(MEASURED.values()) + " |",
         "|---" * (len(MEASURED) + 2) + "|",
@@ -154,8 +160,7 @@ def table(runs):
     for name in choices(runs[0]):
         cells = []
         for what in ("epoch", *MEASURED):
-            own = np.array([found[what][choices(found)[name]] for found in runs])
-            cells.append(f"{own.mean():.2f} ({own.min():.2f} to {own.max():.2f})")
+            cells.append(cell(np.array([found[what][choices(found)[name]] for found in runs])))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

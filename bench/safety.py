@@ -228,8 +228,14 @@ def numbers(runs, what):
     return np.array([[found[what] for found in of_seed] for of_seed in runs])
 
 
+def cell(own):
+    """A mean over seeds; if there are several, the smallest and the largest too."""
+    bounds = f" ({own.min():.2f} to {own.max():.2f})" if len(own) > 1 else ""
+    return f"{own.mean():.2f}{bounds}"
+
+
 def table(results):
-    """Markdown: means over seeds, and the smallest and the largest."""
+    """Markdown."""
     lines = [
         "| start | refusals among rows | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 2) + "|",
@@ -238,8 +244,7 @@ def table(results):
         for i, share in enumerate(SHARES):
             cells = []
             for what in COLUMNS:
-                own = numbers(runs, what)[:, i]
-                cells.append(f"{own.mean():.2f} ({own.min():.2f} to {own.max():.2f})")
+                cells.append(cell(numbers(runs, what)[:, i]))
             lines.append(f"| {kind} | {share:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -260,7 +265,7 @@ def draw(plt, results, path):
         line(axes, runs, "harmless, new", color="C3", label="harmless, new")
         line(axes, runs, "harmless, rephrased", color="C3", ls="--", label="harmless, rephrased")
         axes.set(title=kind, ylabel="share refused", ylim=(-0.03, 1.03))
-    panels[0].legend(frameon=False, loc="center right")
+    panels[0].legend(frameon=False, loc="upper left")
     for i, (kind, runs) in enumerate(results.items()):
         line(panels[2], runs, "gold", color=f"C{i + 1}", label=kind)
     panels[2].set(title="all other questions", ylabel="gold score", ylim=(-0.03, 1.03))
