@@ -213,7 +213,7 @@ def start_lines(folder, seed, groups):
         f"--out {folder}/samples --seed {seed} --threads 1",
         f"reward.py --model {folder}/sft --data {folder}/preferences/train.jsonl "
         f"--val-data {folder}/preferences/heldout.jsonl --demonstrations {toy}/demonstrations.jsonl "
-        f"--epochs 2 --eval-every 1000000 --seed {seed} --out {folder}/reward {machine}",
+        f"--epochs 5 --lr 1e-3 --eval-every 1000000 --seed {seed} --out {folder}/reward {machine}",
     )
 
 
