@@ -1,16 +1,14 @@
 """When to stop SFT: where the validation loss is least, or where a reward model likes the replies best?
 
 InstructGPT trains 16 epochs. Its models overfit in validation loss after one, and the checkpoint is chosen by
-a reward model's score (section 3.5). So here: a few hundred demonstrations of the embedded task, 16 epochs,
-and at each validation the loss, the score of a reward model (`sft.py --judge`, which chooses the checkpoint)
-and the gold score, which chooses nothing.
+a reward model's score (section 3.5). So here: an SFT model of the embedded task learns 400 demonstrations of
+more careful people for 16 epochs, and at each epoch's end come the validation loss, the score of a reward
+model (`sft.py --judge`, which chooses the checkpoint) and the gold score, which chooses nothing.
 
-    python bench/overfitting.py        the table, put into docs/sft.md, and bench/overfitting.png: 8 minutes
-                                       on one core
+    python bench/overfitting.py        the table, put into docs/sft.md, and bench/overfitting.png
 
-Before that it makes what is needed: a model pretrained on sentences of that world, without a question and its
-answer side by side; and a reward model from rankings of another model's replies. Seeds draw the
-demonstrations, their order and the replies.
+What it starts from is that of bench/family.py (--out runs/family saves making it): for each seed the task's
+files, an SFT model, and a reward model.
 """
 import functools
 import json
@@ -24,7 +22,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy  # noqa: E402
-from bench.ablate import put, run_all  # noqa: E402
+from bench.ablate import put  # noqa: E402
+from bench.family import make_start, run_line  # noqa: E402
 from data import collate, encode_group  # noqa: E402
 from formats.model_folder import load_model  # noqa: E402
 from formats.rows import Row  # noqa: E402
@@ -35,16 +34,18 @@ from plumbing.run import run_script  # noqa: E402
 from report import pyplot  # noqa: E402
 
 EPOCHS = 16
-COMMON = "--threads 1 --resume"
+# Shares of toy.KINDS among the demonstrations: more right ones than those that the start has seen.
+CAREFUL = (0.7, 0.1, 0.08, 0.06, 0.03, 0.03)
 # What is measured at each validation, and how the figure and the table call it.
 MEASURED = {"val_loss": "validation loss", "rm_score": "reward model's score", "gold": "gold score"}
 
 
 @dataclass
 class Config:
-    out: str = "runs/overfitting"  # folder for files and models
+    out: str = "runs/family"  # folder for files and models
     seeds: Count = 3  # of the demonstrations, their order and the replies
-    demonstrations: Count = 400  # of those that toy.py writes
+    demonstrations: Count = 400  # to train on
+    groups: Count = 8000  # rankings of four replies for the reward model
     debug: bool = False  # show the traceback of an error
 
 
@@ -72,62 +73,42 @@ def rm_score(prompts, replies, ended):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files and runs
+# Runs
 
-def write_sentences(path):
-    """What is read in pretraining: questions and right answers, each on its own."""
-    texts = toy.INSULTS + toy.FILLERS
-    for item in toy.ITEMS:
-        texts += item.wordings + item.accepted
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+def write_demonstrations(path, world, split, count, seed):
+    """Write demonstrations for so many of a split's prompts, one each."""
+    rng = np.random.default_rng([seed, 21, split == "train"])
+    texts = world.texts[split]
+    lines = []
+    for i in rng.permutation(len(texts))[:count]:
+        kind = toy.KINDS[rng.choice(len(toy.KINDS), p=CAREFUL)]
+        reply = toy.make_reply(toy.ITEM_OF[texts[i]], kind, rng)
+        lines.append(json.dumps({"prompt": texts[i], "completion": reply}) + "\n")
     write_atomically(path, "".join(lines).encode())
-
-
-def draw_demonstrations(task, path, count, seed):
-    """Write so many of the task's demonstrations."""
-    lines = (task / "demonstrations.jsonl").read_text().splitlines(keepends=True)
-    chosen = np.random.default_rng([seed, 21]).permutation(len(lines))[:count]
-    write_atomically(path, "".join(lines[i] for i in chosen).encode())
-
-
-def make_start(out):
-    """The task's files, a pretrained model and a reward model, where they are not there yet."""
-    task = out / "toy"
-    if not (task / "tokenizer.json").exists():
-        run_all([("the task's files", f"toy.py --out {task} --groups 300 --threads 1")], 1)
-    write_sentences(out / "sentences.jsonl")
-    demonstrations = f"--data {task}/demonstrations.jsonl --val-data {task}/demonstrations_heldout.jsonl"
-    run_all([
-        ("pretraining", f"sft.py --data {out}/sentences.jsonl --tokenizer {task} --val-fraction 0 "
-                        f"--steps 250 {COMMON} --out {out}/pretrained"),
-        ("a model to ask", f"sft.py {demonstrations} --steps 600 --eval-every 300 {COMMON} --out {out}/sft"),
-    ], 1)
-    if not (out / "preferences" / "train.jsonl").exists():
-        run_all([("rankings", f"toy.py --model {out}/sft --out {out}/preferences --groups 8000 "
-                              "--heldout-groups 500 --threads 1")], 1)
-    run_all([("the reward model",
-              f"reward.py --model {out}/sft --data {out}/preferences/train.jsonl "
-              f"--val-data {out}/preferences/heldout.jsonl "
-              f"--demonstrations {task}/demonstrations.jsonl --epochs 1 {COMMON} --out {out}/reward")], 1)
 
 
 def train(out, config, seed):
     """One run of 16 epochs. Returns {name: array over validations} of MEASURED, and of "epoch"."""
-    task, run = out / "toy", out / f"seed-{seed}"
-    draw_demonstrations(task, out / f"demonstrations-{seed}.jsonl", config.demonstrations, seed)
-    line = (f"sft.py --model {out}/pretrained --data {out}/demonstrations-{seed}.jsonl "
-            f"--val-data {task}/demonstrations_heldout.jsonl --epochs {EPOCHS} --batch-tokens 512 "
-            f"--lr 2e-3 --warmup 10 --eval-every 14 --save-every 14 "
-            f"--judge bench.overfitting:rm_score toy:gold --judge-prompts 508 --seed {seed} {COMMON} "
-            f"--out {run}")
-    run_all([(f"{EPOCHS} epochs, seed {seed}", line)], 1)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    start = out / f"seed-{seed}" / "start"
+    make_start(start, seed, config.groups)
+    run = out / f"seed-{seed}" / "overfitting"
+    run.mkdir(exist_ok=True)
+    world = toy.World(seed)
+    write_demonstrations(run / "train.jsonl", world, "train", config.demonstrations, seed)
+    write_demonstrations(run / "heldout.jsonl", world, "heldout", 508, seed)
+    os.environ["REWARD_MODEL"] = f"{start}/reward"
+    line = (f"sft.py --model {start}/sft --data {run}/train.jsonl --val-data {run}/heldout.jsonl "
+            f"--epochs {EPOCHS} --batch-tokens 512 --lr 1e-3 --warmup 5 --eval-every 14 --save-every 14 "
+            f"--judge bench.overfitting:rm_score toy:gold --judge-prompts 508 --seed {seed} "
+            f"--threads 1 --resume --out {run}/model")
+    run_line(line, run / "log.txt")
+    rows = [json.loads(line) for line in (run / "model" / "metrics.jsonl").read_text().splitlines()]
     measured = [row for row in rows if "val_loss" in row]
     found = {name: np.array([row[name] for row in measured]) for name in MEASURED}
     steps = np.array([row["step"] for row in measured])
     found["epoch"] = EPOCHS * steps / steps[-1]
     # What sft.py itself kept as the best.
-    named = json.loads((run / "checkpoints" / "latest.json").read_text())
+    named = json.loads((run / "model" / "checkpoints" / "latest.json").read_text())
     found["kept"] = int(named["best"].removeprefix("step_"))
     found["step"] = steps
     return found
@@ -170,8 +151,7 @@ def draw(plt, runs, path):
     figure, panels = plt.subplots(1, len(MEASURED), figsize=(12, 3.4), constrained_layout=True)
     for axes, (what, title) in zip(panels, MEASURED.items()):
         for seed, found in enumerate(runs):
-            # Before the first step nothing has been learned of how to answer.
-            axes.plot(found["epoch"][1:], found[what][1:], color=f"C{seed}", lw=1.2, label=f"seed {seed}")
+            axes.plot(found["epoch"], found[what], color=f"C{seed}", lw=1.2, label=f"seed {seed}")
             least, liked, _ = choices(found).values()
             axes.plot(found["epoch"][least], found[what][least], "v", color=f"C{seed}", ms=8)
             axes.plot(found["epoch"][liked], found[what][liked], "*", color=f"C{seed}", ms=12)
@@ -188,8 +168,6 @@ def main(config):
     plt = pyplot()
     out = Path(config.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    os.environ["REWARD_MODEL"] = f"{out}/reward"
-    make_start(out)
     runs = [train(out, config, seed) for seed in range(config.seeds)]
     text = table(runs)
     print(text)
