@@ -75,7 +75,7 @@ def on_policy(name, *tries, flags=""):
     return Method(name, "reward model", (f"{GRPO} --preset {name} {flags}",), tries)
 
 
-RATES = ("--lr 5e-4", "--lr 1e-3", "--lr 2e-3")
+RATES = ("--lr 1e-3", "--lr 2e-3")
 METHODS = (
     Method("sft-best", "labels", (f"sft.py --model {{start}}/sft {LABELS} --warmup 10 {END}",),
            ("--lr 3e-4", "--lr 1e-3", "--lr 3e-3")),
@@ -138,7 +138,7 @@ METHODS = (
 )
 
 # Claims of papers: runs on other labels, with the flags that the search found for the method of that name.
-FEW = PAIRS.replace("preferences/train.jsonl", "few/train.jsonl").replace("--epochs 1", "--epochs 40")
+FEW = PAIRS.replace("preferences/train.jsonl", "few/train.jsonl").replace("--epochs 1", "--epochs 20")
 LONG = PAIRS.replace("preferences/train.jsonl", "long.jsonl")
 CLAIMS = {
     "dpo, few exact labels": ("dpo", FEW),
