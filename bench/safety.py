@@ -67,8 +67,8 @@ ASKED = {
     ),
 }
 COMMON = "--threads 1 --val-fraction 0 --log-every 20 --resume"
-START = f"--tokenizer bpe:2000 --steps 600 {COMMON}"
-TUNE = f"--epochs 5 --batch-tokens 1024 --lr 2e-3 --warmup 10 {COMMON}"
+START = f"--tokenizer bpe:2000 --steps 400 {COMMON}"
+TUNE = f"--epochs 3 --batch-tokens 1024 --lr 2e-3 --warmup 10 {COMMON}"
 
 
 @dataclass
