@@ -16,7 +16,7 @@ MUTANTS = [
      "ends = max(ranks), min(ranks)"),
     ("probabilities: those of rankings pass",
      "test_dpo.py::test_probabilities_are_read_with_pairs_and_refused_elsewhere",
-     'if want == "preferences" and len(replies) > 2 and probability != 1:',
+     'if want in COMPARED and len(replies) > 2 and probability != 1:',
      "if False:"),
     ("probabilities: above 1",
      "test_dpo.py::test_probabilities_are_read_with_pairs_and_refused_elsewhere",
