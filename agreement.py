@@ -292,15 +292,22 @@ def describe_rankings(result):
     bins = [f"{one['predicted']:.2f} -> {one['observed']:.2f}" for one in result["calibration"]]
     lines.append("calibration (predicted -> came true): " + "  ".join(bins))
     lines.append(f"correlation of score and length {result['length_correlation']:.3f}")
-    for kind in ("subsets", "by_margin", "by_probability"):
-        for name, part in result.get(kind, {}).items():
-            low, high = part["accuracy_interval"]
-            lines.append(f"{kind.removeprefix('by_')} {name or 'none'}: {part['accuracy']:.3f} "
-                         f"({low:.3f} to {high:.3f}), {part['pairs']} pairs")
+    for name, part in parts_of(result).items():
+        low, high = part["accuracy_interval"]
+        lines.append(f"{name}: {part['accuracy']:.3f} ({low:.3f} to {high:.3f}), {part['pairs']} pairs")
     if "best_of_n" in result:
         points = [f"{one['n']}: {one['gold']:.2f} ({one['best']:.2f})" for one in result["best_of_n"]]
         lines.append("gold of the best of n (and the most it could be): " + "  ".join(points))
     return lines
+
+
+def parts_of(result):
+    """{name: its numbers} of the subsets, margins and probabilities that a result is broken down by."""
+    parts = {}
+    for kind, word in (("subsets", "subset"), ("by_margin", "margin"), ("by_probability", "probability")):
+        for name, part in result.get(kind, {}).items():
+            parts[f"{word} {name or 'none'}"] = part
+    return parts
 
 
 def draw(result, path, say):
@@ -313,7 +320,7 @@ def draw(result, path, say):
         say(f"{path} is not drawn: {error}")
         return
     panels = [draw_accuracies, draw_calibration]
-    if "subsets" in result or "by_margin" in result or "by_probability" in result:
+    if parts_of(result):
         panels.append(draw_parts)
     if len(result.get("best_of_n", [])) > 1:
         panels.append(draw_best_of_n)
@@ -349,12 +356,7 @@ def draw_accuracies(axes, result):
 
 
 def draw_parts(axes, result):
-    parts = {}
-    for kind in ("subsets", "by_margin", "by_probability"):
-        for name, part in result.get(kind, {}).items():
-            prefix = "" if kind == "subsets" else kind.removeprefix("by_") + " "
-            parts[f"{prefix}{name or 'none'}"] = part
-    bars(axes, parts, "Accuracy by part")
+    bars(axes, parts_of(result), "Accuracy by part")
 
 
 def draw_calibration(axes, result):

@@ -187,7 +187,7 @@ def summary(config, sources, columns, source_scores, ended, length, kl, baseline
 
 
 def measure_agreement(config, device):
-    """What --preferences asks for. Returns {folder: result of `agreement`}; of several also of their score."""
+    """What --preferences asks for: {folder: result of `agreement`}, of several also of their score."""
     require(config.reward, "--preferences measures reward models: name one or more with --reward")
     require(not config.reward_fn and not config.judge,
             "--preferences measures reward models alone: leave out --reward-fn and --judge")

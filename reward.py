@@ -71,8 +71,7 @@ class Config(RunConfig):
     model: str = "runs/sft"
     out: str = "runs/reward"  # folder for the checkpoint, metrics.jsonl and evaluation.json
     ties: Literal["drop", "soft", "rao-kupper"] = "drop"  # what replies of equal rank teach, see above
-    # nu of rao-kupper, above 1; 0 learns it
-    tie_threshold: NonNegative = 0.0
+    tie_threshold: NonNegative = 0.0  # nu of rao-kupper, above 1; 0 learns it
     scale: Literal["soft", "margin"] = "soft"  # what a comparison on a scale teaches, see above
     scale_margin: Positive = 1.0  # with --scale margin: the margin at the end of the scale
     level: str = "learned"  # u, the score that parts both_good from both_bad: learned, or a number
@@ -191,6 +190,10 @@ class Levels:
             level = float(self.config.level)
         return cut, level
 
+    @torch.no_grad()
+    def numbers(self):
+        return tuple(map(float, self.values()))
+
     def add(self, loss):
         """Take note of the slope of a pass's loss."""
         if self.learned.requires_grad:
@@ -201,15 +204,14 @@ class Levels:
     def step(self, run, rate):
         """Go down the slope of all passes and ranks, unless it is not finite."""
         if self.learned.requires_grad:
-            slope = run.all_sum(self.slope)
-            with torch.no_grad():
-                self.learned -= rate * torch.where(slope.isfinite().all(), slope, 0.0)
+            slope = run.all_sum(self.slope)  # (2,)
+            self.learned.data -= rate * torch.where(slope.isfinite().all(), slope, 0.0)
             self.slope = torch.zeros_like(slope)
             self.state["levels"] = self.learned.tolist()
 
     def described(self, shift):
         """{tie_threshold, level} as far as they are used, of scores that are lower by shift."""
-        cut, level = map(float, self.values())
+        cut, level = self.numbers()
         found = {"tie_threshold": math.exp(cut), "level": level - shift}
         return {name: found[name] for name in self.used}
 
@@ -261,8 +263,7 @@ def main(config):
                 "that could make 0 mean a demonstration; --center-coef holds scores about 0")
 
     # 2. what the language model itself would prefer; model and optimiser
-    budget = config.micro_batch_tokens
-    pad = tokenizer.pad
+    budget, pad = config.micro_batch_tokens, tokenizer.pad
     baselines = {}
     if config.model != "scratch" and config.parallel == "ddp":
         baselines = language_baselines(run, language_model, val_examples, budget, pad)
@@ -292,8 +293,7 @@ def main(config):
     def validate(step):
         scores = score_replies(run, model, val_examples, budget, pad)
         result.update(agreement(scores, val_rows, baselines))
-        cut, level = map(float, levels.values())
-        loss, _ = feedback_loss(torch.from_numpy(scores), val_targets, cut, level, config)
+        loss, _ = feedback_loss(torch.from_numpy(scores), val_targets, *levels.numbers(), config)
         metrics = {f"val_{name}": result[name] for name in ("accuracy", "bayes_accuracy") if name in result}
         run.log(step, {"val_loss": loss} | metrics, show=("val_accuracy",))
 
@@ -317,8 +317,8 @@ def main(config):
             told = targets_of([group.row for group in groups], config, standard)
             with run.autocast():
                 if config.lm_coef > 0:
-                    best = told.best[0]
-                    scores, logprobs = last_scores_and_logprobs(reward, ids, lengths, mask, best, head)
+                    read = (ids, lengths, mask, told.best[0])
+                    scores, logprobs = last_scores_and_logprobs(reward, *read, head)  # (B,), (Q,)
                 else:
                     scores = last_scores(reward, ids, lengths)  # (B,)
             targets = told.to(run.device).times(counts, len(batch))
