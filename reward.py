@@ -55,7 +55,7 @@ from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunC
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
 
-RATE = 1.0  # step size of nu and u: the slope of a row's loss is at most 1 in both
+RATE = 1.0  # step size of what nu and u are learned as: in either the slope of a loss is at most 2
 
 
 @dataclass
