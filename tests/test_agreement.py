@@ -81,9 +81,9 @@ def test_accuracy_is_split_by_margin_and_by_how_sure_the_label_is():
     assert by_margin == {"0": (1, 2), "1": (0.5, 2)}
     assert {name: part["accuracy"] for name, part in result["by_probability"].items()} == {"0.6": 0.5, "1": 1}
     # Of many numbers the quarters, each in one of them.
-    names = binned(list(range(100)))
-    assert len(set(names)) == 4 and all(names.count(name) == 25 for name in set(names))
-    assert names[0] != names[25] and names[99] == names[75]
+    names = binned(list(range(101)))
+    assert [names.count(names[i]) for i in (0, 25, 50, 75)] == [25, 25, 25, 26]
+    assert names[24] != names[25] and names[100] == names[75] == "75 to 100"
 
 
 def test_what_no_row_has_is_left_out():
