@@ -405,7 +405,7 @@ def test_levels_that_are_given_stay_and_those_that_nobody_needs_are_not_learned(
 # -- whole runs
 
 FEEDBACK = [
-    {"completions": ["It is good.", "No.", "It is sad, and so it is."], "ranks": [0, 1, 1]},
+    {"completions": ["It is good.", "No.", "It is sad, and so it is."], "ranks": [0, 1, 1], "margin": 0.3},
     {"completions": ["It is good.", "No.", "It is sad."], "ranks": [0, 0, 0]},
     {"completions": ["No.", "It is good."], "scale": {"value": 2, "points": 5}, "margin": 0.2},
     {"completions": ["No.", "It is sad."], "verdict": "both_bad"},
