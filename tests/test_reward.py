@@ -341,6 +341,32 @@ def test_a_row_weighs_as_much_as_any_other_whatever_it_says(tmp_path):
     assert targets.ratings[1].tolist() == [-1, 1]
 
 
+def test_targets_of_every_kind_written_out_by_hand():
+    rows = [
+        Row([], ["a", "b", "c"], [0, 1, 1], margin=0.25),
+        Row([], ["a", "b"], [0, 0], verdict="both_good"),
+        Row([], ["a", "b"], [-4, -1], ratings=[{"rating": 4}, {"rating": 1}]),
+        Row([], ["a", "b"], [1, 0], margin=0.5, probability=0.75, strength=0.5),
+        Row([], ["a", "b"], [0, 0]),
+        Row([], ["a"], [0], verdict="both_bad"),
+    ]
+    third = pytest.approx(1 / 3)
+    decided = [(0, 1, 0.25, 1, third), (0, 2, 0.25, 1, third)]
+    verdicts, ratings = [(3, 1, 0.5), (4, 1, 0.5), (11, -1, 1)], [(5, 0.5, 0.5), (6, -1, 0.5)]
+    best = [(0, 1), (8, 1), (9, 0.5), (10, 0.5)]
+    found = {}
+    for ties, scale in (("soft", "margin"), ("rao-kupper", "soft")):
+        config = Config(ties=ties, scale=scale, scale_margin=2.0, ratings="regress")
+        found[ties] = [[*zip(*(column.tolist() for column in part))]
+                       for part in targets_of(rows, config, (3.0, 2.0))]
+    soft = decided + [(1, 2, 0, 0.5, third), (8, 7, 1.5, 1, 1), (9, 10, 0, 0.5, 1)]
+    assert found["soft"] == [soft, [], verdicts, ratings, best]
+    assert found["rao-kupper"] == [decided + [(8, 7, 0.5, 0.75, 1)], [(1, 2, third), (9, 10, 1)], verdicts,
+                                   ratings, best]
+    half = targets_of(rows, Config(ties="soft"), (0.0, 1.0)).times(1, 2)
+    assert half.pairs[-1].sum().item() == pytest.approx(4 / 2) and half.verdicts[-1].sum().item() == 1
+
+
 def test_what_teaches_nothing_is_left_out_and_said(tmp_path):
     tie, pair, verdict, lone = read(
         tmp_path, TWO | {"ranks": [0, 0]}, {"chosen": "a", "rejected": "b"}, TWO | {"verdict": "both_good"},

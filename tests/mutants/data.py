@@ -7,8 +7,7 @@ INTERVAL = "test_data.py::test_the_interval_of_an_accuracy_is_over_prompts_and_d
 PAIRS = "test_data.py::test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one"
 ORDER = "test_data.py::test_endless_order_is_one_permutation_after_another_and_resumes"
 
-FEEDBACK = (
-    "test_reward.py::test_a_step_on_feedback_of_all_kinds_follows_the_formulas_taken_one_reply_at_a_time")
+FEEDBACK = "test_reward.py::test_targets_of_every_kind_written_out_by_hand"
 
 MUTANTS = [
     # -- ids and masks of dialogues
