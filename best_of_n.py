@@ -79,7 +79,8 @@ import torch
 from tqdm import tqdm
 
 from formats.model_folder import load_model
-from judges import check_functions, judge, load_functions, load_reward_models, score, source_weights
+from judges import (
+    check_functions, combined, judge, load_functions, load_reward_models, score, source_weights)
 from model import GPT
 from plumbing.disk import digest, folder_of, model_digest, write_atomically, write_json
 from plumbing.flags import Count, Fraction, Natural, Positive, Seed, as_list, flag_of, parse_sources, require
@@ -96,6 +97,10 @@ class Config:
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models to score with
     reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, as for ppo.py
     reward_weights: list[float] = field(default_factory=list)  # of each --reward, then each --reward-fn (1)
+    # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
+    # --pessimism deviations, which trusts less what they disagree on
+    reward_combine: Literal["sum", "mean", "min", "pessimistic"] = "sum"
+    pessimism: Positive = 1.0  # with --reward-combine pessimistic: deviations
     # functions whose numbers are measured and shown under their names, and decide nothing
     judge: list[str] = field(default_factory=list)
     out: str = "runs/best_of_n"  # folder for the files, or for those of all rounds and metrics.jsonl
@@ -138,8 +143,9 @@ class Config:
 ROOT = Path(__file__).resolve().parent
 # Flags that all scripts have, those that evaluate.py has too, and all of sampling.
 MACHINE = ("seed", "device", "dtype", "threads", "allow_pickle")
-SHARED = ("data", "reward", "reward_fn", "reward_weights", "judge", "val_fraction", "part", "skip_bad",
-          "max_length", "max_new_tokens", "temperature", "micro_batch_tokens")
+SHARED = ("data", "reward", "reward_fn", "reward_weights", "reward_combine", "pessimism", "judge",
+          "val_fraction", "part", "skip_bad", "max_length", "max_new_tokens", "temperature",
+          "micro_batch_tokens")
 SAMPLING = (*SHARED, *MACHINE, "n", "select", "top_share", "arena", "batch")
 # What --rounds itself says to the training script.
 GIVEN = ("--model", "--data", "--out", "--reference", "--resume", "--overwrite")
@@ -302,7 +308,7 @@ def sample_all(alone, models, tokenizer, prompts, facts_of, config):
 def load_and_sample(config):
     """Samples of --model, and of the models of --arena."""
     sources = config.reward + config.reward_fn
-    weights = torch.tensor(source_weights(config.reward_weights, sources))
+    weights = torch.tensor(source_weights(config, sources))
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
     models = []
@@ -333,7 +339,7 @@ def load_and_sample(config):
             "texts": np.array(batch.texts, dtype=object),
             "usable": batch.ended.cpu() & ~blank,
             **{function.name: values for function, values in zip(judges, judged)},
-            "score": weights @ source_scores,
+            "score": combined(source_scores, weights, config),
             "length": batch.host_mask.sum(1).float(),
         }
 

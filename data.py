@@ -148,6 +148,14 @@ def encode_group(tokenizer, row):
     return examples
 
 
+def end_to_end(groups):
+    """[Example] of some groups [[Example]]."""
+    examples = []
+    for group in groups:
+        examples += group
+    return examples
+
+
 def encode_demonstration(tokenizer, row):
     """Example of a demonstration: mask True on every assistant turn, or on all of a plain text."""
     if not row.prompt:
@@ -206,6 +214,12 @@ def decided_pairs(ranks):
     return pairs
 
 
+def tied_pairs(ranks):
+    """[(i, j)]: positions of all pairs of equal rank, each once."""
+    places = range(len(ranks))
+    return [(i, j) for i in places for j in places if i < j and ranks[i] == ranks[j]]
+
+
 def ranked_pairs(rows):
     """All pairs that the ranks of some rows decide, for their replies laid end to end.
 
@@ -223,6 +237,101 @@ def ranked_pairs(rows):
     return torch.tensor(better), torch.tensor(worse), torch.tensor(weight), torch.tensor(margin)
 
 
+def ratings_of(row):
+    """The ratings of a row's replies that have no other aim; None for a reply without."""
+    return [known.get("rating") for known in row.ratings]
+
+
+def is_rated(row):
+    """Whether any of a row's replies has a rating."""
+    return any(x is not None for x in ratings_of(row))
+
+
+def mean_and_deviation(groups):
+    """Of all ratings in some groups [Group]: (0, 1) without any, and deviation 1 where all are the same."""
+    numbers = [x for group in groups for x in ratings_of(group.row) if x is not None]
+    if not numbers:
+        return 0.0, 1.0
+    return float(np.mean(numbers)), float(np.std(numbers)) or 1.0
+
+
+def useless(row, config):
+    """Why reward.py learns nothing from a row, "" if it does. config: its ties and ratings."""
+    if row.verdict or (config.ratings == "regress" and is_rated(row)):
+        return ""
+    if len(row.replies) == 1:
+        return "no second rating of the same prompt to compare with"
+    if len(set(row.ranks)) == 1 and config.ties == "drop":
+        return "all replies tied"
+    return ""
+
+
+class Targets(NamedTuple):
+    """What reward.py learns from rows, whose replies lie end to end: tuples of tensors (P,), weights last.
+
+    The weights of a row add up to 1, whatever it says. at, better, ...: positions of replies.
+    """
+    pairs: tuple  # better, worse, margin, right, weight
+    ties: tuple  # one, other, weight: for Rao-Kupper alone, soft ties are pairs
+    verdicts: tuple  # at, sign, weight
+    ratings: tuple  # at, rating, weight
+    best: tuple  # at, weight: the first in rank
+
+    def times(self, numerator, denominator):
+        """With all weights times a fraction."""
+        return Targets(*((*rest, weight * numerator / denominator) for *rest, weight in self))
+
+    def to(self, device):
+        return Targets(*(tuple(t.to(device, non_blocking=True) for t in part) for part in self))
+
+
+def targets_of(rows, config, standard=(0.0, 1.0)):
+    """`Targets` of some rows, on the CPU.
+
+    config: reward.py's ties, ratings, scale and scale_margin; standard: mean and deviation of all ratings.
+    """
+    found = Targets([], [], [], [], [])
+    start = 0  # where the row's replies begin
+    for row in rows:
+        places = range(start, start + len(row.replies))
+        start += len(row.replies)
+        if row.verdict:
+            sign = 1.0 if row.verdict == "both_good" else -1.0
+            found.verdicts.extend((at, sign, 1 / len(places)) for at in places)
+        elif config.ratings == "regress" and is_rated(row):
+            known = [(at, x) for at, x in zip(places, ratings_of(row)) if x is not None]
+            mean, deviation = standard
+            found.ratings.extend((at, (x - mean) / deviation, 1 / len(known)) for at, x in known)
+        else:
+            add_ranking(found, row, places, config)
+    kinds = ("iifff", "iif", "iff", "iff", "if")
+    return Targets(*(as_columns(part, kind) for part, kind in zip(found, kinds)))
+
+
+def add_ranking(found, row, places, config):
+    """Put a row's pairs, ties and best replies into `Targets` of lists. places: positions of its replies."""
+    decided = decided_pairs(row.ranks)
+    tied = [] if config.ties == "drop" else tied_pairs(row.ranks)
+    share = 1 / (len(decided) + len(tied))
+    margin, right = row.margin, row.probability
+    if row.strength is not None and config.scale == "margin":
+        margin, right = margin + config.scale_margin * row.strength, 1.0
+    found.pairs.extend((places[i], places[j], margin, right, share) for i, j in decided)
+    if config.ties == "soft":
+        found.pairs.extend((places[i], places[j], 0.0, 0.5, share) for i, j in tied)
+    else:
+        found.ties.extend((places[i], places[j], share) for i, j in tied)
+    top = [at for at, rank in zip(places, row.ranks) if rank == min(row.ranks)]
+    found.best.extend((at, 1 / len(top)) for at in top)
+
+
+def as_columns(rows, kinds):
+    """Tuples as a tensor for each place in them: kinds has i for integers, f for fp32."""
+    dtypes = {"i": torch.int64, "f": torch.float32}
+    columns = zip(*rows) if rows else [()] * len(kinds)
+    return tuple(torch.tensor(column, dtype=dtypes[kind]) for column, kind in zip(columns, kinds))
+
+
 def ranking_accuracy(values, rows):
     """Share of the ranked pairs of some rows that values (N,) order right, for their replies laid end to end.
 
@@ -231,6 +340,21 @@ def ranking_accuracy(values, rows):
     trials as would spread the mean as the prompts do (effective sample size; Korn and Graubard 1998): never
     more than there are pairs, so it doesn't collapse where all prompts agree.
     """
+    per_row, pairs = right_shares(values, rows)
+    accuracy = per_row.mean()
+    variance, prompts = variance_of_mean(per_row, rows)
+
+    # One prompt, or prompts that are all right or all wrong, show no variance from which to count trials.
+    trials = pairs
+    if accuracy in (0, 1) or prompts == 1:
+        trials = prompts
+    if variance > 0:
+        trials = min(trials, accuracy * (1 - accuracy) / variance)
+    return float(accuracy), *wilson(accuracy, trials)
+
+
+def right_shares(values, rows):
+    """Share of each row's ranked pairs that values (N,) order right (rows,), ties half; how many pairs."""
     better, worse, _, _ = ranked_pairs(rows)
     better = better.numpy()  # (P,)
     worse = worse.numpy()  # (P,)
@@ -238,32 +362,27 @@ def ranking_accuracy(values, rows):
     tied = values[better] == values[worse]
     right = above + 0.5 * tied  # (P,)
 
-    # From pairs to rows: the share of each row's pairs that are right, and the mean of these shares.
+    # From pairs to rows: the share of each row's pairs that are right.
     replies = [len(row.replies) for row in rows]
     row_of_reply = np.repeat(np.arange(len(rows)), replies)  # (N,)
     row_of_pair = row_of_reply[better]  # (P,)
     pairs_of_row = np.bincount(row_of_pair, minlength=len(rows))  # (rows,)
-    per_row = np.bincount(row_of_pair, right, len(rows)) / pairs_of_row  # (rows,)
-    accuracy = per_row.mean()
+    return np.bincount(row_of_pair, right, len(rows)) / pairs_of_row, len(better)
 
-    # From rows to prompts: how far the rows of each prompt together lie off the mean, and the mean's variance
-    # from that.
+
+def variance_of_mean(per_row, rows):
+    """Variance of the mean of numbers (rows,) where prompts are drawn, not rows; and how many prompts.
+
+    It comes from how far the rows of each prompt together lie off the mean.
+    """
     number = {}
     prompt_of_row = []
     for row in rows:
         prompt_of_row.append(number.setdefault(row.text, len(number)))
     prompts = len(number)
-    off = np.bincount(prompt_of_row, per_row - accuracy)  # (prompts,)
+    off = np.bincount(prompt_of_row, per_row - per_row.mean())  # (prompts,)
     spread = (off**2).sum() / len(rows) ** 2
-    variance = spread * prompts / max(1, prompts - 1)
-
-    # One prompt, or prompts that are all right or all wrong, show no variance from which to count trials.
-    trials = len(better)
-    if accuracy in (0, 1) or prompts == 1:
-        trials = prompts
-    if variance > 0:
-        trials = min(trials, accuracy * (1 - accuracy) / variance)
-    return float(accuracy), *wilson(accuracy, trials)
+    return spread * prompts / max(1, prompts - 1), prompts
 
 
 def wilson(share, trials, z=1.96):
@@ -295,11 +414,14 @@ def drop_long(rows, lengths, limit, say=print):
     return kept
 
 
-def preference_groups(config, tokenizer, limit, say):
-    """(training, held-out) lists of Group from --data, --val-data and --val-fraction."""
-    rows = read_rows(config.data, "preferences", say, config.part, config.skip_bad)
+def preference_groups(config, tokenizer, limit, say, want="preferences", useless=None):
+    """(training, held-out) lists of Group from --data, --val-data and --val-fraction.
+
+    want: "preferences" or "feedback"; useless: see `read_source`.
+    """
+    rows = read_rows(config.data, want, say, config.part, config.skip_bad, useless)
     if config.val_data:
-        held_out = read_rows(config.val_data, "preferences", say)
+        held_out = read_rows(config.val_data, want, say, useless=useless)
     else:
         rows, held_out = split_by_prompt(rows, config.val_fraction, say)
     require(rows, f"--val-fraction {config.val_fraction} leaves nothing to train on")

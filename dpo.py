@@ -75,7 +75,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import (
     collate, context_of, count_steps, decided_pairs, endless_batches, per_example, preference_groups,
-    ranking_accuracy)
+    ranking_accuracy, tied_pairs)
 from formats.model_folder import load_model, open_model, save_model
 from head import rows_of_chunks, token_logprobs
 from model import GPT, frozen_reference, prepare_training, token_index, unpack
@@ -203,12 +203,6 @@ def pairs_of(rows, config):
         start += len(row.ranks)
     columns = [*zip(*pairs), *zip(*best)]
     return Pairs(*(torch.tensor(column) for column in columns))
-
-
-def tied_pairs(ranks):
-    """[(i, j)]: positions of all pairs of equal rank, each once."""
-    places = range(len(ranks))
-    return [(i, j) for i in places for j in places if i < j and ranks[i] == ranks[j]]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python evaluate.py --models runs/sft runs/dpo --data rows.json --reward runs/reward        any prompts
     python evaluate.py --models runs/sft runs/ppo --data rows.json --judge mine:right
     python evaluate.py --models runs/sft --data rows.json --judge mine:right --samples 16 --pass-k 1 8
+    python evaluate.py --models runs/sft --reward runs/reward --preferences heldout.jsonl --out agreement.json
 
 The score is a reward model's, that of a Python function, or a weighted sum of several, as in ppo.py; a
 judge's number stands beside it, under the function's name. win, tie and loss compare the first judge's
@@ -16,6 +17,10 @@ With --samples S there are S replies to a prompt, and win, tie and loss compare 
 k of --pass-k, is the probability that at least one of k replies to a prompt is right, estimated without bias
 from the S (Chen et al. 2021, eq. 1).
 
+With --preferences nothing is sampled: the reward models are measured on what people said of the replies in
+that file, whatever reward.py reads, RewardBench's rows too; agreement.py says how. The first of --models, if
+one is named, adds the accuracy of a language model's log-probability.
+
 Legend: N prompts, S replies to each, M = N S replies.
 """
 import math
@@ -27,12 +32,16 @@ from typing import Literal
 import numpy as np
 import torch
 
+from agreement import agreement, described, draw, language_baselines, score_replies
+from data import encode_groups
 from formats.model_folder import load_model
+from formats.sources import read_rows, split_by_prompt
 from judges import (
-    check_functions, judge, load_functions, load_reward_models, load_tool, score, short_names, source_weights)
-from model import GPT
+    check_functions, combined, judge, load_functions, load_reward_models, load_tool, score, short_names,
+    source_weights)
+from model import GPT, ScalarModel
 from plumbing.disk import folder_of, write_json
-from plumbing.flags import Count, Fraction, Natural, NonNegative, Seed, require
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Seed, require
 from plumbing.hardware import pick_device, pick_dtype
 from plumbing.run import Alone, run_script
 from rollout import load_prompts, sample
@@ -45,9 +54,15 @@ class Config:
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models to score with
     reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, as for ppo.py
     reward_weights: list[float] = field(default_factory=list)  # of each --reward, then each --reward-fn (1)
+    # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
+    # --pessimism deviations, which trusts less what they disagree on
+    reward_combine: Literal["sum", "mean", "min", "pessimistic"] = "sum"
+    pessimism: Positive = 1.0  # with --reward-combine pessimistic: deviations
     # functions whose numbers stand beside the score, under their names; the first decides who wins
     judge: list[str] = field(default_factory=list)
-    out: str = ""  # JSON file for the results, samples included
+    # files of preferences and other feedback, as for reward.py: measure --reward on them, and sample nothing
+    preferences: str = ""
+    out: str = ""  # JSON file for the results, samples included; with --preferences also a picture, .png
     # of a file: only the prompts that training with this --val-fraction held out, 0 for all
     val_fraction: Fraction = 0.0
     part: str = ""  # of a file: one part of it, as in training (2/4/4:3)
@@ -171,10 +186,58 @@ def summary(config, sources, columns, source_scores, ended, length, kl, baseline
     return result
 
 
+def measure_agreement(config, device):
+    """What --preferences asks for: {folder: result of `agreement`}, of several also of their score."""
+    require(config.reward, "--preferences measures reward models: name one or more with --reward")
+    require(not config.reward_fn and not config.judge,
+            "--preferences measures reward models alone: leave out --reward-fn and --judge")
+    weights = np.array(source_weights(config, config.reward))
+    named = config.models[0] if config.models else config.reward[0]
+    language_model, tokenizer = load_model(named, GPT if config.models else ScalarModel,
+                                           allow_pickle=config.allow_pickle)
+    reward_models = load_reward_models(config.reward, tokenizer, named, config.allow_pickle)
+    networks = [language_model, *reward_models]
+    for network in networks:
+        network.to(device).eval()
+    alone = Alone(device, pick_dtype(config.dtype, device, reward_models[0].config.n_embd))
+
+    rows = read_rows(config.preferences, "feedback", alone.say, config.part, config.skip_bad)
+    if config.val_fraction > 0:
+        rows = split_by_prompt(rows, config.val_fraction)[1]
+        require(rows, f"--val-fraction {config.val_fraction} holds out none of the rows of --preferences")
+    context = min(network.config.block_size for network in networks)
+    limit = min(config.max_length or context, context)
+    groups = encode_groups(tokenizer, rows, limit, alone.say)
+    rows = [group.row for group in groups]
+    examples = [group.examples for group in groups]
+    budget, pad = config.micro_batch_tokens, tokenizer.pad
+    baselines = {}
+    if config.models:
+        baselines = language_baselines(alone, language_model, examples, budget, pad)
+    scores = [score_replies(alone, model, examples, budget, pad) for model in reward_models]
+    for folder, own in zip(config.reward, scores):
+        require(np.isfinite(own).all(), f"{folder} gave a reply a score that is not finite")
+    columns = dict(zip(short_names(config.reward), scores))
+    if len(scores) > 1:
+        columns[config.reward_combine] = combined(np.array(scores), weights, config)
+    return {name: agreement(own, rows, baselines) for name, own in columns.items()}
+
+
+def tell_agreement(config, results):
+    """Print, write and draw what `measure_agreement` found; of several the picture shows the score of all."""
+    for name, result in results.items():
+        print(f"{name}:")
+        for line in described(result):
+            print(f"  {line}")
+    if config.out:
+        write_json(config.out, {"agreement": results})
+        draw(result, Path(config.out).with_suffix(".png"), print)
+
+
 def main(config):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     require(processes == 1, f"evaluate.py is one process, not {processes}: start it without torchrun")
-    require(config.models, "--models: name one checkpoint folder or more")
+    require(config.models or config.preferences, "--models: name one checkpoint folder or more")
     places = [Path(folder).resolve() for folder in config.models]
     for folder, place in zip(config.models, places):
         require(places.count(place) == 1, f"--models names {folder} twice")
@@ -193,11 +256,14 @@ def main(config):
     if config.threads:
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
+    if config.preferences:
+        tell_agreement(config, measure_agreement(config, device))
+        return
 
     # What judges: reward models and functions.
     sources = config.reward + config.reward_fn
     require(sources or config.judge, "name what to judge with: --judge, --reward or --reward-fn")
-    weights = np.array(source_weights(config.reward_weights, sources))
+    weights = np.array(source_weights(config, sources))
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
 
@@ -238,7 +304,7 @@ def main(config):
         for function, numbers in zip(judges, judged):
             columns[function.name] = numbers
         if sources:
-            columns["score"] = weights @ source_scores
+            columns["score"] = combined(source_scores, weights, config)
         # The first column is compared, and the first model is the one to beat.
         first = next(iter(columns.values()))
         if baseline is None:

@@ -93,7 +93,8 @@ import torch
 from data import endless_order
 from formats.model_folder import open_model, save_model
 from judges import (
-    check_functions, judge, load_functions, load_reward_models, load_tool, score, short_names, source_weights)
+    check_functions, combined, judge, load_functions, load_reward_models, load_tool, score, short_names,
+    source_weights)
 from model import GPT, frozen_reference, prepare_training, shares_frozen
 from plumbing.flags import (
     Count, Fraction, Natural, NonNegative, Positive, RunConfig, as_list, flag_of, require)
@@ -144,6 +145,10 @@ class Config(RunConfig):
     reward_fn: list[str] = field(default_factory=list)
     # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
     reward_weights: list[float] = field(default_factory=list)
+    # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
+    # --pessimism deviations, which trusts less what they disagree on
+    reward_combine: Literal["sum", "mean", "min", "pessimistic"] = "sum"
+    pessimism: Positive = 1.0  # with --reward-combine pessimistic: deviations
     # sigmoid: take for the score the probability that the reply is preferred to a demonstration
     squash: Literal["none", "sigmoid"] = "none"
     # functions as for --reward-fn, whose numbers are measured and logged under their names, and never trained
@@ -464,7 +469,7 @@ def sample_groups(run, config, models, functions, weights, prompts, recorded, or
     def scored(batch):
         plan, = batch.plan(run, [list(range(len(batch.texts)))], config.micro_batch_tokens)
         by_source = score(run, models.reward_models, functions, batch, plan)  # (sources, B)
-        total = weights @ by_source  # (B,)
+        total = combined(by_source, weights, config)  # (B,)
         return by_source, total.sigmoid() if config.squash == "sigmoid" else total
 
     drawn = draw_prompts(run, prompts, order, config.rollout_batch)
@@ -653,7 +658,7 @@ def main(config):
     run = Run(config, reads={"reward": folders, "data": as_list(config.rollouts)})
     sources = folders + config.reward_fn
     check(config, run)
-    weights = torch.tensor(source_weights(config.reward_weights, sources), device=run.device)  # (sources,)
+    weights = torch.tensor(source_weights(config, sources), device=run.device)  # (sources,)
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
     models, tokenizer = load_models(config, folders, run)

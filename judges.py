@@ -1,7 +1,7 @@
 """What gives a reply a number, or a conversation its next turn: reward models, and Python functions of yours.
 
-The weighted sum that a policy is trained on, and the baseline that it is compared with, stand in the
-algorithm's own file. Here they are loaded, checked and called, for training and evaluation alike.
+The baseline that a score is compared with stands in the algorithm's own file. Here they are loaded, checked,
+called and combined, for training and evaluation alike.
 """
 import importlib
 import importlib.machinery
@@ -47,8 +47,17 @@ def load_reward_models(folders, tokenizer, model, allow_pickle):
     return reward_models
 
 
-def source_weights(weights, sources):
-    """Weights of the sources (folders and functions) in the score: --reward-weights, or 1 each."""
+def source_weights(config, sources):
+    """Weights of the sources (folders and functions) in the score: --reward-weights, or 1 each.
+
+    UserError if there are not as many, or --reward-combine has too few reward models to combine.
+    """
+    weights = config.reward_weights
+    models = len(sources) - len(config.reward_fn)
+    require(config.reward_combine == "sum" or models > 1,
+            f"--reward-combine {config.reward_combine} combines several --reward, and there are {models}")
+    require(config.pessimism == 1 or config.reward_combine == "pessimistic",
+            f"--pessimism is for --reward-combine pessimistic; leave it out with {config.reward_combine}")
     require(len(weights) in (0, len(sources)),
             f"{len(weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
     require(all(map(math.isfinite, weights)), "--reward-weights must be finite numbers")
@@ -295,6 +304,30 @@ def score(run, reward_models, functions, batch, plan):
     for source, function in enumerate(functions, len(reward_models)):
         scores[source] = judge(function, batch).to(run.device)
     return scores
+
+
+def combined(source_scores, weights, config):
+    """The score (B,) that scores (sources, B), of reward models and then functions, add up to.
+
+    --reward-combine sum: their sum, weighted (sources,). Else the weighted scores of the reward models become
+    one before those of the functions are added: their mean, the least, or the mean less --pessimism standard
+    deviations (Coste et al. 2024, who take variances). All tensors, or all numpy arrays.
+    """
+    if config.reward_combine == "sum":
+        return weights @ source_scores
+    weighted = weights[:, None] * source_scores
+    models = len(weights) - len(config.reward_fn)
+    ensemble, others = weighted[:models], weighted[models:].sum(0)
+    mean = ensemble.mean(0)  # (B,)
+    if config.reward_combine == "mean":
+        return mean + others
+    if config.reward_combine == "min":
+        least = ensemble.argmin(0)  # (B,)
+        return ensemble[least, list(range(len(least)))] + others
+    if config.reward_combine == "pessimistic":
+        deviation = ((ensemble - mean) ** 2).mean(0) ** 0.5  # (B,)
+        return mean - config.pessimism * deviation + others
+    raise ValueError(f"unknown combination {config.reward_combine}")
 
 
 def judge(function, batch):

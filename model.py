@@ -489,12 +489,16 @@ class ScalarModel(nn.Module):
     def device(self):
         return self.score.weight.device
 
-    def forward(self, ids, index=None):
+    def forward(self, ids, index=None, read=None):
         """ids (B, T) -> one number per position (B, T), or per flat position in index (N,), fp32.
 
         index: see `Transformer.forward`.
+        read(states (N, C), head (1, C), embedding (V, C)): computed and returned instead.
         """
-        states = self.transformer(ids, index=index).float()
+        states = self.transformer(ids, index=index)
+        if read is not None:
+            return read(states, self.score.weight, self.transformer.wte.weight)
+        states = states.float()
         with torch.autocast(ids.device.type, enabled=False):
             return F.linear(states, self.score.weight.float()).squeeze(-1)
 
@@ -524,6 +528,36 @@ def last_scores(model, ids, lengths):
     """
     last = torch.arange(len(ids)) * ids.shape[1] + lengths - 1  # (B,) flat positions
     return model(ids, last)
+
+
+def last_scores_and_logprobs(model, ids, lengths, mask, rows, head=None):
+    """As `last_scores`, and from the same pass log-probabilities per token (Q,) of the replies in some rows.
+
+    mask (B, T), on the CPU: the replies' tokens, False on a row's first; rows (Q,) on the CPU; head: (V, C),
+    the trunk's own token embedding if None.
+    """
+    B, T = ids.shape
+    read_mask = torch.zeros_like(mask)
+    read_mask[rows] = mask[rows]
+    at = token_index(read_mask)  # (N,)
+    last = torch.arange(B) * T + lengths - 1  # (B,)
+    # Each position once: what stands at a row's last token predicts none of the row.
+    index, order = torch.cat([last, predicting(at)]).sort()  # (B + N,)
+    place = order.argsort().to(ids.device, non_blocking=True)  # where in index each of them is
+    at = at.to(ids.device, non_blocking=True)
+
+    def read(states, score, embedding):
+        states = states[place]  # (B + N, C)
+        with torch.autocast(ids.device.type, enabled=False):
+            scores = F.linear(states[:B].float(), score.float()).squeeze(-1)
+        weight = embedding if head is None else head
+        logprobs, _ = token_logprobs(states[B:], weight, ids.flatten()[at])
+        return scores, logprobs
+
+    scores, logprobs = model(ids, index, read)
+    sums = unpack(logprobs, read_mask, at).sum(1)  # (B,)
+    means = sums / mask.sum(1).to(ids.device, non_blocking=True)  # (B,)
+    return scores, means[rows.to(ids.device, non_blocking=True)]
 
 
 def values_before(model, ids, mask):

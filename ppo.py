@@ -84,7 +84,7 @@ from data import collate, encode_demonstrations, endless_batches, endless_order
 from formats.model_folder import open_model, save_model
 from formats.sources import read_rows
 from judges import (
-    check_functions, judge, load_functions, load_reward_models, score, short_names, source_weights)
+    check_functions, combined, judge, load_functions, load_reward_models, score, short_names, source_weights)
 from model import (
     GPT, ScalarModel, copy_of, frozen_reference, prepare_training, shares_frozen, values_before)
 from plumbing.flags import (
@@ -118,6 +118,10 @@ class Config(RunConfig):
     reward_fn: list[str] = field(default_factory=list)
     # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
     reward_weights: list[float] = field(default_factory=list)
+    # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
+    # --pessimism deviations, which trusts less what they disagree on
+    reward_combine: Literal["sum", "mean", "min", "pessimistic"] = "sum"
+    pessimism: Positive = 1.0  # with --reward-combine pessimistic: deviations
     # functions as for --reward-fn, whose numbers are measured and logged under their names, and never trained
     # on
     judge: list[str] = field(default_factory=list)
@@ -749,7 +753,7 @@ def main(config):
     run = Run(config, reads={"reward": folders, "data": as_list(config.rollouts)})
     sources = folders + config.reward_fn
     check(config, folders, run)
-    weights = torch.tensor(source_weights(config.reward_weights, sources), device=run.device)  # (sources,)
+    weights = torch.tensor(source_weights(config, sources), device=run.device)  # (sources,)
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
     models, tokenizer = load_models(config, folders, run)
@@ -804,7 +808,7 @@ def main(config):
         plan, = batch.plan(run, [list(range(len(drawn)))], config.micro_batch_tokens)
         old = forward(run, models, batch, plan, config.temperature)  # (B, T) each
         source_scores = score(run, reward_models, functions, batch, plan)  # (sources, B)
-        scores = weights @ source_scores  # (B,)
+        scores = combined(source_scores, weights, config)  # (B,)
         if not run.finite("the score", scores, drawn):
             continue
 

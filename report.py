@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.flags import NonNegative, UserError, require
-from plumbing.run import run_script
 from plumbing.disk import write_atomically, write_json
+from plumbing.flags import NonNegative, require
+from plumbing.pictures import pyplot
+from plumbing.run import run_script
 
 STAGES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO"}
 TRY_NEXT = [
@@ -77,24 +78,6 @@ def summarise(evaluation, reward, seconds):
     summary.update(results)
     summary["reward"] = reward
     return summary
-
-
-def pyplot():
-    """matplotlib's, drawing into files."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the pictures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-    })
-    return plt
 
 
 def draw(demo, evaluation, reward, path):

@@ -2,7 +2,8 @@
 
 A row is a prompt (a conversation that awaits an answer) and its replies: none for prompts, one for a
 demonstration, K with ranks for preferences (a chosen/rejected pair is K = 2), one or more with rank 0, good,
-or 1, bad, for labels.
+or 1, bad, for labels. Feedback is preferences and what else people say of replies: that they are as good as
+each other, all bad or all good, or how many points each is worth.
 """
 import json
 import math
@@ -30,8 +31,16 @@ class Row:
     answer: str = ""
     # A whole file of running text, which is split by position, not by hash.
     document: bool = False
-    # Of a pair: that the first is the better one; see dpo.py.
+    # Of a pair: that the first is the better one; see dpo.py. As feedback: that the better by rank is.
     probability: float = 1.0
+    # The part of a benchmark that the row belongs to; "" if none is named.
+    subset: str = ""
+    # A word on all replies, instead of an order among them: one of VERDICTS, or "".
+    verdict: str = ""
+    # Of a pair judged on a scale: how far from the middle, a tie, to one end, from 0 to 1.
+    strength: float | None = None
+    # Of each reply {aim: number}, higher is better, as far as they are known; [] where nobody rated.
+    ratings: list = field(default_factory=list)
 
     @property
     def text(self):
@@ -59,6 +68,10 @@ TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("instruction", "prompt", "question", "query", "problem")
 REPLIES = ("output", "response", "completion")
 RATINGS = ("rating", "score")
+# What "verdict" may say.
+VERDICTS = ("both_bad", "both_good")
+# What is wanted where replies are compared.
+COMPARED = ("preferences", "feedback")
 # Fields that hold such a number in one of a row's several replies.
 JUDGED = ("fine-grained_score", "overall_score", *RATINGS)
 # Prompts that pose a task, and the answer to it, which is a reply as well. One with its working comes first.
@@ -331,9 +344,14 @@ def parse_pair(row, want):
 
 
 def parse_ranking(row, want):
-    """A prompt with K replies and their ranks, lower is better."""
+    """A prompt with K replies and their ranks, lower is better; or with a scale or verdict in their place."""
     replies = row["completions"]
-    ranks = row["ranks"]
+    ranks = row.get("ranks")
+    if ranks is None and isinstance(replies, list):
+        # A scale says how much better the first is; a verdict ranks none before another.
+        ranks = [0] * len(replies) if "verdict" in row else list(range(len(replies)))
+    elif "scale" in row:
+        raise TypeError("scale and ranks both say which reply is the better one")
     if not isinstance(replies, list) or not isinstance(ranks, list):
         raise TypeError("completions and ranks are not lists")
     if want == "scored":
@@ -354,17 +372,82 @@ def scores_as_ranks(row, ranks):
     return [-score for score in scores]
 
 
+def find_scale(row, replies):
+    """Probability that the first of two replies is the better one, by a row's scale; None if it has none.
+
+    {"value": v, "points": n}: 1 is the second by far, n the first by far, the middle a tie.
+    """
+    scale = row.get("scale")
+    if scale is None:
+        return None
+    numbers = [scale.get(name) for name in ("value", "points")] if isinstance(scale, dict) else [None]
+    if not all(is_number(x) and math.isfinite(x) for x in numbers):
+        raise TypeError('the scale is not {"value": number, "points": number}')
+    value, points = numbers
+    if not (points >= 2 and 1 <= value <= points):
+        raise TypeError(f"value {value:g} is not on a scale from 1 to {points:g}, of 2 points or more")
+    if len(replies) != 2 or "probability" in row:
+        raise TypeError("a scale compares two replies, and leaves no room for a probability")
+    return (value - 1) / (points - 1)
+
+
+def likelier_first(ranks, probability):
+    """(ranks, probability) of a pair whose first is right with a probability, so that it is above 1/2.
+
+    One of 1/2 makes a tie.
+    """
+    if probability == 0.5:
+        return [0, 0], 1.0
+    if probability < 0.5:
+        return ranks[::-1], 1 - probability
+    return ranks, probability
+
+
+def find_verdict(row, want):
+    """A row's verdict on all of its replies, "" if it has none. BadRow where only an order is of use."""
+    verdict = row.get("verdict", "")
+    known = isinstance(verdict, str) and verdict in VERDICTS
+    if verdict != "" and not known and want in COMPARED:
+        raise TypeError(f"the verdict is neither {' nor '.join(VERDICTS)}")
+    if known and want not in ("feedback", "prompts"):
+        raise BadRow("a verdict on all replies, which compares none")
+    return verdict if known else ""
+
+
+def find_ratings(row, form):
+    """[{aim: number}] of a rated reply, or of a ranking's replies; [] if nobody rated them.
+
+    An aim without a name is called rating.
+    """
+    if form == "rated replies":
+        found = [row.get("ratings", first(row, RATINGS))]
+    elif form == "rankings":
+        found = first(row, ("ratings", "scores"), [])
+    else:
+        return []
+    if not isinstance(found, list):
+        raise TypeError("ratings is not a list, of one object or number for each reply")
+    ratings = []
+    for given in found:
+        named = given if isinstance(given, dict) else {"rating": given}
+        known = {aim: number for aim, number in named.items() if number is not None}
+        if not all(is_number(x) and math.isfinite(x) for x in known.values()):
+            raise TypeError("a rating is not a finite number")
+        ratings.append(known)
+    return ratings if any(ratings) else []
+
+
 # Of each format: what parses it, and what it is good for.
 FORMATS = {
     "instructions": (parse_single, ("demonstrations", "prompts")),
     "prompts": (parse_single, ("prompts",)),
     "questions": (parse_question, ("demonstrations", "prompts")),
     "conversations": (parse_single, ("demonstrations", "prompts")),
-    "labelled replies": (parse_single, ("demonstrations", "preferences", "labels", "scored", "prompts")),
-    "rated replies": (parse_single, ("demonstrations", "preferences", "scored", "prompts")),
-    "preferences": (parse_pair, ("demonstrations", "preferences", "labels", "scored", "prompts")),
-    "transcripts": (parse_pair, ("demonstrations", "preferences", "labels", "scored", "prompts")),
-    "rankings": (parse_ranking, ("demonstrations", "preferences", "labels", "scored", "prompts")),
+    "labelled replies": (parse_single, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
+    "rated replies": (parse_single, ("demonstrations", *COMPARED, "scored", "prompts")),
+    "preferences": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
+    "transcripts": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
+    "rankings": (parse_ranking, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
     "plain text": (parse_plain, ("demonstrations",)),
 }
 NEEDED = {
@@ -379,6 +462,9 @@ NEEDED = {
     "scored":
         "a prompt with replies of different quality: completions and ranks (or scores), chosen and rejected, "
         "or a reply with a label, true or false, or a rating",
+    "feedback":
+        "a prompt, chosen and rejected (or completions and ranks, a scale or a verdict, or a reply with a "
+        "label, true or false, or a rating)",
     "prompts":
         "a prompt (prompt, instruction, question, query, problem or messages)",
 }
@@ -394,7 +480,8 @@ REFUSED = {
         ("response_j", "response_k"):
             "stack-exchange-paired: rename response_j to chosen and response_k to rejected",
         ("conversation_a", "conversation_b", "winner"):
-            "Chatbot Arena: make the winner's conversation chosen and the other one rejected, without ties",
+            "Chatbot Arena: make the winner's conversation chosen and the other one rejected; reward.py also "
+            "learns from ties, as completions with ranks 0 and 0, and from those with verdict both_bad",
         ("answer_0", "answer_1", "score_0", "score_1"):
             "WebGPT: make the answer of the higher score chosen, the other rejected, question its full_text",
         ("response", "helpfulness"): "HelpSteer: rename helpfulness to rating",
@@ -403,6 +490,7 @@ REFUSED = {
     "scored": {},
     "prompts": {},
 }
+REFUSED["feedback"] = REFUSED["preferences"]
 
 
 def advice(row, want):
@@ -441,24 +529,25 @@ def translate_shp(row):
 
 
 def rank_completions(completions):
-    """Fields completions and ranks from UltraFeedback's list of objects, each a reply and its scores.
+    """Fields completions, ranks and scores from UltraFeedback's list of objects, each a reply and its scores.
 
     No fields if none has a score.
     """
-    texts, ranks = [], []
+    texts, scores = [], []
     for completion in completions:
         score = as_number(first(completion, JUDGED))
         if is_number(score):
             texts.append(first(completion, REPLIES))
-            ranks.append(-score)
-    return {"completions": texts, "ranks": ranks} if texts else {}
+            scores.append(score)
+    ranks = [-score for score in scores]
+    return {"completions": texts, "ranks": ranks, "scores": scores} if texts else {}
 
 
 def recognise(row):
     """Name of a row's format, from its fields (none of them null), or None."""
     has = row.keys()
     asks = has_prompt(row)
-    if asks and {"completions", "ranks"} <= has:
+    if asks and "completions" in has and has & {"ranks", "scale", "verdict"}:
         return "rankings"
     if {"chosen", "rejected"} <= has:
         has_messages = isinstance(row["chosen"], (list, dict))
@@ -468,7 +557,7 @@ def recognise(row):
     if has & {*REPLIES, *TURNS}:
         if isinstance(row.get("label"), bool):
             return "labelled replies"
-        if is_number(first(row, RATINGS)):
+        if is_number(first(row, RATINGS)) or isinstance(row.get("ratings"), dict):
             return "rated replies"
         return "conversations" if has & {*TURNS} else "instructions"
     return "questions" if has & {*TASKS} and has & {*WORKED} else "prompts"
@@ -478,9 +567,9 @@ def parse(row, form, want):
     """A checked Row of a kind from an object of a known format.
 
     row: the object without its nulls; form: its format, of `FORMATS`; want: "demonstrations", "preferences",
-    "labels", "scored" (as preferences, but replies need not differ, and ranks are negative scores if it has
-    some) or "prompts". Raises BadRow with the reason if it has to be dropped, TypeError if it is not of this
-    format.
+    "feedback" (as preferences, but also ties, verdicts and ratings), "labels", "scored" (as preferences, but
+    replies need not differ, and ranks are negative scores if it has some) or "prompts". Raises BadRow with
+    the reason if it has to be dropped, TypeError if it is not of this format.
     """
     parser, _ = FORMATS[form]
     parsed = parser(row, want)
@@ -491,10 +580,14 @@ def parse(row, form, want):
     answer = find_answer(row)
     margin = row.get("margin", 0.0)
     gold = row.get("gold", [])
-    probability = row.get("probability", 1.0)
+    verdict = find_verdict(row, want)
+    scale = find_scale(row, parsed.replies)
+    probability = row.get("probability", 1.0) if scale is None else scale
     check_numbers(ranks, gold, margin, probability)
-    if want == "preferences" and len(replies) > 2 and probability != 1:
+    if want in COMPARED and len(replies) > 2 and probability != 1:
         raise TypeError("a probability is that of a pair, and there are more than two replies")
+    if len(ranks) == 2 and (want == "feedback" or (scale is not None and want != "preferences")):
+        ranks, probability = likelier_first(ranks, probability)
     if want == "demonstrations" and len(replies) > 1:
         best = ranks.index(min(ranks))
         replies, ranks = [replies[best]], [0]
@@ -511,13 +604,28 @@ def parse(row, form, want):
     compared = len(replies) > 1 and want != "scored"
     if compared and len(set(replies)) == 1:
         raise BadRow("chosen equals rejected")
-    if compared and len(set(ranks)) == 1:
+    if compared and len(set(ranks)) == 1 and want != "feedback":
         raise BadRow("all replies tied")
     if want == "labels" and len(replies) > 1:
         replies, ranks = first_and_last(replies, ranks)
-    if want != "preferences" or len(gold) != len(replies):
+    if want not in COMPARED or len(gold) != len(replies):
         gold = []
-    return Row(prompt, replies, ranks, float(margin), gold, answer, probability=float(probability))
+    made = Row(prompt, replies, ranks, float(margin), gold, answer, probability=float(probability))
+    return with_feedback(made, row, form, verdict, scale) if want == "feedback" else made
+
+
+def with_feedback(made, row, form, verdict, scale):
+    """A Row that was made from an object, and in it what else the object says of the replies."""
+    if isinstance(row.get("subset"), str):
+        made.subset = row["subset"]
+    if verdict:
+        made.verdict, made.ranks = verdict, [0] * len(made.replies)
+    if scale is not None:
+        made.strength = abs(2 * scale - 1)
+    made.ratings = find_ratings(row, form)
+    if made.ratings and len(made.ratings) != len(made.replies):
+        raise TypeError("ratings or scores are not one for each reply")
+    return made
 
 
 def first_and_last(replies, ranks):
@@ -581,7 +689,8 @@ def expand(row):
 def merge(rows, want, dropped):
     """Rows of one rated reply each -> a ranking per prompt (preferences) or its best reply (demonstrations).
 
-    Of equal replies to a prompt the first counts. Adds to dropped, by reason, the rows that go.
+    Of equal replies to a prompt the first counts. As feedback ratings stay what they are, and so do prompts
+    with one alone. Adds to dropped, by reason, the rows that go.
     """
     groups = {}  # {prompt: its rows}
     for row in rows:
@@ -594,12 +703,15 @@ def merge(rows, want, dropped):
             merged.append(best)
             dropped["rated no higher than another reply to the same prompt"] += len(group) - 1
             continue
-        ranks = {}  # {reply: its rank}
+        ranks, ratings = {}, {}  # {reply: its rank}, and of those that have them its ratings
         for row in group:
             ranks.setdefault(row.replies[0], row.ranks[0])
+            if row.ratings:
+                ratings.setdefault(row.replies[0], row.ratings[0])
         dropped["the same reply to the same prompt again"] += len(group) - len(ranks)
-        if len(set(ranks.values())) > 1:
-            merged.append(Row(group[0].prompt, list(ranks), list(ranks.values())))
+        if len(set(ranks.values())) > 1 or ratings:
+            rated = [ratings.get(reply, {}) for reply in ranks] if ratings else []
+            merged.append(Row(group[0].prompt, list(ranks), list(ranks.values()), ratings=rated))
         else:
             dropped["no second rating of the same prompt to compare with"] += len(ranks)
     return merged

@@ -17,8 +17,8 @@ import numpy as np
 
 from formats.errors import one_line
 from formats.rows import (
-    FORMATS, NEEDED, PROMPTS, RATINGS, REPLIES, TURNS, WORKED, BadRow, advice, as_number, expand, merge,
-    parse, recognise, translate)
+    COMPARED, FORMATS, NEEDED, PROMPTS, RATINGS, REPLIES, TURNS, WORKED, BadRow, advice, as_number, expand,
+    merge, parse, recognise, translate)
 from plumbing.disk import how_to_make
 from plumbing.flags import UserError, parse_sources, require
 
@@ -160,7 +160,8 @@ def read_document(file, path):
 
 # Columns of a csv that hold numbers (or true and false), and those that hold lists or objects, as JSON.
 NUMBERS = {*RATINGS, "label", "labels", "margin", "probability"}
-LISTS = {*TURNS, "completions", "ranks", "gold", "instances", "history", "reward_model"}
+LISTS = {
+    *TURNS, "completions", "ranks", "gold", "scale", "ratings", "instances", "history", "reward_model"}
 # Columns that hold text, or messages as JSON.
 TALKS = {*PROMPTS, *REPLIES, "chosen", "rejected"}
 # A first line without any of these names no columns.
@@ -334,13 +335,14 @@ def describe_singles(rated):
     kind = f"with good or bad labels ({good} true, {bad} false)" if labelled else "with ratings"
     return (f"{len(rated)} single replies {kind}, and no prompt with two that are labelled or rated "
             "differently; preferences compare replies to the same prompt: give each prompt a chosen and a "
-            "rejected reply, or a row for each of its replies; sft.py can train on the good ones")
+            "rejected reply, or a row for each of its replies; sft.py can train on the good ones, and "
+            "reward.py --ratings regress on the ratings")
 
 
-def read_source(path, want, say, skip_bad=False):
+def read_source(path, want, say, skip_bad=False, useless=None):
     """Rows of kind want from one file or hf: data set; says what it found and dropped.
 
-    skip_bad: up to one row in a hundred may be unreadable.
+    skip_bad: up to one row in a hundred may be unreadable. useless(row): why a row is to be dropped, or "".
     """
     rows = []
     rated = []  # rows of one rated reply each, which are merged by prompt
@@ -381,6 +383,10 @@ def read_source(path, want, say, skip_bad=False):
                 f"hundred at most; the first is {bad[0]}")
         say(f"warning: {path}: left out {len(bad)} of {number} rows; the first is {bad[0]}")
     rows += merge(rated, want, dropped)
+    if useless:
+        reasons = [useless(row) for row in rows]
+        dropped.update(reason for reason in reasons if reason)
+        rows = [row for row, reason in zip(rows, reasons) if not reason]
     names = ", ".join(formats) or "no format"
     report = f"{path}: {sum(formats.values())} rows ({names}), {len(rows)} kept as {want}"
     if rated:
@@ -396,8 +402,8 @@ def read_source(path, want, say, skip_bad=False):
 def is_compared(form, want):
     """Whether rows of a format have one reply each that is compared with the others to the same prompt."""
     if form == "rated replies":
-        return want in ("demonstrations", "preferences")
-    return form == "labelled replies" and want == "preferences"
+        return want in ("demonstrations", *COMPARED)
+    return form == "labelled replies" and want in COMPARED
 
 
 def describe_dropped(dropped):
@@ -499,16 +505,17 @@ def take_part(rows, part):
     return kept
 
 
-def read_rows(spec, want, say=print, part="", skip_bad=False):
+def read_rows(spec, want, say=print, part="", skip_bad=False, useless=None):
     """Rows of a kind from what --data names: see `parse_sources`.
 
-    want: the kind, "demonstrations", "preferences", "labels", "scored" or "prompts"; part: see `take_part`;
-    skip_bad: see `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
+    want: the kind, "demonstrations", "preferences", "feedback", "labels", "scored" or "prompts"; part: see
+    `take_part`; skip_bad, useless: see `read_source`. Of a mixture come as many rows as its weights allow
+    when no row is repeated.
     """
     sources = parse_sources(str(spec))
     found = []  # a list of rows for each source
     for path, _ in sources:
-        rows = read_source(path, want, say, skip_bad)
+        rows = read_source(path, want, say, skip_bad, useless)
         if part:
             kept = take_part(rows, part)
             say(f"{path}: {len(kept)} of {len(rows)} rows are in part {part}")

@@ -16,7 +16,9 @@ CHECKPOINT_FILES = (
     "config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
 EMA_FILES = tuple(f"ema/{name}" for name in CHECKPOINT_FILES)
 # What a run writes. --overwrite deletes run.json first, which says that the model is that of a finished run.
-RUN_FILES = ("run.json", *CHECKPOINT_FILES, *EMA_FILES, "metrics.jsonl", "skipped.jsonl", "evaluation.json")
+RUN_FILES = (
+    "run.json", *CHECKPOINT_FILES, *EMA_FILES, "metrics.jsonl", "skipped.jsonl", "evaluation.json",
+    "evaluation.png")
 # How the names of files with weights end, or of lists of such files.
 WEIGHTS = (".safetensors", ".bin", ".index.json")
 

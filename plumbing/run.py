@@ -34,7 +34,7 @@ from plumbing.flags import (
     parse_sources, require)
 from plumbing.hardware import autocast, keep_heap, pick_device, pick_dtype
 from plumbing.metrics import Metrics, check_boards, is_evaluation
-from plumbing.ranks import local
+from plumbing.ranks import by_length, local
 from plumbing.steps import Steps
 
 
@@ -235,6 +235,12 @@ class Alone:
 
     def all_max(self, tensor):
         return tensor
+
+    def all_sum(self, tensor):
+        return tensor
+
+    def split(self, examples, lengths, budget, rows=None):
+        return [(piece, 1.0) for piece in by_length(examples, lengths, budget, rows)]
 
     def any_rank(self, flag):
         return flag

@@ -621,7 +621,7 @@ def test_the_kl_of_tdpo_has_a_live_reference_with_adapters_too_and_resumes_bit_f
     assert metrics(tmp_path / "part") == rows
 
 
-def test_probabilities_are_read_with_pairs_and_refused_elsewhere(tmp_path, small, capsys):
+def test_probabilities_are_read_with_pairs_and_refused_elsewhere(tmp_path):
     pair = {"prompt": "Hi", "chosen": "Ho.", "rejected": "No.", "probability": 0.75}
     path = write_rows(tmp_path / "rows.jsonl", [pair])
     assert [row.probability for row in read_rows(path, "preferences", str)] == [0.75]
@@ -633,6 +633,10 @@ def test_probabilities_are_read_with_pairs_and_refused_elsewhere(tmp_path, small
                       (three, "a probability is that of a pair, and there are more than two replies")):
         with pytest.raises(UserError, match=said):
             read_rows(write_rows(tmp_path / "bad.jsonl", [row]), "preferences", str)
-    run_here("reward", f"--model {small}/sft --data {path} --val-fraction 0 --steps 1 --threads 1",
-             f"--out {tmp_path}/reward")
-    assert "warning: 1 rows have a probability, which only dpo.py uses" in capsys.readouterr().out
+
+
+def test_a_scale_is_the_probability_that_the_first_is_better(tmp_path):
+    pair = {"prompt": "Hi", "chosen": "Ho.", "rejected": "No."}
+    rows = [pair | {"scale": {"value": value, "points": 7}} for value in (7, 4, 2.5)]
+    read = read_rows(write_rows(tmp_path / "rows.jsonl", rows), "preferences", str)
+    assert [(row.ranks, row.probability) for row in read] == [([0, 1], 1), ([0, 1], 0.5), ([0, 1], 0.25)]

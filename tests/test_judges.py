@@ -1,16 +1,23 @@
 """judges.py: whose modules a user's function gets, what it is given, and the names that are taken."""
 import json
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+import best_of_n
+import evaluate
+import grpo
 import judges
+import ppo
 import sft
 import tools
 from examples import GRADERS
 from judges import short_names
 from plumbing.flags import UserError
-from tools import TOY
+from tools import TOY, recorded, rows_of, run_here
 
 MINE = """
 import data
@@ -144,3 +151,82 @@ def test_a_tool_returns_a_turn_or_none_for_each_reply_and_anything_else_names_it
             judges.Tool(f"mine:{name}", 2)(*lists)
     with pytest.raises(UserError, match="--tool mine:fails failed .ZeroDivisionError"):
         judges.Tool("mine:fails", 2)(*lists)
+
+
+# -- several reward models
+
+# Of three models and a function.
+SCORES = [[1.0, -2.0, 0.5], [3.0, -2.5, 0.5], [2.0, 4.0, 0.5], [10.0, 20.0, 30.0]]
+WEIGHTS = [1.0, 2.0, 1.0, 0.1]
+
+
+def together(kind, pessimism=1.0):
+    return SimpleNamespace(reward_combine=kind, pessimism=pessimism, reward_fn=["mine:f"], reward_weights=[])
+
+
+@pytest.mark.parametrize("kind, pessimism, of_models", [
+    ("sum", 1, [9.0, -3.0, 2.0]),
+    ("mean", 1, [3.0, -1.0, 2 / 3]),
+    ("min", 1, [1.0, -5.0, 0.5]),
+    # Deviations (not variances) of the three weighted scores about their mean.
+    ("pessimistic", 1, [3 - (14 / 3) ** 0.5, -1 - 14**0.5, 2 / 3 - (1 / 18) ** 0.5]),
+    ("pessimistic", 2, [3 - 2 * (14 / 3) ** 0.5, -1 - 2 * 14**0.5, 2 / 3 - 2 * (1 / 18) ** 0.5]),
+])
+def test_reward_models_become_one_score_before_those_of_functions_are_added(kind, pessimism, of_models):
+    config = together(kind, pessimism)
+    expected = pytest.approx([x + y for x, y in zip(of_models, [1, 2, 3])], rel=1e-6)
+    assert judges.combined(np.array(SCORES), np.array(WEIGHTS), config).tolist() == expected
+    assert judges.combined(torch.tensor(SCORES), torch.tensor(WEIGHTS), config).tolist() == expected
+
+
+def test_by_default_the_score_is_the_weighted_sum_bit_for_bit():
+    scores, weights = torch.randn(4, 50), torch.randn(4)
+    assert torch.equal(judges.combined(scores, weights, together("sum")), weights @ scores)
+    for config in (ppo.Config(), grpo.Config(), best_of_n.Config(), evaluate.Config()):
+        assert (config.reward_combine, config.pessimism) == ("sum", 1)
+    with pytest.raises(ValueError, match="unknown combination median"):
+        judges.combined(scores, weights, together("median"))
+
+
+def test_models_that_agree_have_the_score_of_one_and_a_score_that_is_no_number_stays_one():
+    scores = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
+    config = SimpleNamespace(reward_combine="pessimistic", pessimism=3.0, reward_fn=[])
+    for kind in ("mean", "min", "pessimistic"):
+        config.reward_combine = kind
+        one, other = judges.combined(scores, torch.ones(2), config).tolist()
+        assert one == 1 and other != other
+
+
+def test_flags_of_an_ensemble_that_is_none_are_refused():
+    for flags, sources, said in (
+            ({"reward_combine": "mean"}, ["a", "mine:f"], "--reward-combine mean combines several .* are 1"),
+            ({"pessimism": 2.0}, ["a", "b", "mine:f"], "--pessimism is for --reward-combine pessimistic")):
+        config = together("sum")
+        vars(config).update(flags)
+        with pytest.raises(UserError, match=said):
+            judges.source_weights(config, sources)
+    assert judges.source_weights(together("min"), ["a", "b", "mine:f"]) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("script", ["ppo", "grpo", "best_of_n", "evaluate"])
+def test_every_script_that_scores_takes_the_pessimistic_score_of_two_reward_models(
+        script, small, tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, tools.SCRIPTS[script], "combined")["combined"]
+    run_here("reward", f"{tools.ALL_AT_ONCE} --model {small}/sft --data {small}/rankings.json --seed 1",
+             f"--steps 1 --lr 0.01 --out {tmp_path}/second")
+    model = f"--models {small}/sft" if script == "evaluate" else f"--model {small}/sft"
+    out = "run.json" if script == "evaluate" else "run"
+    own = {"ppo": "--rollout-batch 6 --minibatches 2 --steps 1", "best_of_n": "--n 2", "evaluate": "",
+           "grpo": "--rollout-batch 6 --group 2 --steps 1"}[script]
+    run_here(script, f"{model} --reward {small}/reward {tmp_path}/second --reward-combine pessimistic {own}",
+             f"--pessimism 2 --data {small}/prompts.json --max-new-tokens 8 --threads 1",
+             f"--out {tmp_path}/{out}")
+    assert calls
+    for (scores, weights, config), result in calls:
+        scores, result = np.array(scores.tolist()), result.tolist()
+        assert scores.shape == (2, len(result)) and config.pessimism == 2
+        expected = scores.mean(0) - 2 * scores.std(0)
+        assert result == pytest.approx(expected, abs=1e-4)
+        assert scores.std(0).max() > 1e-3
+    if script == "ppo":
+        assert {"score", "score_reward", "score_second"} <= rows_of(tmp_path / "run")[0].keys()

@@ -170,3 +170,105 @@ def test_messages_in_the_cells_of_a_csv_are_messages(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + ",".join(cells) + "\n")
     row, = sources_file.read_rows(tmp_path / "a.csv", "preferences", SILENT)
     assert row.prompt == turns and row.replies == ["64", "65"]
+
+
+# -- feedback: what reward.py learns from besides rankings
+
+ASK = {"prompt": "Cube 4."}
+REPLIES = {"completions": ["64", "65"]}
+
+
+@pytest.mark.parametrize("source, expected", [
+    (PAIR, Row(SHORT, ["64", "65"], [0, 1], 2.0)),
+    (RANKING, Row(SHORT, ["65", "64", "?", "63"], [1, 0, 2, 1], 0.0, [-1, 1, -0.5, -1])),
+    # Ties throughout.
+    (ASK | REPLIES | {"ranks": [1, 1]}, Row(SHORT, ["64", "65"], [1, 1])),
+    # Likelihoods: the better by rank is the likelier one, and one half is a tie.
+    (ASK | {"chosen": "64", "rejected": "65", "probability": 0.75},
+     Row(SHORT, ["64", "65"], [0, 1], probability=0.75)),
+    (ASK | {"chosen": "64", "rejected": "65", "probability": 0.25},
+     Row(SHORT, ["64", "65"], [1, 0], probability=0.75)),
+    (ASK | {"chosen": "64", "rejected": "65", "probability": 0.5}, Row(SHORT, ["64", "65"], [0, 0])),
+    # Scales of 7, 5 and 8 points: the highest is the first by far.
+    (ASK | REPLIES | {"scale": {"value": 7, "points": 7}}, Row(SHORT, ["64", "65"], [0, 1], strength=1.0)),
+    (ASK | REPLIES | {"scale": {"value": 1, "points": 7}}, Row(SHORT, ["64", "65"], [1, 0], strength=1.0)),
+    (ASK | REPLIES | {"scale": {"value": 4, "points": 7}}, Row(SHORT, ["64", "65"], [0, 0], strength=0.0)),
+    (ASK | {"chosen": "64", "rejected": "65", "scale": {"value": 4, "points": 5}},
+     Row(SHORT, ["64", "65"], [0, 1], probability=0.75, strength=0.5)),
+    (ASK | REPLIES | {"scale": {"value": 4.5, "points": 8}}, Row(SHORT, ["64", "65"], [0, 0], strength=0.0)),
+    # Verdicts on both.
+    (ASK | REPLIES | {"verdict": "both_bad"}, Row(SHORT, ["64", "65"], [0, 0], verdict="both_bad")),
+    (ASK | {"chosen": "64", "rejected": "65", "verdict": "both_good"},
+     Row(SHORT, ["64", "65"], [0, 0], verdict="both_good")),
+    # Ratings, of one aim or of several.
+    (RATED, Row(SHORT, ["64"], [-4.5], ratings=[{"rating": 4.5}])),
+    (ASK | {"completion": "64", "ratings": {"honest": 5, "kind": None}},
+     Row(SHORT, ["64"], [0], ratings=[{"honest": 5}])),
+    (RAW_ULTRA, Row(SHORT, ["65", "64", "?"], [-2.5, -4.75, -1.5],
+                    ratings=[{"rating": 2.5}, {"rating": 4.75}, {"rating": 1.5}])),
+    (ASK | REPLIES | {"ranks": [0, 1], "ratings": [{"honest": 1}, None]},
+     Row(SHORT, ["64", "65"], [0, 1], ratings=[{"honest": 1}, {}])),
+    # RewardBench.
+    (ASK | {"chosen": "64", "rejected": "65", "subset": "math", "id": 3},
+     Row(SHORT, ["64", "65"], [0, 1], subset="math")),
+])
+def test_feedback_of_every_kind_is_read(tmp_path, source, expected):
+    path = write_rows(tmp_path / "a.jsonl", [source])
+    assert sources_file.read_rows(path, "feedback", SILENT) == [expected]
+
+
+def test_feedback_keeps_every_rating_and_ranks_those_of_one_prompt(tmp_path):
+    rated = lambda prompt, reply, rating: {"prompt": prompt, "completion": reply, "rating": rating}
+    path = write_rows(tmp_path / "a.jsonl", [
+        rated("a", "good", 5), rated("a", "bad", 1), rated("b", "lonely", 3), rated("a", "good", 2),
+        rated("c", "x", 4), rated("c", "y", 4)])
+    assert sources_file.read_rows(path, "feedback", SILENT) == [
+        Row(user("a"), ["good", "bad"], [-5, -1], ratings=[{"rating": 5}, {"rating": 1}]),
+        Row(user("b"), ["lonely"], [-3], ratings=[{"rating": 3}]),
+        Row(user("c"), ["x", "y"], [-4, -4], ratings=[{"rating": 4}, {"rating": 4}])]
+    said = []
+    kept = sources_file.read_rows(path, "feedback", said.append,
+                                  useless=lambda row: "of no use" if len(row.replies) == 1 else "")
+    assert [row.text for row in kept] == ["a", "c"] and dropped(said[0])["of no use"] == 1
+
+
+def test_a_verdict_or_a_tie_on_a_scale_is_no_preference_and_a_scale_turns_chosen_round_for_others(tmp_path):
+    both = write_rows(tmp_path / "a.jsonl", [PAIR | {"verdict": "both_bad"}, PAIR])
+    said = []
+    for want in ("preferences", "labels", "demonstrations"):
+        assert len(sources_file.read_rows(both, want, said.append)) == 1
+        assert dropped(said[-1]) == {"a verdict on all replies, which compares none": 1}
+    assert len(sources_file.read_rows(both, "prompts", SILENT)) == 2
+    turned = write_rows(tmp_path / "b.jsonl", [ASK | {"chosen": "65", "rejected": "64",
+                                                      "scale": {"value": 2, "points": 7}}])
+    assert sources_file.read_rows(turned, "demonstrations", SILENT)[0].replies == ["64"]
+    assert sources_file.read_rows(turned, "labels", SILENT)[0].ranks == [1, 0]
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({"scale": {"value": 0, "points": 7}}, "value 0 is not on a scale from 1 to 7"),
+    ({"scale": {"value": 1, "points": 1}}, "value 1 is not on a scale from 1 to 1, of 2 points or more"),
+    ({"scale": {"value": "4", "points": 7}}, 'the scale is not {"value": number, "points": number}'),
+    ({"scale": {"value": 4}}, "the scale is not"),
+    ({"scale": [4, 7]}, "the scale is not"),
+    ({"scale": {"value": 4, "points": 7}, "probability": 0.7}, "leaves no room for a probability"),
+    ({"scale": {"value": 4, "points": 7}, "ranks": [0, 1]}, "scale and ranks both say"),
+    ({"scale": {"value": 4, "points": 7}, "completions": ["a", "b", "c"]}, "a scale compares two replies"),
+    ({"verdict": "good"}, "the verdict is neither both_bad nor both_good"),
+    ({"verdict": 1}, "the verdict is neither both_bad nor both_good"),
+    ({"ranks": [0, 1], "ratings": [1]}, "ratings or scores are not one for each reply"),
+    ({"ranks": [0, 1], "ratings": [1, "5"]}, "a rating is not a finite number"),
+    ({"ranks": [0, 1], "ratings": {"a": 1}}, "ratings is not a list"),
+])
+def test_bad_feedback_ends_in_one_line_with_its_place(tmp_path, fields, said):
+    path = write_rows(tmp_path / "a.jsonl", [PAIR, ASK | REPLIES | fields])
+    with pytest.raises(UserError) as error:
+        sources_file.read_rows(path, "feedback", SILENT)
+    assert f"{path}:2: " in str(error.value) and said in str(error.value)
+
+
+def test_a_csv_holds_scales_and_ratings_as_json(tmp_path):
+    (tmp_path / "a.csv").write_text(
+        'prompt,chosen,rejected,scale\nCube 4.,64,65,"{""value"": 4, ""points"": 5}"\nCube 4.,64,65,\n')
+    rows = sources_file.read_rows(tmp_path / "a.csv", "feedback", SILENT)
+    assert [(row.probability, row.strength) for row in rows] == [(0.75, 0.5), (1.0, None)]

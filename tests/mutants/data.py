@@ -7,6 +7,8 @@ INTERVAL = "test_data.py::test_the_interval_of_an_accuracy_is_over_prompts_and_d
 PAIRS = "test_data.py::test_ranked_pairs_equal_a_slow_loop_and_each_row_weighs_one"
 ORDER = "test_data.py::test_endless_order_is_one_permutation_after_another_and_resumes"
 
+FEEDBACK = "test_reward.py::test_targets_of_every_kind_written_out_by_hand"
+
 MUTANTS = [
     # -- ids and masks of dialogues
     ("template: end token out of the mask", TEMPLATE,
@@ -38,9 +40,10 @@ MUTANTS = [
      "text.mask[start:start + limit]"),
     ("preferences: --part is ignored",
      "test_data.py::test_preference_groups_take_the_part_and_hold_prompts_out",
-     'read_rows(config.data, "preferences", say, config.part, config.skip_bad)',
-     'read_rows(config.data, "preferences", say)'),
-    ("accuracy: ties count as right", "test_data.py",
+     'read_rows(config.data, want, say, config.part, config.skip_bad, useless)',
+     'read_rows(config.data, want, say, useless=useless)'),
+    ("accuracy: ties count as right",
+     "test_agreement.py::test_held_out_accuracy_bayes_accuracy_and_calibration_are_counted_right",
      "right = above + 0.5 * tied",
      "right = above + 1.0 * tied"),
     ("accuracy: rows of one prompt are trials of their own", INTERVAL,
@@ -98,4 +101,36 @@ MUTANTS = [
      "formats/test_chat_template.py::test_a_template_that_writes_earlier_turns_anew_has_no_next_turn",
      "    require(len(pieces) > 1,\n",
      "    require(pieces,\n"),
+
+    # -- what reward.py learns from
+    ("ties: each twice",
+     "test_reward.py::test_a_row_weighs_as_much_as_any_other_whatever_it_says",
+     "for j in places if i < j and ranks[i] == ranks[j]",
+     "for j in places if i != j and ranks[i] == ranks[j]"),
+    ("targets: ties weigh nothing",
+     "test_reward.py::test_a_row_weighs_as_much_as_any_other_whatever_it_says",
+     "share = 1 / (len(decided) + len(tied))",
+     "share = 1 / max(1, len(decided))"),
+    ("targets: a tie has the row's margin", FEEDBACK,
+     "found.pairs.extend((places[i], places[j], 0.0, 0.5, share) for i, j in tied)",
+     "found.pairs.extend((places[i], places[j], margin, 0.5, share) for i, j in tied)"),
+    ("targets: strength is a probability too", FEEDBACK,
+     "margin + config.scale_margin * row.strength, 1.0",
+     "margin + config.scale_margin * row.strength, right"),
+    ("targets: ratings as they are", FEEDBACK,
+     "(at, (x - mean) / deviation, 1 / len(known))",
+     "(at, x, 1 / len(known))"),
+    ("targets: replies of a later row are the first row's", FEEDBACK,
+     "        start += len(row.replies)\n        if row.verdict:",
+     "        if row.verdict:"),
+    ("targets: the best replies of a tie weigh one each", FEEDBACK,
+     "found.best.extend((at, 1 / len(top)) for at in top)",
+     "found.best.extend((at, 1.0) for at in top)"),
+    ("targets: both good is both bad", FEEDBACK,
+     'sign = 1.0 if row.verdict == "both_good" else -1.0',
+     'sign = 1.0 if row.verdict == "both_bad" else -1.0'),
+    ("useless: ties are kept that teach nothing",
+     "test_reward.py::test_what_teaches_nothing_is_left_out_and_said",
+     'if len(set(row.ranks)) == 1 and config.ties == "drop":',
+     "if False:"),
 ]

@@ -22,7 +22,7 @@ MUTANTS = [
      "        replies[folder] = []\n        baseline = by_prompt(first, config.samples)\n"),
     ("evaluate: a sum without weights",
      "test_evaluate.py::test_evaluation_scores_by_a_weighted_sum_and_names_all_of_it",
-     'columns["score"] = weights @ source_scores',
+     'columns["score"] = combined(source_scores, weights, config)',
      'columns["score"] = source_scores.sum(0)'),
     ("evaluate: a KL of replies that are no samples",
      "test_evaluate.py::test_evaluation_at_temperature_0_has_no_kl",

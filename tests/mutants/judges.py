@@ -1,5 +1,7 @@
 """Bugs planted in judges.py, and the tests that ought to notice them."""
 
+COMBINED = "test_judges.py::test_reward_models_become_one_score_before_those_of_functions_are_added"
+
 MUTANTS = [
     ("reward function: what it gets goes by the number of its parameters",
      "test_judges.py::test_a_reward_function_gets_what_its_parameters_name_whatever_their_number",
@@ -10,6 +12,28 @@ MUTANTS = [
      "test_a_function_that_wants_answers_and_gets_none_stops_the_run_and_one_that_gets_some_is_told",
      "require(known, f",
      "require(True, f"),
+    ("ensemble: variances in place of deviations", COMBINED,
+     "((ensemble - mean) ** 2).mean(0) ** 0.5",
+     "((ensemble - mean) ** 2).mean(0)"),
+    ("ensemble: optimistic", COMBINED,
+     "mean - config.pessimism * deviation",
+     "mean + config.pessimism * deviation"),
+    ("ensemble: one deviation, whatever is asked for", COMBINED,
+     "mean - config.pessimism * deviation",
+     "mean - deviation"),
+    ("ensemble: the most in place of the least", COMBINED,
+     "least = ensemble.argmin(0)",
+     "least = ensemble.argmax(0)"),
+    ("ensemble: functions belong to it", COMBINED,
+     "models = len(weights) - len(config.reward_fn)\n    ensemble",
+     "models = len(weights)\n    ensemble"),
+    ("ensemble: weights forgotten", COMBINED,
+     "weighted = weights[:, None] * source_scores",
+     "weighted = source_scores"),
+    ("ensemble: of one",
+     "test_judges.py::test_flags_of_an_ensemble_that_is_none_are_refused",
+     'require(config.reward_combine == "sum" or models > 1,',
+     "require(True,"),
     ("tool: a text is a list of letters",
      "test_judges.py::test_a_tool_returns_a_turn_or_none_for_each_reply_and_anything_else_names_it",
      "isinstance(turns, (list, tuple)) and ",

@@ -64,7 +64,7 @@ MUTANTS = [
      "old_squares + squares"),
     ("rewards: weights forgotten",
      "whole/test_ppo_rewards.py::test_the_score_is_the_weighted_sum_of_reward_models_and_functions",
-     "scores = weights @ source_scores",
+     "scores = combined(source_scores, weights, config)",
      "scores = source_scores.sum(0)"),
 
     # -- the KL term, where the score lands

@@ -5,6 +5,8 @@ LABELS = "formats/test_rows.py::test_labels_and_ratings_become_a_ranking_of_each
 SCORED = "test_sft.py::test_scored_rows_are_rankings_ratings_labels_and_pairs_with_scores_before_ranks"
 ANSWERS = "formats/test_rows.py::test_a_prompt_of_every_format_brings_its_answer"
 
+FEEDBACK = "formats/test_rows.py::test_feedback_of_every_kind_is_read"
+
 MUTANTS = [
     ("labels: those between the first and the last in rank stay",
      "test_kto.py::test_labels_are_read_of_labelled_replies_pairs_and_the_ends_of_rankings",
@@ -16,7 +18,7 @@ MUTANTS = [
      "ends = max(ranks), min(ranks)"),
     ("probabilities: those of rankings pass",
      "test_dpo.py::test_probabilities_are_read_with_pairs_and_refused_elsewhere",
-     'if want == "preferences" and len(replies) > 2 and probability != 1:',
+     'if want in COMPARED and len(replies) > 2 and probability != 1:',
      "if False:"),
     ("probabilities: above 1",
      "test_dpo.py::test_probabilities_are_read_with_pairs_and_refused_elsewhere",
@@ -73,6 +75,31 @@ MUTANTS = [
      'if row["labels"]:',
      'if not row["labels"]:'),
     ("UltraFeedback: the lower score is better", FORMATS,
-     "ranks.append(-score)",
-     "ranks.append(score)"),
+     "ranks = [-score for score in scores]",
+     "ranks = [score for score in scores]"),
+    # -- feedback
+    ("scale: upside down", FEEDBACK,
+     "return (value - 1) / (points - 1)",
+     "return (points - value) / (points - 1)"),
+    ("scale: points begin at 0", FEEDBACK,
+     "return (value - 1) / (points - 1)",
+     "return value / points"),
+    ("scale: a half is a pair", FEEDBACK,
+     "        return [0, 0], 1.0\n",
+     "        return ranks, 0.5\n"),
+    ("probabilities: a likely wrong label keeps its order", FEEDBACK,
+     "return ranks[::-1], 1 - probability",
+     "return ranks, probability"),
+    ("verdicts: with the order of the fields", FEEDBACK,
+     "made.verdict, made.ranks = verdict, [0] * len(made.replies)",
+     "made.verdict = verdict"),
+    ("verdicts: a pair for dpo.py",
+     "formats/test_rows.py::"
+     "test_a_verdict_or_a_tie_on_a_scale_is_no_preference_and_a_scale_turns_chosen_round_for_others",
+     'if known and want not in ("feedback", "prompts"):',
+     "if False:"),
+    ("ratings: those of one prompt replace each other",
+     "formats/test_rows.py::test_feedback_keeps_every_rating_and_ranks_those_of_one_prompt",
+     "ratings.setdefault(row.replies[0], row.ratings[0])",
+     "ratings[row.replies[0]] = row.ratings[0]"),
 ]

@@ -8,6 +8,6 @@ MUTANTS = [
      "if file.name.endswith(WEIGHTS):"),
     ("overwrite: a finished run's word outlives its model",
      "faults/test_checkpoints.py::test_overwrite_deletes_the_word_that_a_run_is_finished_before_its_model",
-     'RUN_FILES = ("run.json", *CHECKPOINT_FILES, ',
-     'RUN_FILES = (*CHECKPOINT_FILES, "run.json", '),
+     '"run.json", *CHECKPOINT_FILES, *EMA_FILES, "metrics',
+     '*CHECKPOINT_FILES, "run.json", *EMA_FILES, "metrics'),
 ]
