@@ -29,10 +29,11 @@ GIVEN = ("prompts", "replies", "answers", "ended", "dialogues")
 TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value explained_variance entropy
     ref_perplexity updates kl_coef penalty_coef lr critic_lr grad_norm critic_grad_norm ratio_error
     clip_fraction approx_kl policy_loss value_loss kl_loss ptx_loss value_clip_fraction
-    prompts standard_error wins ties losses win_rate round kl_bound seconds texts usable
+    prompts standard_error wins ties losses win_rate round kl_bound seconds texts
     rollout_tokens_per_second score_tokens_per_second update_tokens_per_second rollout_share score_share
     update_share score_spread flat_groups advantage_size replies loss loss_per_reply cost
-    student_samples mismatch mismatch_max ess""".split())
+    student_samples mismatch mismatch_max ess
+    usable labelled confidence position_bias same_letter letters rows""".split())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ class Parts:
     """
 
     def __init__(self, config, inputs):
-        """UserError if --out can't be used as the flags say. Changes nothing. inputs: {flag: [{file: SHA-256}]}.
+        """UserError if --out can't be used as the flags say. Changes nothing.
+
+        inputs: {flag: [{file: SHA-256}, ...]}.
         """
         self.out = Path(config.out)
         self.settings = {"config": asdict(config), "inputs_sha256": inputs}
