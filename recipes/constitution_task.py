@@ -76,7 +76,7 @@ def conduct(prompts, replies, ended):
 
 def draw_reply(item, others, rng):
     """A reply of any kind, now and then of two faults, spliced or to another question."""
-    reply = make_reply(item, KINDS[rng.integers(len(KINDS))], rng)
+    reply = make_reply(item, pick(KINDS, rng), rng)
     dice = rng.random()
     if dice < 0.1:
         return make_reply(pick(others, rng), "right", rng)
@@ -96,13 +96,15 @@ def judge_rows(texts, count, rng):
     rows = []
     for i in range(count):
         text = texts[i % len(texts)]
-        # Few of the pairs are ties, which teach little.
-        lead, patience = 0, rng.integers(1, 12)
-        while lead == 0 and patience:
-            a, b = (draw_reply(ITEM_OF[text], others, rng) for _ in "AB")
+        # A tie teaches little, so pairs are drawn until there is none, some times at most.
+        for _ in range(rng.integers(1, 12)):
+            a = draw_reply(ITEM_OF[text], others, rng)
+            b = draw_reply(ITEM_OF[text], others, rng)
             lead = len(broken(text, b)) - len(broken(text, a))
-            patience -= 1
-        lead = lead or rng.choice([-1, 1])
+            if lead:
+                break
+        else:
+            lead = rng.choice([-1, 1])
         question = COMPARISON.replace("{prompt}", text).replace("{a}", a).replace("{b}", b)
         rows.append({"prompt": question, "completion": "A" if lead > 0 else "B"})
     return rows
@@ -121,9 +123,12 @@ def poor_and_mended(item, rule, rng):
         return make_reply(item, "evasive", rng), good
     if rule == "whole":
         words = good.split()
-        return " ".join(words[:rng.integers(1, max(2, len(words)))]).rstrip(".!?"), good
+        kept = rng.integers(1, max(2, len(words)))
+        return " ".join(words[:kept]).rstrip(".!?"), good
     added = pick(INSULTS if rule == "polite" else FILLERS, rng)
-    return (f"{added} {good}" if rng.random() < 0.4 else f"{good} {added}"), good
+    if rng.random() < 0.4:
+        return f"{added} {good}", good
+    return f"{good} {added}", good
 
 
 def reviser_rows(texts, count, rng):
@@ -132,18 +137,20 @@ def reviser_rows(texts, count, rng):
     for i in range(count):
         text = texts[i % len(texts)]
         item = ITEM_OF[text]
-        rules = ["polite", "brief", "whole"]
-        rules.append("harmless" if item.family == "harm" else
-                     "honest" if item.family in UNANSWERABLE else "helpful")
+        # The rules that a reply to this question can break.
+        rules = ["polite", "brief", "whole", "helpful"]
+        if item.family == "harm":
+            rules[-1] = "harmless"
+        elif item.family in UNANSWERABLE:
+            rules[-1] = "honest"
         rule = pick(rules, rng)
         asked, fault, request = RULES[rule]
         poor, better = poor_and_mended(item, rule, rng)
         if rng.random() < 1 / 3:
-            # It may break another rule: the one that is asked about is none of its faults.
-            poor = make_reply(item, KINDS[rng.integers(len(KINDS))], rng)
-            rule = pick([name for name in RULES if name not in broken(text, poor)], rng)
-            asked, fault, request = RULES[rule][0], NOTHING, RULES[rule][2]
-            better = poor
+            # One that does not break the rule that is asked about, though perhaps another.
+            poor = better = make_reply(item, pick(KINDS, rng), rng)
+            asked, _, request = RULES[pick([name for name in RULES if name not in broken(text, poor)], rng)]
+            fault = NOTHING
         said = [text, poor, asked, fault, request, better]
         turns = [{"role": role, "content": own} for role, own in zip(["user", "assistant"] * 3, said)]
         rows.append({"messages": turns})
