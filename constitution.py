@@ -32,7 +32,9 @@ revisions: the reply before stays, as where a conversation is too long for the m
 What differs from Bai et al.: requests are turns of a chat, without examples, and earlier rounds are gone; no
 reasons are written before a letter, so p is not clamped; no people's labels of helpfulness are mixed in.
 
-    bash recipes/constitution.sh        the embedded task, without a person's label: RESULT
+    bash recipes/constitution.sh
+
+is the embedded task without a person's label: RESULT
 """
 import os
 import signal
@@ -264,10 +266,8 @@ def file_rows(records, stage):
 
 
 def figures(records, judges):
-    """What summary.json says: see above. agreement: with a judge, of the pairs to which it gives two numbers.
-
-    usable and the judges' means are those of the first replies, the second ones (or the first revisions), ...
-    """
+    """What summary.json says: see above, and how often a judge agrees where its two numbers differ."""
+    # Of the first replies, the second ones (or the first revisions), ...
     fine = [[usable(record, i) for i in range(len(record["replies"]))] for record in records]
     result = {"usable": np.mean(fine, 0).tolist()}
     for name in judges:

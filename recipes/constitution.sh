@@ -38,11 +38,11 @@ stage "3/6 critique and revision, and a model from the revisions"
 stage "4/6 the judge's labels, and DPO on them"
 "$python" constitution.py --feedback "$judge" --out "$out/labels" $asks
 "$python" dpo.py --model "$start/sft" --data "$out/labels/pairs.jsonl" --val-fraction 0 --epochs 3 --out "$out/dpo" $trains
-stage "5/6 a reward model from the same labels, and RLOO on it"
+stage "5/6 a reward model from the same labels, and PPO on it"
 "$python" reward.py --model "$start/sft" --data "$out/labels/pairs.jsonl" --epochs 2 \
     --demonstrations "$start/toy/demonstrations.jsonl" --out "$out/reward" $trains
-"$python" grpo.py --preset rloo --model "$start/sft" --reward "$out/reward" --data "$start/toy/prompts.jsonl" --judge toy:gold \
-    --steps 40 --out "$out/rloo" $every --resume
+"$python" ppo.py --model "$start/sft" --reward "$out/reward" --data "$start/toy/prompts.jsonl" --judge toy:gold \
+    --steps 40 --out "$out/ppo" $every --resume
 stage "6/6 on held-out prompts, by the judge that knows the truth"
-"$python" evaluate.py --models "$start/sft" "$out/revised" "$out/dpo" "$out/rloo" --data "$start/toy/prompts_heldout.jsonl" \
+"$python" evaluate.py --models "$start/sft" "$out/revised" "$out/dpo" "$out/ppo" --data "$start/toy/prompts_heldout.jsonl" \
     --judge toy:gold --out "$out/evaluation.json" $every
