@@ -33,7 +33,8 @@ What differs from Bai et al.: requests are turns of a chat, without examples, an
 reasons are written before a letter, so p is not clamped; no people's labels of helpfulness are mixed in.
 
 recipes/constitution.sh, the embedded task without a person's label: gold 0.17, 0.15, 0.09 of three seeds, and
-0.48, 0.47, 0.44 after DPO on a judge's labels (2026-11-28, one thread of an Intel Xeon); docs/constitution.md.
+0.48, 0.47, 0.44 after DPO on a judge's labels (2026-11-28, one thread of an Intel Xeon). What else came out:
+docs/constitution.md.
 """
 import os
 import signal
