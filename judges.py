@@ -32,7 +32,7 @@ TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value exp
     prompts standard_error wins ties losses win_rate round kl_bound seconds texts
     rollout_tokens_per_second score_tokens_per_second update_tokens_per_second rollout_share score_share
     update_share score_spread flat_groups advantage_size replies loss loss_per_reply cost
-    student_samples mismatch mismatch_max ess
+    student_samples mismatch mismatch_max ess val_loss
     usable labelled confidence position_bias same_letter letters rows""".split())
 
 

@@ -32,6 +32,10 @@ Left out: the bonus for entropy in Quark's code (0.06); several replies in one s
 worse (chain of hindsight); weights that are cut off. Rounds (sample, score, put into the pool, sort anew,
 train): best_of_n.py --rounds 3 --train quality, where each begins with new tokens.
 
+--judge has functions measure sampled replies to held-out prompts beside the validation loss, and the first of
+them say which checkpoint is the best. InstructGPT's models overfit in validation loss after one epoch of 16,
+got better all the same, and were chosen by a reward model's score (section 3.5). docs/sft.md tries it.
+
     python sft.py --out runs/sft       after `python toy.py`: held-out loss 0.51 in a minute on 2 cores
     python sft.py --data rows.jsonl --model scratch --out runs/mine --layers 6 --heads 6 --width 384
     python sft.py --model runs/sft --data runs/best_of_n/rankings.jsonl --quality tokens --epochs 4 --lr 1e-3
@@ -51,19 +55,20 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import (
-    Example, collate, context_of, count_steps, describe, encode_demonstrations, encode_groups,
-    endless_batches, per_example)
+    Example, collate, context_of, count_steps, describe, drop_long, encode_demonstrations, encode_groups,
+    encode_prompt, endless_batches, per_example)
 from formats.families import knows_single_turns
 from formats.model_folder import load_model, open_model, save_model
 from formats.rows import Row
 from formats.sources import read_rows, split_by_prompt
 from head import rows_of_chunks, token_logprobs
+from judges import check_functions, judge, load_functions
 from model import GPT, frozen_reference, prepare_training
 from plumbing.flags import (
     Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, flag_of, require)
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
-from rollout import show_samples
+from rollout import Prompt, sample, show_samples
 
 
 @dataclass
@@ -86,7 +91,11 @@ class Config(RunConfig):
     dropout: Probability = 0.0  # share of activations dropped while training
     val_fraction: Fraction = 0.05  # share of a file's prompts held out for the validation loss
     eval_every: Count = 100  # steps between validation losses and printed samples
-    max_new_tokens: Count = 40  # longest sample printed, tokens
+    # functions, module:function, whose numbers of sampled replies are measured beside the validation loss;
+    # the first, and not that loss, says which checkpoint is the best (see --save-every)
+    judge: list[str] = field(default_factory=list)
+    judge_prompts: Count = 256  # held-out prompts, evenly spread, that replies to --judge are sampled for
+    max_new_tokens: Count = 40  # longest reply sampled, tokens
     # what to make of replies that have scores: train on the best alone, or on all of them, by weight or with
     # the quality said before them; see above
     quality: Literal["best", "weights", "tokens", "words"] = "best"
@@ -108,6 +117,44 @@ def validation_loss(run, model, examples, config, pad):
     logprobs = per_example(run, model, examples, config.micro_batch_tokens, pad, read)  # (N,)
     tokens = sum(sum(example.mask) for example in examples)
     return -logprobs.sum() / tokens
+
+
+# Replies to --judge that are decoded at once, on one rank.
+AT_ONCE = 256
+
+
+def prompts_to_judge(config, tokenizer, rows, limit, say):
+    """[Prompt] of held-out rows that replies are sampled for: --judge-prompts of them, each once.
+
+    limit: tokens of prompt and reply.
+    """
+    found = {}
+    for row in rows:
+        # Plain text has no prompt.
+        if row.prompt:
+            ids = encode_prompt(tokenizer, row.prompt)
+            found.setdefault(tuple(ids), Prompt(row, ids))
+    require(found, "--judge is asked about replies to held-out prompts, and there are none: name --val-data, "
+                   "or a --val-fraction above 0")
+    lengths = [len(prompt.ids) for prompt in found.values()]
+    prompts = drop_long(list(found.values()), lengths, limit - config.max_new_tokens, say)
+    count = min(config.judge_prompts, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def judged_means(run, model, tokenizer, prompts, judges, config, generator):
+    """{name: mean of a judge's numbers} over one reply to each [Prompt], sampled at temperature 1."""
+    # All ranks sample equally many. The filler behind the last prompt counts for nothing.
+    filler = -len(prompts) % run.world_size
+    asked = (prompts * run.world_size)[:len(prompts) + filler]
+    counts = torch.arange(run.rank, len(asked), run.world_size) < len(prompts)  # (B,)
+    batch = sample(run, model, tokenizer, asked[run.rank::run.world_size], config.max_new_tokens,
+                   temperature=1.0, generator=generator, rows=AT_ONCE)
+    means = {}
+    for function in judges:
+        total = judge(function, batch)[counts].sum().to(run.device)
+        means[function.name] = run.all_sum(total).item() / len(prompts)
+    return means
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -257,6 +304,7 @@ def labelled_logprob(policy, reference, batch, plain, kl_coef):
 def main(config):
     run = Run(config)
     check(config)
+    judges = load_functions("--judge", config.judge)
     scored = config.quality != "best"
     labelled = config.quality in ("tokens", "words")
 
@@ -284,6 +332,9 @@ def main(config):
         if scored:
             held_out = [best_reply(row) for row in held_out]
         val = encode_demonstrations(tokenizer, held_out, limit, run.say)
+    if judges:
+        asked = prompts_to_judge(config, tokenizer, held_out, limit, run.say)
+        check_functions(judges, [prompt.row for prompt in asked], run.say)
     lengths = [len(example.ids) for example in train]
     run.say(f"{len(train)} training and {len(val)} held-out examples, for instance\n"
             f"{describe(tokenizer, *train[0])}\n([[ ]] is what is trained)")
@@ -304,13 +355,16 @@ def main(config):
 
     modules = {"policy": model}
     optimizers = {"optimizer": optimizer}
-    first, _ = run.begin(modules, optimizers, {"": write}, best="-val_loss", steps=steps)
+    best = judges[0].name if judges else "-val_loss"
+    first, _ = run.begin(modules, optimizers, {"": write}, best=best, steps=steps)
     batches = endless_batches(lengths, config.batch_tokens, config.seed, first)
     model.train()
 
     def validate(step):
-        loss = validation_loss(run, model, val, config, tokenizer.pad)
-        run.log(step, {"val_loss": loss}, show=("val_loss",))
+        metrics = {"val_loss": validation_loss(run, model, val, config, tokenizer.pad)}
+        if judges:
+            metrics |= judged_means(run, model, tokenizer, asked, judges, config, run.seed_step(step))
+        run.log(step, metrics, show=metrics)
         prompted = [row for row in held_out if row.prompt]
         show_samples(run, model, tokenizer, prompted, config.max_new_tokens, run.seed_step(step))
 

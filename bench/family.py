@@ -75,7 +75,7 @@ def on_policy(name, *tries, flags=""):
     return Method(name, "reward model", (f"{GRPO} --preset {name} {flags}",), tries)
 
 
-RATES = ("--lr 5e-4", "--lr 1e-3", "--lr 2e-3")
+RATES = ("--lr 1e-3", "--lr 2e-3")
 METHODS = (
     Method("sft-best", "labels", (f"sft.py --model {{start}}/sft {LABELS} --warmup 10 {END}",),
            ("--lr 3e-4", "--lr 1e-3", "--lr 3e-3")),
@@ -84,14 +84,15 @@ METHODS = (
            ("--lr 1e-3", "--lr 3e-3")),
     pairs("dpo", "", "--beta 0.1", "--beta 0.3", "--beta 1"),
     pairs("cdpo", "--preset cdpo", "--beta 0.1", "--beta 0.3"),
-    pairs("rdpo", "--preset rdpo", "--beta 0.3", "--beta 1"),
-    pairs("ipo", "--loss ipo", "--beta 0.1", "--beta 0.3", "--beta 1"),
+    pairs("rdpo", "--preset rdpo", "--beta 0.3", "--beta 1", "--beta 3"),
+    pairs("ipo", "--loss ipo", "--beta 0.03", "--beta 0.1", "--beta 0.3"),
     pairs("hinge", "--loss hinge", "--beta 0.1", "--beta 0.3", "--beta 1"),
     pairs("rpo", "--preset rpo", "--beta 0.1", "--beta 0.3"),
     pairs("dpop", "--preset dpop", "--dpop-lambda 50", "--dpop-lambda 5"),
     pairs("tdpo1", "--preset tdpo1", "--beta 0.1", "--beta 0.3"),
     pairs("tdpo2", "--preset tdpo2", "--beta 0.1", "--beta 0.3"),
-    pairs("simpo", "--preset simpo", "--beta 2 --gamma 1", "--beta 10 --gamma 3", "--beta 10 --gamma 0"),
+    pairs("simpo", "--preset simpo", "--beta 2 --gamma 1", "--beta 2 --gamma 1 --lr 3e-4",
+          "--beta 10 --gamma 3", "--beta 10 --gamma 3 --lr 3e-4"),
     pairs("orpo", "--preset orpo", "--beta 0.1", "--beta 1", "--beta 3"),
     pairs("rrhf", "--preset rrhf", "--beta 1", "--beta 10"),
     Method("kto", "labels", (f"kto.py --model {{start}}/sft {LABELS} --good-weight 1.3 {END}",),
@@ -137,7 +138,7 @@ METHODS = (
 )
 
 # Claims of papers: runs on other labels, with the flags that the search found for the method of that name.
-FEW = PAIRS.replace("preferences/train.jsonl", "few/train.jsonl").replace("--epochs 1", "--epochs 40")
+FEW = PAIRS.replace("preferences/train.jsonl", "few/train.jsonl").replace("--epochs 1", "--epochs 20")
 LONG = PAIRS.replace("preferences/train.jsonl", "long.jsonl")
 CLAIMS = {
     "dpo, few exact labels": ("dpo", FEW),
@@ -212,7 +213,7 @@ def start_lines(folder, seed, groups):
         f"--out {folder}/samples --seed {seed} --threads 1",
         f"reward.py --model {folder}/sft --data {folder}/preferences/train.jsonl "
         f"--val-data {folder}/preferences/heldout.jsonl --demonstrations {toy}/demonstrations.jsonl "
-        f"--epochs 2 --eval-every 1000000 --seed {seed} --out {folder}/reward {machine}",
+        f"--epochs 5 --lr 1e-3 --eval-every 1000000 --seed {seed} --out {folder}/reward {machine}",
     )
 
 

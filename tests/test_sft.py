@@ -19,6 +19,7 @@ from data import Example, encode_group, encode_prompt
 from formats.model_folder import load_model
 from formats.rows import Row
 from formats.sources import read_rows
+from generate import sample_token
 from plumbing import run as runtime
 from plumbing.flags import UserError
 from tools import (
@@ -400,3 +401,153 @@ def test_what_does_not_go_together_is_said_in_a_line(flags, reason, small, tmp_p
                      f"{flags} --out {tmp_path}/run")
     said = capsys.readouterr().err.strip()
     assert code == 2 and reason in said and "\n" not in said.removeprefix("error: ")
+
+
+# -- judges, and the checkpoint that they choose
+
+MINE = """
+import json
+
+def size(replies):
+    return [float(len(reply)) for reply in replies]
+
+# What the trial is told, then each validation: the second step's replies are the best.
+SAID = [0.0, 0.1, 0.3, 0.9, 0.5, 0.2]
+calls = []
+
+def scripted(replies):
+    calls.append(1)
+    return [SAID[len(calls) - 1]] * len(replies)
+
+def reverse(replies):
+    return [-SAID[len(calls) - 1]] * len(replies)
+
+def known(replies, answers):
+    return [float(answer in reply) for reply, answer in zip(replies, answers)]
+
+def broken(replies):
+    return 1 / 0
+
+def nan(replies):
+    return [float("nan")] * len(replies)
+
+def val_loss(replies):
+    return [0.0] * len(replies)
+"""
+ASKED = ("Stone?", "Say pencil.", "Say river, please.", "Say apple.", "A garden?", "Window.", "Say hello.")
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A folder with functions of a user, and with held-out rows: seven prompts, one of them twice."""
+    (tmp_path / "mine.py").write_text(MINE)
+    prompts = [*ASKED[:2], ASKED[0], *ASKED[2:]]
+    write_rows(tmp_path / "held_out.jsonl",
+               [{"prompt": prompt, "completion": "It is good."} for prompt in prompts])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def judging(small, mine, flags="", data="demonstrations"):
+    """Flags of a run with judges, but for its --out."""
+    return (f"--model {small}/other --data {small}/{data}.json --val-data {mine}/held_out.jsonl --threads 1 "
+            f"--batch-tokens 200 --lr 0.01 --warmup 1 --max-new-tokens 9 --eval-every 1 {flags}")
+
+
+def pointer(folder):
+    return json.loads((folder / "checkpoints" / "latest.json").read_text())
+
+
+def test_the_best_checkpoint_is_that_of_the_first_judge_and_not_of_the_validation_loss(small, mine):
+    words = judging(small, mine, "--steps 4 --save-every 1 --judge mine:scripted mine:reverse")
+    run_here("sft", f"{words} --out {mine}/run")
+    rows = [row for row in rows_of(mine / "run") if "val_loss" in row]
+    # The first call was the trial.
+    assert [row["scripted"] for row in rows] == pytest.approx([0.1, 0.3, 0.9, 0.5, 0.2])
+    assert [row["reverse"] for row in rows] == pytest.approx([-0.1, -0.3, -0.9, -0.5, -0.2])
+    saved = rows[1:]
+    liked = max(saved, key=lambda row: row["scripted"])
+    assert pointer(mine / "run")["best"] == f"step_{liked['step']:06d}" == "step_000002"
+    assert pointer(mine / "run")["best_value"] == pytest.approx(0.9)
+    assert min(saved, key=lambda row: row["val_loss"])["step"] != liked["step"]
+    assert (mine / "run" / "checkpoints" / "step_000002" / "model.safetensors").exists()
+    run_here("sft", f"{judging(small, mine, '--steps 4 --save-every 1')} --out {mine}/without")
+    assert same_tensors(*(load_file(mine / name / "model.safetensors") for name in ("run", "without")))
+
+
+@pytest.mark.parametrize("kind", ["", "--lora-rank 4 --lr 0.05", "--quality tokens --kl-coef 0"])
+def test_a_judge_is_given_replies_that_a_slow_loop_samples_too(kind, small, mine):
+    """A token at a time, by a whole pass over prompt and reply, with the model that was saved."""
+    data = "rankings" if "quality" in kind else "demonstrations"
+    run_here("sft", judging(small, mine, f"{kind} --steps 3 --judge mine:size", data), f"--out {mine}/run")
+    network, tokenizer = load_model(mine / "run", model.GPT)
+    network.eval()
+    # As `Run.seed_step` has it, of step 3 with seed 0.
+    generator = torch.Generator().manual_seed(3 * 1_009)
+    uniform = torch.rand(len(ASKED), 9, 2, dtype=torch.float64, generator=generator)
+    sizes = []
+    for prompt, own in zip(ASKED, uniform):
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        reply = []
+        for pair in own:
+            with torch.no_grad():
+                logits = network.logits(network.transformer(torch.tensor([ids + reply])))[0, -1:]
+            reply.append(sample_token(logits, 1.0, 0, 1.0, pair[None]).item())
+            if reply[-1] in tokenizer.stops:
+                break
+        sizes.append(len(tokenizer.decode(reply)))
+    assert len(set(sizes)) > 2
+    assert rows_of(mine / "run")[-1]["size"] == pytest.approx(sum(sizes) / len(ASKED))
+
+
+def test_judges_say_the_same_on_two_ranks_and_after_a_stop(small, mine):
+    words = judging(small, mine, "--steps 4 --save-every 1 --judge mine:size")
+    run_here("sft", f"{words} --out {mine}/one")
+    with stopped_in_the_second_step():
+        run_here("sft", f"{words} --out {mine}/again")
+    run_here("sft", f"{words} --out {mine}/again --resume")
+    assert metrics(mine / "again") == metrics(mine / "one")
+    assert pointer(mine / "again") == pointer(mine / "one")
+    two = command("sft", f"{words} --micro-batch-tokens 60 --out {mine}/two", launcher=TORCHRUN, cwd=mine)
+    assert two.returncode == 0, two.stderr[-2000:]
+    for one, other in zip(metrics(mine / "one"), metrics(mine / "two"), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+    assert len({row["size"] for row in rows_of(mine / "one") if "size" in row}) > 1
+
+
+def test_judges_are_asked_about_held_out_prompts_evenly_spread_that_leave_room_for_a_reply(small):
+    _, tokenizer = load_model(small / "sft", model.GPT)
+    texts = [f"Say {word}." for word in "abcdefghij"]
+    rows = [Row([{"role": "user", "content": text}], ["b"], [0]) for text in texts]
+    long = Row([{"role": "user", "content": "long " * 20}], ["b"], [0])
+    plain_text = Row([], ["b"], [0])
+
+    def asked(count, rows):
+        config = SimpleNamespace(judge_prompts=count, max_new_tokens=8)
+        prompts = sft.prompts_to_judge(config, tokenizer, rows, 24, str)
+        assert [prompt.ids for prompt in prompts] == [
+            encode_prompt(tokenizer, prompt.row.prompt) for prompt in prompts]
+        return [prompt.row.text for prompt in prompts]
+
+    assert asked(100, [plain_text, *rows, long, *rows]) == texts
+    assert asked(5, rows) == texts[::2]
+    assert asked(1, rows) == texts[:1]
+    with pytest.raises(UserError, match="--judge is asked about replies to held-out prompts"):
+        asked(5, [plain_text])
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ("--val-data '' --val-fraction 0 --judge mine:size", "there are none: name --val-data"),
+    ("--judge mine:nobody", "--judge mine:nobody can't be imported"),
+    ("--judge mine:broken", "--judge mine:broken failed (ZeroDivisionError"),
+    ("--judge mine:size mine:nan", "--judge mine:nan must return one finite number for each reply"),
+    ("--judge mine:known", "--judge mine:known wants answers, and no row has one"),
+    ("--judge mine:val_loss", "the logs have another number named val_loss; rename the function"),
+    ("--judge mine:size --judge-prompts 0", "--judge-prompts"),
+    ("--judge toy:gold", "the judge knows the questions of the embedded task alone"),
+])
+def test_a_bad_judge_is_said_in_a_line_before_training(flags, reason, small, mine, capsys):
+    code = exit_code("sft", judging(small, mine, f"--steps 1 {flags}"), f"--out {mine}/run")
+    said = capsys.readouterr().err.strip()
+    assert code == 2 and reason in said and "\n" not in said.removeprefix("error: ")
+    assert not (mine / "run" / "metrics.jsonl").exists()

@@ -312,7 +312,7 @@ def test_overwrite_deletes_the_word_that_a_run_is_finished_before_its_model(root
 
 @pytest.mark.case(1)
 @pytest.mark.long
-@pytest.mark.parametrize("script, kills", [("sft", 13), ("reward", 13), ("ppo", 12), ("dpo", 12)])
+@pytest.mark.parametrize("script, kills", [("sft", 13), ("reward", 13), ("ppo", 12), ("dpo", 12), ("kto", 3)])
 def test_kill_9_at_any_moment_costs_nothing_but_the_steps_since_the_last_checkpoint(
         script, kills, root, tmp_path, record_property):
     """A run is killed again and again, at random moments after it has opened its folder, resumed, and in the
@@ -592,7 +592,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_line_and_the_old_checkpoint(
 
 @pytest.mark.case(13)
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "grpo", "dpo"])
+@pytest.mark.parametrize("script", tools.TRAINERS)
 def test_a_process_that_may_write_no_large_files_trains_to_its_end_and_keeps_the_old_checkpoint(
         script, root, unbroken, tmp_path):
     hook = KILLED.format(stage="before the rename")

@@ -26,7 +26,8 @@ from tools import SAMPLERS, TOY, TRAINERS, same_tensors
 import toy
 
 # Those that differ least run with --faults alone.
-FEW = ["sft", "ppo", *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "grpo", "dpo"))]
+LONG = [pytest.param(script, marks=pytest.mark.long) for script in ("reward", "grpo", "dpo", "kto")]
+FEW = ["sft", "ppo", *LONG]
 OPTIMIZER = {name: "policy_optimizer" if name == "ppo" else "optimizer" for name in TRAINERS}
 ROWS = {"sft": "--data {root}/preferences.jsonl " f"--tokenizer {TOY}"}
 
@@ -149,7 +150,7 @@ def test_a_weight_that_is_nan_is_named_ends_the_run_and_is_never_saved(script, r
 
 
 @pytest.mark.case(15)
-@pytest.mark.parametrize("script, batches", [("sft", 1), ("dpo", 1), ("ppo", 4), ("grpo", 4)])
+@pytest.mark.parametrize("script, batches", [("sft", 1), ("dpo", 1), ("kto", 1), ("ppo", 4), ("grpo", 4)])
 def test_the_run_ends_after_as_many_skipped_batches_as_it_was_told(script, batches, root, tmp_path,
                                                                    monkeypatch, capsys):
     spoil(monkeypatch, 2, WEIGHT)
@@ -361,6 +362,7 @@ def test_ppo_warns_of_a_kl_that_blows_up_and_ends_with_all_saved_if_asked_to(roo
     ("sft", model.GPT),
     ("reward", model.ScalarModel),
     pytest.param("dpo", model.GPT, marks=pytest.mark.long),
+    pytest.param("kto", model.GPT, marks=pytest.mark.long),
     ("ppo", None),
 ])
 def test_no_memory_is_one_line_that_says_where_and_which_flags_help_and_the_run_can_go_on(

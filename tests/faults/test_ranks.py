@@ -225,7 +225,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_both_and_named_wherever_it
 @pytest.mark.parametrize("script", [
     "sft",
     "ppo",
-    *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "dpo")),
+    *(pytest.param(script, marks=pytest.mark.long) for script in ("reward", "dpo", "kto")),
 ])
 def test_resuming_with_other_settings_or_data_lists_them_all_and_takes_none_of_another_shape(
         script, root, tmp_path, capsys):

@@ -83,6 +83,8 @@ PLACES = [  # script, where, steps done when it stops, what still happens
     ("reward", (6, "evaluation pass"), 6, set()),
     ("dpo", (4, "evaluation pass"), 4, set()),
     ("dpo", (4, "evaluation token"), 4, set()),
+    ("kto", (3, "update"), 4, set()),
+    ("kto", (4, "evaluation pass"), 4, set()),
     ("reward", (3, "save pass"), 3, set()),
     ("ppo", (3, "save end"), 3, set())
 ]
@@ -107,7 +109,7 @@ def test_a_signal_stops_within_one_pass_or_token_and_the_resumed_run_equals_an_u
 
 @pytest.mark.case(3)
 @pytest.mark.long
-@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "grpo", "dpo"])
+@pytest.mark.parametrize("script", tools.TRAINERS)
 def test_a_signal_at_any_moment_loses_nothing(script, root, unbroken, tmp_path, monkeypatch, record_property):
     """Signals spread over all kinds of things that happen in all steps of a run."""
     with monkeypatch.context() as patch:
@@ -254,7 +256,7 @@ def test_one_signal_waits_for_ppos_update_and_two_do_not(signals, code, seconds,
 @pytest.mark.case(3)
 @pytest.mark.long
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "grpo", "dpo"])
+@pytest.mark.parametrize("script", tools.TRAINERS)
 def test_a_signal_from_outside_ends_a_process_with_its_exit_code_and_no_traceback(
         script, number, code, root, unbroken, tmp_path):
     process = tools.start(script, root, FLAGS, "--steps 5000", f"--out {tmp_path}/run")

@@ -10,6 +10,7 @@ STEP = "test_kto.py::test_loss_and_kl_point_of_a_step_are_those_of_replies_by_th
 ROWS = "test_kto.py::test_labels_are_read_of_labelled_replies_pairs_and_the_ends_of_rankings"
 BALANCE = "test_kto.py::test_the_weights_of_good_and_bad_replies_are_compared"
 RANKS = "test_kto.py::test_two_ranks_and_small_passes_have_the_kl_point_of_one"
+OPTIMUM = "whole/test_kto_optimum.py::test_kto_reaches_its_own_optimum_which_is_not_that_of_dpo"
 
 MUTANTS = [
     ("kto: good and bad swapped", LOSS,
@@ -87,4 +88,10 @@ MUTANTS = [
     ("kto: the balance upside down", BALANCE,
      "balance = config.good_weight * good / (config.bad_weight * bad)",
      "balance = config.bad_weight * bad / (config.good_weight * good)"),
+    ("kto: the KL point is that of the first step for ever", OPTIMUM,
+     "z = z_of(batch, train).to(run.device)",
+     "z = z_of(batch, train).to(run.device) if step == first else z"),
+    ("kto: the reference is the policy itself", OPTIMUM,
+     "reference = frozen_reference(model, config)",
+     "reference = model"),
 ]

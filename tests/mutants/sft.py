@@ -11,6 +11,13 @@ STEP = ("test_sft.py::"
         "test_a_step_is_that_of_the_formula_and_labels_are_not_learned_but_stand_before_the_reply")
 REFUSED = "test_sft.py::test_what_does_not_go_together_is_said_in_a_line"
 CONVERSATIONS = "test_sft.py::test_sft_notes_conversations_and_leaves_open_what_models_of_others_have_seen"
+BEST = "test_sft.py::test_the_best_checkpoint_is_that_of_the_first_judge_and_not_of_the_validation_loss"
+SLOWLY = "test_sft.py::test_a_judge_is_given_replies_that_a_slow_loop_samples_too"
+TWO_RANKS = "test_sft.py::test_judges_say_the_same_on_two_ranks_and_after_a_stop"
+ASKED = (
+    "test_sft.py::"
+    "test_judges_are_asked_about_held_out_prompts_evenly_spread_that_leave_room_for_a_reply")
+BAD_JUDGE = "test_sft.py::test_a_bad_judge_is_said_in_a_line_before_training"
 
 MUTANTS = [
     ("sft: prompts and padding in the mean", FORMULA,
@@ -98,4 +105,43 @@ MUTANTS = [
     ("quality: replies of one score are trained on", REFUSED,
      "len(set(ranks)) > 1,",
      "ranks,"),
+    ("judging: the validation loss decides all the same", BEST,
+     'best = judges[0].name if judges else "-val_loss"',
+     'best = "-val_loss"'),
+    ("judging: the last judge decides", BEST,
+     "best = judges[0].name if",
+     "best = judges[-1].name if"),
+    ("judging: the worst is the best", BEST,
+     "best = judges[0].name if",
+     'best = "-" + judges[0].name if'),
+    ("judging: prompts that are trained on", SLOWLY + "[]",
+     "prompts_to_judge(config, tokenizer, held_out, limit",
+     "prompts_to_judge(config, tokenizer, rows, limit"),
+    ("judging: replies at another temperature", SLOWLY + "[]",
+     "temperature=1.0, generator=generator, rows",
+     "temperature=0.5, generator=generator, rows"),
+    ("judging: replies of another step's random numbers", SLOWLY + "[]",
+     "judges, config, run.seed_step(step))",
+     "judges, config, run.seed_step(step + 1))"),
+    ("judging: the filler that keeps ranks equal counts", TWO_RANKS,
+     "judge(function, batch)[counts].sum()",
+     "judge(function, batch).sum()"),
+    ("judging: all ranks are asked the same", TWO_RANKS,
+     "asked[run.rank::run.world_size], config",
+     "asked[::run.world_size], config"),
+    ("judging: a mean over the filler too", TWO_RANKS,
+     "run.all_sum(total).item() / len(prompts)",
+     "run.all_sum(total).item() / len(asked)"),
+    ("judging: a prompt as often as it is held out", ASKED,
+     "found.setdefault(tuple(ids), Prompt(row, ids))",
+     "found.setdefault(len(found), Prompt(row, ids))"),
+    ("judging: the first prompts alone", ASKED,
+     "[prompts[i * len(prompts) // count] for i in range(count)]",
+     "prompts[:count]"),
+    ("judging: no room for the reply", ASKED,
+     "limit - config.max_new_tokens, say)",
+     "limit, say)"),
+    ("judging: nothing is tried before training", BAD_JUDGE,
+     "        check_functions(judges, [prompt.row for prompt in asked], run.say)\n",
+     ""),
 ]
