@@ -1,4 +1,5 @@
-"""What gives a reply a number, or a conversation its next turn: reward models, and Python functions of yours.
+"""What gives a reply a number, or a conversation its next turn: reward models, Python functions of yours, and
+models that are asked.
 
 The baseline that a score is compared with stands in the algorithm's own file. Here they are loaded, checked,
 called and combined, for training and evaluation alike.
@@ -10,13 +11,16 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from data import next_turn, with_reply
+from data import encode_dialogue, next_turn, pad_rows, with_reply
 from formats.model_folder import load_model
+from formats.rows import Row
 from model import ScalarModel, last_scores
 from plumbing.flags import UserError, require
+from plumbing.ranks import by_length
 
 ROOT = Path(__file__).resolve().parent
 # What a function may ask for, by the names of its parameters.
@@ -25,10 +29,11 @@ GIVEN = ("prompts", "replies", "answers", "ended", "dialogues")
 TAKEN = frozenset("""step score scores kl kl_k3 length eos_rate reward value explained_variance entropy
     ref_perplexity updates kl_coef penalty_coef lr critic_lr grad_norm critic_grad_norm ratio_error
     clip_fraction approx_kl policy_loss value_loss kl_loss ptx_loss value_clip_fraction
-    prompts standard_error wins ties losses win_rate round kl_bound seconds texts usable
+    prompts standard_error wins ties losses win_rate round kl_bound seconds texts
     rollout_tokens_per_second score_tokens_per_second update_tokens_per_second rollout_share score_share
     update_share score_spread flat_groups advantage_size replies loss loss_per_reply cost
-    student_samples mismatch mismatch_max ess val_loss""".split())
+    student_samples mismatch mismatch_max ess val_loss
+    usable labelled confidence position_bias same_letter letters rows""".split())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -122,8 +127,8 @@ class Tool(Function):
     turns: how many replies of the policy a conversation has at most.
     """
 
-    def __init__(self, spec, turns):
-        super().__init__("--tool", spec)
+    def __init__(self, flag, spec, turns=1):
+        super().__init__(flag, spec)
         self.turns = turns
 
     def __call__(self, prompts, replies, answers, ended, dialogues=None):
@@ -277,7 +282,7 @@ def load_tool(config, tokenizer, prompts, say):
     if not config.tool:
         return None
     require(config.turns > 1, f"--turns {config.turns} leaves --tool nothing to answer")
-    tool = Tool(config.tool, config.turns)
+    tool = Tool("--tool", config.tool, config.turns)
     rows = [prompt.row for prompt in prompts]
     check_functions([tool], rows, say)
     next_turn(tokenizer, with_reply(rows[0], "a trial") + [{"role": "user", "content": "a trial"}])
@@ -335,6 +340,55 @@ def judge(function, batch):
     prompts = [prompt.row.text for prompt in batch.prompts]
     answers = [prompt.row.answer for prompt in batch.prompts]
     return function(prompts, batch.texts, answers, batch.ended.tolist(), batch.dialogues)
+
+
+def judge_texts(function, rows, replies, ended):
+    """The same for replies to the prompts of rows, all lists, as a list of finite numbers."""
+    dialogues = [with_reply(row, reply) for row, reply in zip(rows, replies)]
+    numbers = function([row.text for row in rows], replies, [row.answer for row in rows], ended, dialogues)
+    require(numbers.isfinite().all(), f"{function.spec} gave a reply a number that is not finite")
+    return numbers.tolist()
+
+
+class Question(NamedTuple):
+    """What a model is asked that answers with one of two letters."""
+    ids: list  # up to the letter
+    letters: list  # the tokens of A and of B there
+
+
+def encode_question(tokenizer, text):
+    """The Question that a text asks.
+
+    The letters' tokens are those of the conversation that they answer: behind a chat template that writes a
+    blank first, A is another token than at the beginning of a text. Up to where the two answers part, as in
+    that blank, they belong to the question.
+    """
+    ask = Row([{"role": "user", "content": text}])
+    answered = [encode_dialogue(tokenizer, with_reply(ask, letter), last_only=True)[0] for letter in "AB"]
+    apart = [i for i, (a, b) in enumerate(zip(*answered)) if a != b]
+    require(apart, "the tokenizer of the model that is asked does not tell A from B")
+    at = apart[0]
+    return Question(answered[0][:at], [ids[at] for ids in answered])
+
+
+@torch.no_grad()
+def letter_logprobs(run, model, questions, pad, budget):
+    """Log-probabilities (N, 2) of A and B after each Question, of the whole softmax, fp32, on the CPU.
+
+    budget: tokens per pass.
+    """
+    result = torch.zeros(len(questions), 2)
+    lengths = [len(question.ids) for question in questions]
+    for numbers in by_length(range(len(questions)), lengths, budget):
+        part = [questions[i] for i in numbers]
+        ids, sizes = pad_rows([question.ids for question in part], pad, run.device)  # (n, T), (n,)
+        # Flat positions of the last tokens.
+        last = torch.arange(len(part)) * ids.shape[1] + sizes - 1  # (n,)
+        with run.autocast():
+            logits = model.logits(model.transformer(ids, index=last))  # (n, V)
+        letters = torch.tensor([question.letters for question in part], device=run.device)  # (n, 2)
+        result[numbers] = logits.float().log_softmax(-1).gather(1, letters).cpu()
+    return result
 
 
 def short_names(paths):

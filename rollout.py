@@ -384,6 +384,20 @@ def sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generato
     )
 
 
+def respond(run, model, tokenizer, talks, max_new_tokens, temperature, generator):
+    """[(text, ended)] of a model's replies to conversations; ("", False) where one leaves it no room."""
+    said = [("", False)] * len(talks)
+    encoded = [encode_prompt(tokenizer, talk) for talk in talks]
+    room = model.config.block_size - max_new_tokens
+    fitting = [i for i, ids in enumerate(encoded) if len(ids) <= room]
+    if fitting:
+        prompts = [Prompt(Row(talks[i]), encoded[i]) for i in fitting]
+        batch = sample(run, model, tokenizer, prompts, max_new_tokens, temperature, generator)
+        for i, text, ended in zip(fitting, batch.texts, batch.ended.tolist()):
+            said[i] = text, ended
+    return said
+
+
 def replay(run, tokenizer, prompts, replies, room=0):
     """The Rollout of replies that were sampled elsewhere: to each of this rank's prompts [Prompt] its list of
     Recorded. room: free columns behind the longest.

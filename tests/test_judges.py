@@ -145,12 +145,12 @@ def test_a_tool_returns_a_turn_or_none_for_each_reply_and_anything_else_names_it
     (tmp_path / "mine.py").write_text(TOOLS)
     monkeypatch.chdir(tmp_path)
     lists = (["?"] * 2, ["no", "yes"], [""] * 2, [True] * 2, [[{"role": "user", "content": "!"}]] * 2)
-    assert judges.Tool("mine:fine", 2)(*lists) == [None, "yes!"]
+    assert judges.Tool("--tool", "mine:fine", 2)(*lists) == [None, "yes!"]
     for name in ("text", "short", "number", "nothing"):
         with pytest.raises(UserError, match=f"--tool mine:{name} must return a list .* each of 2 replies"):
-            judges.Tool(f"mine:{name}", 2)(*lists)
+            judges.Tool("--tool", f"mine:{name}", 2)(*lists)
     with pytest.raises(UserError, match="--tool mine:fails failed .ZeroDivisionError"):
-        judges.Tool("mine:fails", 2)(*lists)
+        judges.Tool("--tool", "mine:fails", 2)(*lists)
 
 
 # -- several reward models

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import best_of_n
 import chat
+import constitution
 import distill
 import dpo
 import evaluate
@@ -272,6 +273,7 @@ SCRIPTS = {
     "dpo": dpo,
     "kto": kto,
     "best_of_n": best_of_n,
+    "constitution": constitution,
     "distill": distill,
     "evaluate": evaluate,
     "chat": chat,

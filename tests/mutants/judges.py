@@ -42,4 +42,12 @@ MUTANTS = [
      "test_judges.py::test_a_tool_returns_a_turn_or_none_for_each_reply_and_anything_else_names_it",
      "isinstance(turn, (str, type(None)))",
      "True"),
+    ("letters: those of a text that begins with them",
+     "test_constitution.py::test_the_letters_are_the_tokens_that_stand_behind_the_chat_template",
+     "[ids[at] for ids in answered]",
+     '[tokenizer.encode(letter)[0] for letter in "AB"]'),
+    ("letters: read behind the padding",
+     "test_constitution.py::test_letters_of_questions_of_many_lengths_are_those_of_each_alone",
+     "ids.shape[1] + sizes - 1",
+     "ids.shape[1] + ids.shape[1] - 1"),
 ]

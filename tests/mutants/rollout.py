@@ -102,4 +102,9 @@ MUTANTS = [
     ("turns: functions see the first reply", BY_HAND,
      'texts = [own[-1]["content"] for own in turns]',
      'texts = [own[0]["content"] for own in turns]'),
+    ("respond: a conversation that leaves no room",
+     "test_constitution.py::"
+     "test_a_conversation_that_leaves_no_room_gets_no_answer_and_the_others_get_theirs",
+     "if len(ids) <= room]",
+     "if len(ids) > 0]"),
 ]
