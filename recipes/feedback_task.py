@@ -31,7 +31,6 @@ import torch
 # Scripts in this folder are run from the root or anywhere else.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import constraints  # noqa: E402
-import feedback  # noqa: E402
 import toy  # noqa: E402
 from data import encode_prompt  # noqa: E402
 from formats.model_folder import load_model  # noqa: E402
@@ -41,14 +40,15 @@ from plumbing.disk import folder_of, write_atomically  # noqa: E402
 from plumbing.flags import Count, Fraction, Seed, require  # noqa: E402
 from plumbing.hardware import pick_device  # noqa: E402
 from plumbing.run import Alone, run_script  # noqa: E402
+from reactions import KINDS, exchanges_of, kind_of  # noqa: E402
 from rollout import Prompt, sample  # noqa: E402
 
 # What the user says. {y}: the answer; {again}: the question in other words.
 PHRASES = {
     "praise": [
         "That was just what I was after.", "Lovely, cheers.", "Spot on!", "You got it.",
-        "Many thanks for that.", "Yes, precisely.", "Brilliant, I will write it down.", "That does the trick.",
-        "Thank you ever so much.", "Good, that is settled then.",
+        "Many thanks for that.", "Yes, precisely.", "Brilliant, I will write it down.",
+        "That does the trick.", "Thank you ever so much.", "Good, that is settled then.",
     ],
     "complain": [
         "I don't think so.", "You are off there.", "Hmm, that can't be it.", "This is of no use to me.",
@@ -174,11 +174,11 @@ def measure(config):
     truth = []
     for line in Path(config.data).read_text().splitlines():
         truth += json.loads(line)["truth"]
-    exchanges = feedback.exchanges_of(read_rows(config.data, "prompts"))
-    found = [feedback.kind_by_rules(exchange) for exchange in exchanges]
+    exchanges = exchanges_of(read_rows(config.data, "prompts"))
+    found = [kind_of(own.reply, own.reaction, own.earlier) for own in exchanges]
     require(len(found) == len(truth), f"{config.data}: {len(truth)} truths and {len(found)} turns")
     print(f"{'kind':>10}{'turns':>8}{'found':>8}{'precision':>11}{'recall':>8}")
-    for kind in (*feedback.KINDS, "none"):
+    for kind in (*KINDS, "none"):
         said = [own == kind for own in found]
         meant = [own == kind for own in truth]
         both = sum(a and b for a, b in zip(said, meant))
