@@ -4,9 +4,9 @@
 
 puts --count constraints in words behind each prompt ("Use at most 20 words. Do not use commas."), composed as
 by He et al. 2024, "From complex to simple", and writes the prompts with the constraints, as JSON, in the
-field answer. Those of a prompt never contradict each other: of twelve kinds each comes at most once. The words to
-mention or to avoid are the prompt's own. constraints:kept is 1 where a reply keeps all, constraints:share the
-share that it keeps; both go by the answer, and are for --reward-fn, --judge, and --check of feedback.py.
+field answer. Those of a prompt never contradict each other: of twelve kinds each comes at most once. The words
+to mention or to avoid are the prompt's own. constraints:kept is 1 where a reply keeps all, constraints:share
+the share that it keeps; both go by the answer, and are for --reward-fn, --judge, and --check of feedback.py.
 
     python grpo.py --data runs/constrained.jsonl --reward-fn constraints:share --judge constraints:kept
     python feedback.py --data talks.jsonl --repair runs/ppo --check constraints:kept
@@ -130,7 +130,7 @@ def agree(chosen):
     return needed <= value.get("at_most", needed)
 
 
-def draw(prompt, kinds, count, numbers, rng):
+def draw_constraints(prompt, kinds, count, numbers, rng):
     """count constraints [(kind, value)] for a prompt (text) that agree; None if there are not so many."""
     chosen = []
     for kind in rng.permutation(kinds).tolist():
@@ -216,7 +216,7 @@ def main(config):
     for row in rows:
         *before, last = row.prompt
         for _ in range(config.variants):
-            chosen = draw(last["content"], config.kinds, config.count, config.words, rng)
+            chosen = draw_constraints(last["content"], config.kinds, config.count, config.words, rng)
             if chosen is None:
                 continue
             text = f"{last['content']}\n{in_words(chosen)}"

@@ -8,12 +8,13 @@ import tools
 
 ALGORITHMS = (
     "sft", "reward", "ppo", "grpo", "dpo", "kto", "best_of_n", "distill", "evaluate", "chat", "report", "toy",
-    "sums",
+    "sums", "constraints", "feedback",
 )
 # A file may import from the rooms before its own.
 # In plumbing/ and formats/ files import each other, in no circle.
 ROOMS = (
-    "plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "checkers", "algorithms"
+    "plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "checkers", "reactions",
+    "algorithms",
 )
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
 TWINS = {

@@ -25,9 +25,11 @@ from safetensors.torch import load_file
 
 import best_of_n
 import chat
+import constraints
 import distill
 import dpo
 import evaluate
+import feedback
 import grpo
 import kto
 import ppo
@@ -273,10 +275,12 @@ SCRIPTS = {
     "kto": kto,
     "best_of_n": best_of_n,
     "distill": distill,
+    "feedback": feedback,
     "evaluate": evaluate,
     "chat": chat,
     "toy": toy,
     "sums": sums,
+    "constraints": constraints,
     "report": report,
 }
 TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo", "kto")
