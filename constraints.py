@@ -4,9 +4,10 @@
 
 puts --count constraints in words behind each prompt ("Use at most 20 words. Do not use commas."), composed as
 by He et al. 2024, "From complex to simple", and writes the prompts with the constraints, as JSON, in the
-field answer. Those of a prompt never contradict each other: of twelve kinds each comes at most once. The words
-to mention or to avoid are the prompt's own. constraints:kept is 1 where a reply keeps all, constraints:share
-the share that it keeps; both go by the answer, and are for --reward-fn, --judge, and --check of feedback.py.
+field answer. Those of a prompt never contradict each other: of twelve kinds each comes once at most. The
+words to mention or to avoid are the prompt's own. constraints:kept is 1 where a reply keeps all,
+constraints:share the share that it keeps; both go by the answer, and are for --reward-fn, --judge, and
+--check of feedback.py.
 
     python grpo.py --data runs/constrained.jsonl --reward-fn constraints:share --judge constraints:kept
     python feedback.py --data talks.jsonl --repair runs/ppo --check constraints:kept

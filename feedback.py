@@ -289,34 +289,35 @@ def main(config):
     rows = read_rows(config.data, "prompts", part=config.part, skip_bad=config.skip_bad)
     exchanges = exchanges_of(rows)
     require(exchanges, f"{config.data}: no reply is followed by a turn of the user's")
+    # The reactions are judged with all turns in view; the files have as many as --turns says.
+    short = [own._replace(before=cut_turns(own.before, config.turns)) for own in exchanges]
     function = Function("--check", config.check) if config.check else None
     if function:
-        check_functions([function], rows, print)
+        check_functions([function], [Row(own.before, answer=own.answer) for own in short], print)
     opened = open_folder(config.repair, config) if config.repair else None
     folder_of(out / "summary.json")
 
-    # 2. kinds of the reactions, with all turns in view; the files have as many as --turns says
+    # 2. kinds of the reactions
     kinds = kinds_of(exchanges, config)
     counts = {kind: kinds.count(kind) for kind in (*KINDS, "none")}
     print(f"{len(exchanges)} replies with a turn of the user's behind them: "
           + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     require(counts["none"] < len(kinds), f"{config.data}: no turn behind a reply is feedback")
-    exchanges = [own._replace(before=cut_turns(own.before, config.turns)) for own in exchanges]
 
     # 3. other replies in place of the bad ones
     repaired = None
     if opened:
         bad = [i for i, kind in enumerate(kinds) if kind not in ("praise", "none")]
-        several = sum(len(exchanges[i].earlier) > 1 for i in bad)
+        several = sum(len(short[i].earlier) > 1 for i in bad)
         if several and knows_single_turns(opened[1].config):
             print(f"warning: {config.repair} knows single turns only, and {several} of {len(bad)} prompts "
                   "have several; --turns 1 keeps the last one")
-        again = answers_again([exchanges[i] for i in bad], config, opened, function) if bad else {}
+        again = answers_again([short[i] for i in bad], config, opened, function) if bad else {}
         repaired = {bad[k]: text for k, text in again.items()}
         print(f"{len(repaired)} of {len(bad)} replies with bad feedback are repaired")
 
     # 4. files; the summary comes last: where it is, all are
-    files = training_rows(exchanges, kinds, repaired)
+    files = training_rows(short, kinds, repaired)
     for name, found in files.items():
         text = "".join(json.dumps(row) + "\n" for row in found)
         write_atomically(out / f"{name}.jsonl", text.encode())

@@ -131,8 +131,8 @@ GRAVEST = ("correct", "complain", "repeat", "clarify", "praise")
 # Words that are in any question, and say nothing of what it asks for.
 ASKING = frozenset("""a an the of to in on at for from with and or is are was were be been do does did can
     could would will you your me my i it its this that there what which who when where why how please tell
-    name give show write say need want know help called mean word answer question again once so but ok s t ll re ve
-    """.split())
+    name give show write say need want know help called mean word answer question again once so but ok s t ll
+    re ve""".split())
 
 
 def sentences_of(text):

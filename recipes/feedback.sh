@@ -33,7 +33,8 @@ make "$out/talks.jsonl" $task --stage talk --model "$start/sft" --data "$toy/pro
 make "$out/files/summary.json" feedback.py --data "$out/talks.jsonl" --turns 1 --out "$out/files"
 
 stage "3/6 KTO on it"
-"$python" kto.py --model "$start/sft" --data "$out/files/labels.jsonl" --steps 120 --out "$out/kto" $train
+"$python" kto.py --model "$start/sft" --data "$out/files/labels.jsonl" --steps 150 --batch-tokens 1024 \
+    --out "$out/kto" $train
 make "$out/kto.json" evaluate.py --models "$start/sft" "$out/kto" --data "$toy/prompts_heldout.jsonl" \
     --judge toy:gold --out "$out/kto.json" $machine
 
@@ -44,8 +45,10 @@ for end in "" _heldout; do
         --out "$out/constrained$end.jsonl"
     make "$out/task$end" $task --stage demonstrations --samples 4 --data "$out/constrained$end.jsonl" --out "$out/task$end"
 done
-"$python" sft.py --model "$start/sft" --data "$out/task/careless.jsonl" --steps 40 --lr 1e-3 --warmup 5 --out "$out/weak" $train
-"$python" sft.py --model "$start/sft" --data "$out/task/careful.jsonl" --steps 150 --lr 2e-3 --out "$out/strong" $train
+"$python" sft.py --model "$start/sft" --data "$out/task/careless.jsonl" --steps 60 --batch-tokens 1024 --lr 1e-3 \
+    --warmup 5 --out "$out/weak" $train
+"$python" sft.py --model "$start/sft" --data "$out/task/careful.jsonl" --steps 150 --batch-tokens 2048 --lr 2e-3 \
+    --out "$out/strong" $train
 
 stage "5/6 the user talks to the first, the second repairs, the checker verifies"
 make "$out/constrained_talks.jsonl" $task --stage talk --questions 1 --model "$out/weak" --data "$out/task/prompts.jsonl" \
@@ -54,7 +57,7 @@ make "$out/repaired/summary.json" feedback.py --data "$out/constrained_talks.jso
     --check constraints:kept --seed "$seed" --out "$out/repaired" $machine
 
 stage "6/6 SFT on what was praised and what was repaired"
-"$python" sft.py --model "$out/weak" --data "$out/repaired/sft.jsonl" --epochs 10 --batch-tokens 2048 --lr 1e-3 --warmup 5 \
+"$python" sft.py --model "$out/weak" --data "$out/repaired/sft.jsonl" --epochs 6 --batch-tokens 1024 --lr 1e-3 --warmup 5 \
     --out "$out/student" $train
 make "$out/repaired.json" evaluate.py --models "$out/weak" "$out/student" "$out/strong" \
     --data "$out/task_heldout/prompts.jsonl" --judge constraints:kept recipes.feedback_task:gold \

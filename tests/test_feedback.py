@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import feedback
+import toy
 from examples import user
 from feedback import LETTERS, cut_turns, kinds_by_judge, question_on
 from formats.model_folder import load_model, save_model
@@ -15,10 +16,12 @@ from formats.sources import read_rows
 from model import GPT, GPTConfig
 from plumbing.flags import UserError
 from reactions import KINDS, exchanges_of, kind_of
-from tools import SILENT, TOY, WORDS, exit_code, run_here, write_rows
-import toy
+from tools import SILENT, WORDS, exit_code, run_here, write_rows
 
+# A reply that the small model often says.
+FIRST = "It is good."
 NAMES = ("labels", "sft", "pairs")
+HH = "\n\nHuman: Say apple.\n\nAssistant: Pear.\n\nHuman: It should be apple.\n\nAssistant:"
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -40,7 +43,7 @@ def talks(tmp_path):
     """A file of single questions to the small model, each with a reply and a reaction: half of them bad."""
     rows = []
     for i, word in enumerate(WORDS * 4):
-        reply, reaction = ("No.", "That is wrong.") if i % 2 else ("It is good.", "Thanks!")
+        reply, reaction = (FIRST, "That is wrong.") if i % 2 else ("No.", "Thanks!")
         rows.append({"messages": user(f"Say {word}.", reply, reaction), "answer": str(i)})
     return write_rows(tmp_path / "talks.jsonl", rows)
 
@@ -53,8 +56,7 @@ def test_each_file_holds_what_it_is_for_whatever_format_the_conversations_have(t
         {"conversations": [
             {"from": "human", "value": "Say stone."}, {"from": "gpt", "value": "No."},
             {"from": "human", "value": "That is not helpful."}, {"from": "gpt", "value": "Stone."}]},
-        {"chosen": "\n\nHuman: Say apple.\n\nAssistant: Pear.\n\nHuman: It should be apple.\n\nAssistant: Apple.",
-         "rejected": "\n\nHuman: Say apple.\n\nAssistant: Pear.\n\nHuman: It should be apple.\n\nAssistant: No."},
+        {"chosen": f"{HH} Apple.", "rejected": f"{HH} No."},
         {"prompt": "Say window."},
     ]
     for i, row in enumerate(rows):
@@ -105,7 +107,7 @@ def number(replies, answers, prompts, dialogues):
     for prompt, reply, talk in zip(prompts, replies, dialogues):
         assert talk[0]["content"] == prompt and talk[1]["content"] == reply
     # Some first replies are better than half, and some repaired ones no better than they.
-    return [0.6 if reply == "No." and int(answer) % 3 == 0 else len(reply) % 9 / 8
+    return [0.6 if reply == "It is good." and int(answer) % 3 == 0 else len(reply) % 9 / 8
             for reply, answer in zip(replies, answers)]
 """)
     monkeypatch.syspath_prepend(tmp_path)
@@ -119,7 +121,7 @@ def number(replies, answers, prompts, dialogues):
     monkeypatch.setattr(feedback, "sample", recorded)
     flags = "--check mine:number" if checked else ""
     run_here("feedback", f"--data {talks} --repair {small}/sft --max-new-tokens 7 --batch 5 --threads 1",
-             f"--out {tmp_path}/out --temperature 1.3", flags)
+             f"--out {tmp_path}/out", flags)
     pairs, counts = [], {"same": 0, "cut": 0, "worse": 0}
     number = 0
     for batch in batches:
@@ -127,26 +129,27 @@ def number(replies, answers, prompts, dialogues):
             # Every second turn is bad.
             number += 2
             assert prompt.row.answer == str(number - 1)
-            first = 0.6 if (number - 1) % 3 == 0 else 3 / 8
-            score = 0.6 if text == "No." and (number - 1) % 3 == 0 else len(text) % 9 / 8
+            third = (number - 1) % 3 == 0
+            first = 0.6 if third else 2 / 8
+            score = 0.6 if text == FIRST and third else len(text) % 9 / 8
             worse = checked and not (score > 0.5 and score > first)
-            counts["same"] += text.strip() == "No."
+            counts["same"] += text.strip() == FIRST
             counts["cut"] += not ended
             counts["worse"] += worse
-            if ended and text.strip() and text.strip() != "No." and not worse:
-                pairs.append({"prompt": prompt.row.text, "chosen": text.strip(), "rejected": "No."})
+            if ended and text.strip() and text.strip() != FIRST and not worse:
+                pairs.append({"prompt": prompt.row.text, "chosen": text.strip(), "rejected": FIRST})
     rows = files_in(tmp_path / "out")
     assert number == 24 and rows["pairs"] == pairs != []
     assert counts["same"] and counts["cut"] and (counts["worse"] > 0) == checked
     assert summary_in(tmp_path / "out")["repaired"] == len(pairs)
-    repaired = [row for row in rows["sft"] if row["completion"] != "It is good."]
+    repaired = [row for row in rows["sft"] if row["completion"] != "No."]
     assert repaired == [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
 
 
 def test_a_check_above_a_half_is_needed_and_above_the_first_reply_too(small, talks, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("""
 def low(replies):
-    return [0.1 if reply == "No." else 0.5 for reply in replies]
+    return [0.1 if reply == "It is good." else 0.5 for reply in replies]
 
 def equal(replies):
     return [0.9 for reply in replies]
@@ -178,8 +181,8 @@ def test_of_a_prompt_the_last_user_turns_are_kept_behind_its_system_turn():
 def test_a_model_of_single_turns_is_not_given_several_without_a_word(turns, warned, small, tmp_path, capsys):
     talk = user("Say river.", "River.", "Say stone.", "No.", "Say apple.", "Pear.", "No, apple.")
     write_rows(tmp_path / "talks.jsonl", [{"messages": talk}])
-    run_here("feedback", f"--data {tmp_path}/talks.jsonl --repair {small}/sft --max-new-tokens 12 --threads 1",
-             f"--turns {turns} --out {tmp_path}/out")
+    run_here("feedback", f"--data {tmp_path}/talks.jsonl --repair {small}/sft --max-new-tokens 12",
+             f"--turns {turns} --out {tmp_path}/out --threads 1")
     said = capsys.readouterr().out
     assert ("knows single turns only, and 1 of 1 prompts have several; --turns 1" in said) == warned
     label, = files_in(tmp_path / "out")["labels"]
@@ -199,11 +202,11 @@ def test_a_repeat_is_seen_though_the_files_keep_one_turn(tmp_path):
 
 @pytest.fixture
 def letters(tmp_path):
-    """A folder with a model of random weights, large ones, so that its letters differ from prompt to prompt."""
+    """A folder with a model of large random weights, so that its letters differ from prompt to prompt."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(toy.tokenizer().n_vocab, 400, 1, 2, 2, 32))
+    model = GPT(GPTConfig(toy.tokenizer().n_vocab, 400, 2, 2, 2, 32))
     for p in model.parameters():
-        p.data.normal_(std=0.3)
+        p.data.normal_()
     save_model(tmp_path / "judge", model, toy.tokenizer())
     return tmp_path / "judge"
 
@@ -231,7 +234,8 @@ def test_the_judge_is_read_by_the_letters_at_its_first_token_as_in_a_slow_loop(l
 
 
 def test_a_judge_makes_files_and_says_which_questions_are_too_long(letters, talks, tmp_path, capsys):
-    rows = [json.loads(line) for line in open(talks)] + [{"messages": user("Say it.", "No " * 400, "Thanks!")}]
+    rows = [json.loads(line) for line in open(talks)]
+    rows.append({"messages": user("Say it.", "No " * 400, "Thanks!")})
     write_rows(tmp_path / "more.jsonl", rows)
     run_here("feedback", f"--data {tmp_path}/more.jsonl --by {letters} --out {tmp_path}/out --threads 1")
     assert "1 of 25 questions are longer than the judge's context of 400 tokens" in capsys.readouterr().out
@@ -258,7 +262,7 @@ def nothing(replies):
     run_here("feedback", f"--data {talks} --by mine:kinds --out {tmp_path}/out")
     assert summary_in(tmp_path / "out")["kinds"] == dict.fromkeys(KINDS, 0) | {"praise": 11, "none": 13}
     for name in ("short", "other"):
-        with pytest.raises(UserError, match=f"--by mine:{name} must return a list that has one of repeat, cor"):
+        with pytest.raises(UserError, match=f"--by mine:{name} must return a list that has one of repeat"):
             run_here("feedback", f"--data {talks} --by mine:{name} --out {tmp_path}/new")
     with pytest.raises(UserError, match="no turn behind a reply is feedback"):
         run_here("feedback", f"--data {talks} --by mine:nothing --out {tmp_path}/new")
@@ -314,7 +318,7 @@ def test_it_is_one_process(monkeypatch):
 
 def test_ctrl_c_while_answering_leaves_nothing_and_a_second_try_needs_no_flag(
         small, talks, tmp_path, monkeypatch):
-    flags = f"--data {talks} --repair {small}/sft --max-new-tokens 8 --batch 2 --threads 1 --out {tmp_path}/out"
+    flags = f"--data {talks} --repair {small}/sft --max-new-tokens 8 --batch 2 --out {tmp_path}/out"
     right = feedback.sample
     calls = []
 
