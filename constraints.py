@@ -194,9 +194,9 @@ class Config:
     out: str = "runs/constrained.jsonl"  # file for the prompts with constraints
     count: Count = 2  # constraints of a prompt
     variants: Count = 1  # prompts made of each one, with constraints of their own
-    # kinds to draw from, see the top of the file
+    # kinds to draw from, of those in the file's table (all of them)
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    # numbers of words that at_most and at_least are drawn from
+    # numbers of words that at_most and at_least are drawn from (20, 50 and 100)
     words: list[int] = field(default_factory=lambda: [20, 50, 100])
     skip_bad: bool = False  # leave out rows of --data that can't be read, at most one in a hundred
     seed: Seed = 0  # seed of the constraints
