@@ -19,7 +19,6 @@ Legend: N replies, laid end to end, P pairs.
 import math
 
 import numpy as np
-import torch
 
 from data import (
     encode_group, end_to_end, per_example, ranked_pairs, ranking_accuracy, right_shares, tied_pairs,

@@ -16,8 +16,8 @@ which of A and B is better, by a principle. With t the --feedback-temperature,
     p_1 = P(A), where A is x and B is y     p_2 = 1 - P(A), where A is y and B is x
     p(x is better) = (p_1 + p_2) / 2        both orders (Lee et al., section 2.1), so that y has 1 - p
 
-    pairs.jsonl    prompt, chosen, rejected, probability: p of the chosen one, which dpo.py takes for a soft
-                   label, and reward.py for certain. At exactly 0.5 there is no row
+    pairs.jsonl    prompt, chosen, rejected, probability: p of the chosen one, a soft label for dpo.py and
+                   reward.py. At exactly 0.5 there is no row
 
 summary.json says how much goes by place: position_bias, the mean of p_1 - p_2 (0: nothing, 1: the judge
 always says A, -1: B); same_letter, the share of pairs with one letter in both orders; letters, the mean

@@ -141,6 +141,23 @@ class Tool(Function):
         return list(turns)
 
 
+class Namer(Function):
+    """A function module:name that gives each reply one of some names, or None."""
+
+    def __init__(self, flag, spec, names):
+        super().__init__(flag, spec)
+        self.names = names
+
+    def __call__(self, prompts, replies, answers, ended, dialogues=None):
+        """Lists, as for a `Function` -> for each reply a name, or None."""
+        named = self.call(lambda named: named, prompts, replies, answers, ended, dialogues)
+        fine = isinstance(named, (list, tuple)) and len(named) == len(replies)
+        require(fine and all(name is None or name in self.names for name in named),
+                f"{self.spec} must return a list that has one of {', '.join(self.names)} or None for each of "
+                f"{len(replies)} replies, got {repr(named)[:80]}")
+        return list(named)
+
+
 def wanted_lists(spec, parameters):
     """Those of GIVEN that a function's parameters (of inspect.signature) ask for.
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from model import GPT
 from plumbing.flags import UserError, parse_flags
 from small_models import tiny_of
 from test_head import LargestTensor
-from tools import TORCHRUN, command, exit_code, metrics, reply_logprob, rows_of, run_here, write_rows
+from tools import TORCHRUN, command, metrics, reply_logprob, rows_of, run_here, write_rows
 
 PAIR = Row([], ["a", "b"], [0, 1])
 # Pairs, graded and with a margin, and rankings, with ties among the best and below.

@@ -8,13 +8,13 @@ import tools
 
 ALGORITHMS = (
     "sft", "reward", "ppo", "grpo", "dpo", "kto", "best_of_n", "constitution", "distill", "evaluate", "chat",
-    "report", "toy", "sums",
+    "report", "toy", "sums", "constraints", "feedback",
 )
 # A file may import from the rooms before its own.
 # In plumbing/ and formats/ files import each other, in no circle.
 ROOMS = (
     "plumbing", "head", "model", "formats", "data", "generate", "rollout", "judges", "checkers", "agreement",
-    "algorithms"
+    "reactions", "algorithms",
 )
 # Functions that stand in two algorithms on purpose, and what shows that both give the same numbers.
 TWINS = {

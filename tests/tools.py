@@ -26,9 +26,11 @@ from safetensors.torch import load_file
 import best_of_n
 import chat
 import constitution
+import constraints
 import distill
 import dpo
 import evaluate
+import feedback
 import grpo
 import kto
 import ppo
@@ -275,10 +277,12 @@ SCRIPTS = {
     "best_of_n": best_of_n,
     "constitution": constitution,
     "distill": distill,
+    "feedback": feedback,
     "evaluate": evaluate,
     "chat": chat,
     "toy": toy,
     "sums": sums,
+    "constraints": constraints,
     "report": report,
 }
 TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo", "kto")
