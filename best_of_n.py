@@ -79,7 +79,9 @@ import torch
 from tqdm import tqdm
 
 from formats.model_folder import load_model
-from judges import check_functions, judge, load_functions, load_reward_models, score, source_weights
+from judges import (
+    check_functions, judge, load_functions, load_process, load_reward_models, models_of, score,
+    source_weights, step_rewards)
 from model import GPT
 from plumbing.disk import digest, folder_of, model_digest, write_atomically, write_json
 from plumbing.flags import Count, Fraction, Natural, Positive, Seed, as_list, flag_of, parse_sources, require
@@ -95,7 +97,12 @@ class Config:
     data: str = "runs/toy/prompts.jsonl"
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models to score with
     reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, as for ppo.py
-    reward_weights: list[float] = field(default_factory=list)  # of each --reward, then each --reward-fn (1)
+    # checkpoint folder of a process reward model (process.py), one more source of the score
+    process: str = ""
+    # score of a reply by it: the product of P(good) of its steps, the least, or that of the last
+    process_score: Literal["product", "min", "last"] = "product"
+    # of each --reward, then each --reward-fn, then --process (1)
+    reward_weights: list[float] = field(default_factory=list)
     # functions whose numbers are measured and shown under their names, and decide nothing
     judge: list[str] = field(default_factory=list)
     out: str = "runs/best_of_n"  # folder for the files, or for those of all rounds and metrics.jsonl
@@ -138,8 +145,9 @@ class Config:
 ROOT = Path(__file__).resolve().parent
 # Flags that all scripts have, those that evaluate.py has too, and all of sampling.
 MACHINE = ("seed", "device", "dtype", "threads", "allow_pickle")
-SHARED = ("data", "reward", "reward_fn", "reward_weights", "judge", "val_fraction", "part", "skip_bad",
-          "max_length", "max_new_tokens", "temperature", "micro_batch_tokens")
+SHARED = ("data", "reward", "reward_fn", "process", "process_score", "reward_weights", "judge",
+          "val_fraction", "part", "skip_bad", "max_length", "max_new_tokens", "temperature",
+          "micro_batch_tokens")
 SAMPLING = (*SHARED, *MACHINE, "n", "select", "top_share", "arena", "batch")
 # What --rounds itself says to the training script.
 GIVEN = ("--model", "--data", "--out", "--reference", "--resume", "--overwrite")
@@ -301,7 +309,7 @@ def sample_all(alone, models, tokenizer, prompts, facts_of, config):
 
 def load_and_sample(config):
     """Samples of --model, and of the models of --arena."""
-    sources = config.reward + config.reward_fn
+    sources = config.reward + config.reward_fn + as_list(config.process)
     weights = torch.tensor(source_weights(config.reward_weights, sources))
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
@@ -313,7 +321,8 @@ def load_and_sample(config):
         require(other.same_as(tokenizer), f"{folder} has another tokenizer than {config.model}")
         models.append(model)
     reward_models = load_reward_models(config.reward, tokenizer, config.model, config.allow_pickle)
-    networks = models + reward_models
+    process = load_process(config, tokenizer)
+    networks = models + reward_models + models_of(process)
     device = pick_device(config.device)
     for network in networks:
         network.to(device).eval()
@@ -324,7 +333,8 @@ def load_and_sample(config):
 
     def facts_of(batch):
         plan, = batch.plan(alone, [list(range(len(batch.texts)))], config.micro_batch_tokens)
-        source_scores = score(alone, reward_models, functions, batch, plan).cpu()  # (sources, B)
+        steps = step_rewards(alone, process, batch, plan)
+        source_scores = score(alone, reward_models, functions, batch, plan, steps).cpu()  # (sources, B)
         judged = [judge(function, batch) for function in judges]
         for source, values in zip(sources + config.judge, [*source_scores, *judged]):
             require(values.isfinite().all(), f"{source} gave a reply a score that is not finite")
@@ -343,7 +353,7 @@ def load_and_sample(config):
 def one_round(config, out):
     """Sample, select, and write the files to a folder; or see that they are those that it has."""
     inputs = {"data": [digest(file for file, _ in parse_sources(config.data))]}
-    for flag in ("model", "reward", "arena"):
+    for flag in ("model", "reward", "process", "arena"):
         inputs[flag] = [model_digest(folder) for folder in as_list(getattr(config, flag))]
     path = out / "summary.json"
     if path.exists():
@@ -454,7 +464,8 @@ def all_rounds(config, out):
 def check(config, out):
     """UserError unless the flags go together and --out may be written to."""
     require(os.environ.get("WORLD_SIZE", "1") == "1", "best_of_n.py is one process: leave out torchrun")
-    require(config.reward or config.reward_fn, "name what to score with: --reward or --reward-fn")
+    require(config.reward or config.reward_fn or config.process,
+            "name what to score with: --reward, --reward-fn or --process")
     require(not config.arena or config.select == "best", "--arena has a selection of its own, not --select")
     require(config.rounds or not config.train_flags, "--train-flags is for --rounds")
     require(config.train == "dpo" or config.reference == "reset", "--reference fixed is for --train dpo")

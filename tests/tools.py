@@ -31,6 +31,7 @@ import evaluate
 import grpo
 import kto
 import ppo
+import process
 import report
 import reward
 import rollout as rollout_file
@@ -271,6 +272,7 @@ SCRIPTS = {
     "grpo": grpo,
     "dpo": dpo,
     "kto": kto,
+    "process": process,
     "best_of_n": best_of_n,
     "distill": distill,
     "evaluate": evaluate,
