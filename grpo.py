@@ -310,8 +310,8 @@ def step_advantages(scores, changes, ends, kind, G):
     number = ends.cumsum(1) - ends.long()  # (B, T) how many steps ended before each token
     K = int(ends.sum(1).max().clamp(min=1))
     number = number.clamp(max=K - 1)
-    by_step = torch.zeros(len(scores), K, device=scores.device)
-    there = by_step.scatter_add(1, number, ends.float()) > 0  # (B, K) whether the reply has that step
+    by_step = scores.new_zeros(len(scores), K)
+    there = by_step.scatter_add(1, number, ends.to(scores.dtype)) > 0  # (B, K)
     by_step = by_step.scatter_add(1, number, changes)  # (B, K)
     to_come = scores[:, None] - (by_step.cumsum(1) - by_step)  # (B, K)
     if kind == "none":

@@ -90,6 +90,11 @@ def prompt_of(terms):
     return "".join([str(terms[0]), *(f"{term:+d}" for term in terms[1:])]) + "=?"
 
 
+def asked_row(terms):
+    """A sum as a row has it: its prompt and answer."""
+    return {"prompt": prompt_of(terms), "answer": str(sum(terms))}
+
+
 def terms_of(prompt):
     """The terms of the sum that a prompt asks for."""
     require(re.fullmatch(r"[0-9]{1,9}([+-][0-9]{1,9})+=\?", prompt),
@@ -160,12 +165,18 @@ def talk_through(terms, rng, wrong=False, hasty=False):
 # ---------------------------------------------------------------------------------------------------------
 # Checking replies
 
+def result_of(reply):
+    """What a reply comes to, behind the "so" at its end; None if it has none."""
+    end = re.search(rf"\bso ({WHOLE})$", reply.strip())
+    return end[1] if end else None
+
+
 def right(replies, answers):
     """1 where a reply ends in "so" and the answer, else 0."""
     scores = []
     for reply, answer in zip(replies, answers):
-        end = re.search(rf"\bso ({WHOLE})$", reply.strip())
-        scores.append(float(end is not None and end[1] == answer))
+        result = result_of(reply)
+        scores.append(float(result == answer))
     return scores
 
 
@@ -225,10 +236,7 @@ def majority(prompts, replies):
     """The share of the replies to the same prompt, as far as they are given, that come to a reply's result; 0
     for one that comes to none. (Self-consistency: Wang et al. 2022.)
     """
-    results = []
-    for prompt, reply in zip(prompts, replies):
-        end = re.search(rf"\bso ({WHOLE})$", reply.strip())
-        results.append((prompt, end[1] if end else None))
+    results = [(prompt, result_of(reply)) for prompt, reply in zip(prompts, replies)]
     counts = Counter(results)
     asked = Counter(prompts)
     return [counts[one] / asked[one[0]] if one[1] else 0.0 for one in results]
@@ -284,7 +292,7 @@ def write_task(config, folder, splits):
         prompts, demonstrations = [], []
         for terms in splits[split]:
             wrong, hasty = rng.random() < config.wrong, rng.random() < config.hasty
-            asked = {"prompt": prompt_of(terms), "answer": str(sum(terms))}
+            asked = asked_row(terms)
             prompts.append(asked)
             if config.calculator:
                 talk = talk_through(terms, rng, wrong, hasty)
@@ -329,7 +337,7 @@ def answers_of(config, policy, tokenizer, sums, device):
     for start in range(0, len(sums), 64):
         asked, prompts = [], []
         for terms in sums[start:start + 64]:
-            asked.append({"prompt": prompt_of(terms), "answer": str(sum(terms))})
+            asked.append(asked_row(terms))
             turns = [{"role": "user", "content": prompt_of(terms)}]
             prompts.append(Prompt(Row(turns), encode_prompt(tokenizer, turns)))
         batch = sample(alone, policy, tokenizer, prompts, config.max_new_tokens, 1.0, generator,

@@ -342,7 +342,7 @@ def test_tokens_of_first_steps_have_the_advantages_of_whole_replies(kind):
 
 
 @pytest.mark.parametrize("kind", ["mean", "leave-one-out", "deviation"])
-def test_a_group_of_equal_scores_teaches_no_step_anything_and_a_step_alone_is_compared_with_nothing(kind):
+def test_equal_scores_teach_no_step_anything_and_a_step_alone_is_compared_with_nothing(kind):
     scores, changes, ends = steps_drawn()
     scores[:3] = 0.1
     got = grpo.step_advantages(scores, changes, ends, kind, 3)

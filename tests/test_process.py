@@ -198,7 +198,7 @@ def test_parts_of_nothing_but_blanks_are_no_steps(text, offsets):
     assert step_offsets(text, "\n") == offsets
 
 
-def test_a_reply_without_a_separator_of_one_step_or_cut_off_ends_its_last_step_with_its_last_token():
+def test_a_replys_last_step_ends_with_its_last_token_whatever_it_is():
     eos = SUMS.eos
     whole = SUMS.encode("12-7=5; so 5")
     assert step_ends(SUMS, whole + [eos], ";") == [5, 7]
@@ -629,29 +629,25 @@ def test_two_ranks_with_process_rewards_train_as_one_does_and_a_stopped_run_resu
                               load_file(tmp_path / "one" / "model.safetensors"))
 
 
-def scores_by_hand(task, rows, kind="product"):
-    """{(prompt, reply): score} of replies that ended, one at a time."""
+def test_best_of_n_takes_a_process_score(task, tmp_path, monkeypatch):
+    """They are those of the sampled ids, one reply at a time; of a text that comes twice, of the first."""
+    calls = watched(monkeypatch, "best_of_n", "sample")
+    run_here("best_of_n", f"--model {task}/sft --process {task}/process --max-new-tokens 24 --threads 1",
+             f"--data {task}/sums/prompts_heldout.jsonl --n 4 --judge sums:right --out {tmp_path}/out")
     scorer, tokenizer = load_model(task / "process", ScalarModel, labels=3)
-    scorer.eval()
-    found = {}
-    for prompt, reply in rows:
-        ids = encode_prompt(tokenizer, user(prompt))
-        said = tokenizer.encode(reply) + [tokenizer.eos]
-        ends = [len(ids) + i for i in slow_ends(tokenizer, said, ";")]
-        with torch.no_grad():
-            good = scorer(torch.tensor([ids + said]))[0, ends].softmax(1)[:, 2].tolist()
-        found[prompt, reply] = {"product": math.prod(good), "min": min(good), "last": good[-1]}[kind]
-    return found
-
-
-def test_best_of_n_takes_a_process_score(task, tmp_path):
-    run_here("best_of_n", f"--model {task}/sft --process {task}/process",
-             f"--data {task}/sums/prompts_heldout.jsonl --n 4 --max-new-tokens 24 --judge sums:right",
-             f"--threads 1 --out {tmp_path}/out")
+    known = {}
+    for _, batch in calls["sample"]:
+        for b, prompt in enumerate(batch.prompts):
+            ids = batch.ids[b, :batch.host_lengths[b]].tolist()
+            start = len(prompt.ids)
+            ends = [start + i for i in slow_ends(tokenizer, ids[start:], ";")]
+            with torch.no_grad():
+                good = scorer.eval()(torch.tensor([ids]))[0, ends].softmax(1)[:, 2]
+            if batch.ended[b]:
+                known.setdefault((prompt.row.text, batch.texts[b]), good.prod().item())
     rows = [json.loads(line) for line in (tmp_path / "out" / "rankings.jsonl").read_text().splitlines()]
     assert len(rows) > 10
-    for row in rows[:10]:
-        known = scores_by_hand(task, [(row["prompt"], reply) for reply in row["completions"]])
+    for row in rows:
         for reply, score in zip(row["completions"], row["scores"]):
             assert score == pytest.approx(known[row["prompt"], reply], abs=1e-5)
 
