@@ -12,6 +12,10 @@ writes three files for the other scripts, and summary.json:
 et al. 2023), top the best share over all prompts (ReST, Gulcehre et al. 2023), and random one of each prompt
 whatever its score: the control, which says what training on that many samples of one's own does by itself.
 
+--process runs/process scores replies by a process reward model (process.py). With it --search steps looks for
+a reply step by step: n continuations up to the end of their first step, the best of them by the score so far,
+n continuations of that, and so on. Each prompt then has one reply.
+
 Of n replies drawn from ref the best has
 
     P(reward <= r) = F(r)^n                 F: the distribution of ref's reward
@@ -78,7 +82,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import step_ends
 from formats.model_folder import load_model
+from formats.rollouts import Recorded
+from generate import generate
 from judges import (
     check_functions, judge, load_functions, load_process, load_reward_models, models_of, score,
     source_weights, step_rewards)
@@ -87,7 +94,7 @@ from plumbing.disk import digest, folder_of, model_digest, write_atomically, wri
 from plumbing.flags import Count, Fraction, Natural, Positive, Seed, as_list, flag_of, parse_sources, require
 from plumbing.hardware import pick_device, pick_dtype
 from plumbing.run import Alone, changed_settings, read_state, run_script
-from rollout import load_prompts, sample
+from rollout import load_prompts, replay, sample
 
 
 @dataclass
@@ -106,7 +113,10 @@ class Config:
     # functions whose numbers are measured and shown under their names, and decide nothing
     judge: list[str] = field(default_factory=list)
     out: str = "runs/best_of_n"  # folder for the files, or for those of all rounds and metrics.jsonl
-    n: Count = 16  # replies to each prompt; with --arena: of each model
+    n: Count = 16  # replies to each prompt; with --arena: of each model; with --search steps: of each step
+    # of what the n are: whole replies; or continuations up to the end of a step, of which the best by
+    # --process goes on, so that each prompt has one reply
+    search: Literal["replies", "steps"] = "replies"
     # the best of each prompt; the best share over all; or one of each prompt at random
     select: Literal["best", "top", "random"] = "best"
     top_share: Annotated[float, "> 0", "<= 1"] = 0.0625  # of the replies that --select top keeps
@@ -148,7 +158,7 @@ MACHINE = ("seed", "device", "dtype", "threads", "allow_pickle")
 SHARED = ("data", "reward", "reward_fn", "process", "process_score", "reward_weights", "judge",
           "val_fraction", "part", "skip_bad", "max_length", "max_new_tokens", "temperature",
           "micro_batch_tokens")
-SAMPLING = (*SHARED, *MACHINE, "n", "select", "top_share", "arena", "batch")
+SAMPLING = (*SHARED, *MACHINE, "n", "search", "select", "top_share", "arena", "batch")
 # What --rounds itself says to the training script.
 GIVEN = ("--model", "--data", "--out", "--reference", "--resume", "--overwrite")
 
@@ -244,7 +254,7 @@ def summary_of(samples, chosen, files, config):
     """What summary.json says. chosen (N, n) bool: the selected replies."""
     scores = samples.numbers["score"]
     tied = [len(set(own)) < len(own) for own in scores]
-    exact = config.select == "best" and not config.arena
+    exact = config.select == "best" and config.search == "replies" and not config.arena
     lost = (scores > scores[:, :1]).mean(0)  # (n,)
     result = {
         "groups": len(scores),
@@ -278,22 +288,26 @@ def aligned(rows):
 # ---------------------------------------------------------------------------------------------------------
 # Sampling
 
-def sample_all(alone, models, tokenizer, prompts, facts_of, config):
-    """Samples: --n replies of each model, the policy first, to each [Prompt].
+def sample_all(alone, models, tokenizer, prompts, facts_of, config, process):
+    """Samples: --n replies of each model, the policy first, to each [Prompt]; with --search steps one.
 
-    facts_of(rollout) -> {name: (B,)}: texts, usable, and numbers.
+    facts_of(rollout) -> {name: (B,)}: texts, usable, and numbers. process: of --process, or None.
     """
     arena = len(models) > 1
+    by_step = config.search == "steps"
     # One column for each reply to a prompt or, in the arena, for each model.
-    columns = len(models) if arena else config.n
+    columns = len(models) if arena else 1 if by_step else config.n
     generator = torch.Generator(alone.device).manual_seed(config.seed)
     parts = {}  # {name: [(groups, columns) of a batch]}
     for start in tqdm(range(0, len(prompts), config.batch), desc="sampling", disable=None):
         asked = prompts[start:start + config.batch]
         facts = []  # of each model
         for model in models:
-            batch = sample(alone, model, tokenizer, asked, config.max_new_tokens, config.temperature,
-                           generator, per_prompt=config.n)
+            if by_step:
+                batch = search_steps(alone, model, tokenizer, asked, process, generator, config)
+            else:
+                batch = sample(alone, model, tokenizer, asked, config.max_new_tokens, config.temperature,
+                               generator, per_prompt=config.n)
             facts.append(facts_of(batch))
         for name in facts[0]:
             values = np.stack([own[name] for own in facts], -1)  # (prompts * n, models)
@@ -305,6 +319,47 @@ def sample_all(alone, models, tokenizer, prompts, facts_of, config):
     each = config.n if arena else 1  # groups of a prompt
     rows = [prompt.row for prompt in prompts for _ in range(each)]
     return Samples(rows, texts, usable, numbers)
+
+
+def search_steps(alone, model, tokenizer, asked, process, generator, config):
+    """The `Rollout` of one reply to each [Prompt], found step by step.
+
+    Behind each prompt, and then behind what is kept, n continuations are sampled and cut behind their first
+    step; the one with the best process score so far is kept (of equal ones the first), until it has ended or
+    is --max-new-tokens long.
+    """
+    kept = [[] for _ in asked]  # ids of the replies so far
+    going = list(range(len(asked)))
+    while going:
+        questions, limits = [], []
+        for i in going:
+            questions += [asked[i].ids + kept[i]] * config.n
+            limits += [config.max_new_tokens - len(kept[i])] * config.n
+        with alone.autocast():
+            got = generate(model, questions, limits, tokenizer, config.temperature, generator=generator)
+        candidates = []
+        for number, (ids, length) in enumerate(zip(got.ids.tolist(), got.lengths.tolist())):
+            i = going[number // config.n]
+            reply = ids[len(asked[i].ids):length]
+            ends = step_ends(tokenizer, reply, process.separator)
+            end = next(end for end in ends if end >= len(kept[i]))
+            candidates.append(reply[:end + 1])
+        batch = rollout_of(alone, tokenizer, [asked[i] for i in going for _ in range(config.n)], candidates)
+        plan, = batch.plan(alone, [list(range(len(candidates)))], config.micro_batch_tokens)
+        scores = step_rewards(alone, process, batch, plan).changes.sum(1)  # (going * n,)
+        best = scores.view(-1, config.n).argmax(1).tolist()
+        for place, i in enumerate(going):
+            kept[i] = candidates[place * config.n + best[place]]
+        going = [i for i in going
+                 if kept[i][-1] not in tokenizer.stops and len(kept[i]) < config.max_new_tokens]
+    return rollout_of(alone, tokenizer, asked, kept)
+
+
+def rollout_of(alone, tokenizer, prompts, replies):
+    """The `Rollout` of a reply, ids, to each [Prompt]."""
+    recorded = [[Recorded("", prompt.row, prompt.ids, ids, [0.0] * len(ids))]
+                for prompt, ids in zip(prompts, replies)]
+    return replay(alone, tokenizer, prompts, recorded)
 
 
 def load_and_sample(config):
@@ -347,7 +402,7 @@ def load_and_sample(config):
             "length": batch.host_mask.sum(1).float(),
         }
 
-    return sample_all(alone, models, tokenizer, prompts, facts_of, config)
+    return sample_all(alone, models, tokenizer, prompts, facts_of, config, process)
 
 
 def one_round(config, out):
@@ -419,7 +474,8 @@ def row_after(config, rounds, policy):
     judges = [spec.partition(":")[2] for spec in config.judge]
     names = (*judges, "score", "win_rate", "kl", "length", "eos_rate")
     row = {"round": rounds} | {name: result[name] for name in names}
-    exact = config.select == "best" and config.train == "sft" and not config.arena
+    exact = config.select == "best" and config.search == "replies" and config.train == "sft"
+    exact = exact and not config.arena
     return row | {"kl_bound": kl_bound(config.n**rounds) if exact else None}
 
 
@@ -466,6 +522,10 @@ def check(config, out):
     require(os.environ.get("WORLD_SIZE", "1") == "1", "best_of_n.py is one process: leave out torchrun")
     require(config.reward or config.reward_fn or config.process,
             "name what to score with: --reward, --reward-fn or --process")
+    require(config.search == "replies" or config.process and config.select == "best"
+            and config.train == "sft" and not config.arena,
+            "--search steps goes by --process, and leaves one reply to each prompt: not with --select, "
+            "--arena, --train dpo or --train quality")
     require(not config.arena or config.select == "best", "--arena has a selection of its own, not --select")
     require(config.rounds or not config.train_flags, "--train-flags is for --rounds")
     require(config.train == "dpo" or config.reference == "reset", "--reference fixed is for --train dpo")

@@ -65,6 +65,14 @@ each token with policy / sampler, at most --importance-limit (Yao et al. 2025), 
 --tool has a function answer a reply, and the policy go on, over several turns. All that the policy sampled is
 trained, its end tokens too, and nothing else; score and advantage are those of the whole conversation.
 
+--process adds a process reward model (process.py) to the score, and its parts land at the ends of a reply's
+steps, as in ppo.py. The advantage of a token is then made of the rewards of the steps that end at it or after
+it (process supervision: Shao et al. 2024, section 4.1.3). They add up to what the score still gets from there
+on, and that is compared with what the group's other replies get from their step of the same number on. In
+the paper each step's reward is normalised by the mean and deviation of all of the group's steps, and then
+added up; for rewards that are changes of a score that would favour replies of few steps. Tokens of the first
+step have the advantage of the whole reply, those behind a step that spoilt everything almost none.
+
 What differs between implementations:
     here                                     TRL 1.16's GRPOTrainer, others              switch
     population deviation, nothing added      over n - 1, plus 1e-4 (OpenRLHF 1e-9)       none

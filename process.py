@@ -1,6 +1,43 @@
-"""Process reward model: learn from people's labels which steps of a reply are good.
+"""Process reward model: learn from labels which steps of a reply are good, neutral or bad.
 
-HEADER
+    L = -1/n sum over labelled steps k of log softmax(z_k)[label_k]       n: labelled steps of the whole batch
+
+z_k (3,) are the logits at the step's last token, and nowhere else is there a loss (Uesato et al. 2022;
+Lightman et al. 2023, section 2.6, where the label is a token that the language model predicts there). The
+score of a reply is the product of its steps' P(good), that all are good, as in Lightman et al.; or their
+minimum, or that of the last (--process-score of the scripts that use it: best_of_n.py, evaluate.py, ppo.py,
+grpo.py).
+
+Where a step ends: steps are what stands between separators (--step-separator, kept in the checkpoint). The
+reply is encoded whole, as the policy writes it, and a step's last token is the one that holds the last
+character of its separator. That token may hold the start of the next step as well ("; so " on the sums, two
+newlines where the separator is one), so its logits may have seen that much. The last step of a reply ends
+with the reply's last token: its end token, or where it was cut off. So every reply has a step, without any
+separator too; parts of nothing but blanks are none.
+
+    14+4-2=?  14+4=18[; ]18-2=16[; so ]16[<end>]                the separator is ; and [ ] are last tokens
+
+--data: rows of {"prompt", "steps": [...], "labels": [...]}, labels -1, 0 or 1 (bad, neutral, good), null for
+none, and fewer than steps where labelling stopped at the first error; or PRM800K's files as they are, of both
+phases. The completions that a reply of PRM800K does not go on with become rows of their own, in which the
+last step alone has a label, so each rating counts once; what a person wrote in their place counts as good.
+
+What differs between implementations:
+    here                                      TRL 1.16's experimental PRMTrainer, others
+    three classes                             two, neutral counts as bad (its prm800k.py)
+    the reply encoded whole; labels at the    each step and separator encoded by itself, so ids are not those
+      tokens that hold the separators           that a policy samples
+    the last step ends with the end token     with one more separator, which no reply has
+    a label counts once                       the steps before a branch count again with each branch
+Left out: labels by sampling on from each step (Math-Shepherd), soft labels, neutral counted as good.
+
+    python sums.py --steps-of runs/sft --sums 2000 --out runs/steps
+    python process.py --step-separator ";" --val-data runs/steps/steps_heldout.jsonl
+    python best_of_n.py --process runs/process --data runs/sums/prompts_heldout.jsonl --judge sums:right
+
+NUMBERS
+
+Legend: B replies, T tokens, N labelled steps.
 """
 import itertools
 import math

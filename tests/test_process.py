@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import judges
 import process
+import sums
 import tools
 from data import encode_prompt, step_ends, step_offsets
 from examples import TOKENIZER, user
@@ -428,14 +429,20 @@ def test_rewards_of_steps_equal_one_reply_at_a_time_however_it_is_padded_or_pass
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A folder of the sums with a policy of one layer, its replies in labelled steps, and a process model."""
+    """A folder of the sums with a policy of one layer, labelled steps, and a process reward model."""
     root = tmp_path_factory.mktemp("process")
     with tools.signal_handlers_kept():
-        run_here("sums", f"--out {root}/sums --sums 300 --heldout-sums 40 --hasty 0.6")
+        run_here("sums", f"--out {root}/sums --sums 300 --heldout-sums 40 --hasty 0.6 --wrong 0.4")
         run_here("sft", f"{tools.TINY_RUN} --data {root}/sums/demonstrations.jsonl --val-fraction 0",
                  f"--steps 60 --batch-tokens 2000 --lr 0.01 --warmup 5 --out {root}/sft")
-        run_here("sums", f"--steps-of {root}/sft --out {root}/steps --sums 60 --heldout-sums 20 --samples 2",
-                 "--threads 1")
+        (root / "steps").mkdir()
+        for end in ("", "_heldout"):
+            lines = (root / "sums" / f"demonstrations{end}.jsonl").read_text().splitlines()
+            rows = []
+            for row in map(json.loads, lines[:60]):
+                parts, labels = sums.labelled_steps(row["prompt"], row["completion"])
+                rows.append({"prompt": row["prompt"], "steps": parts, "labels": labels})
+            write_rows(root / "steps" / f"steps{end}.jsonl", rows)
         run_here("process", FLAGS.format(root=root), f"--steps 3 --out {root}/process")
     return root
 
@@ -650,6 +657,49 @@ def test_best_of_n_takes_a_process_score(task, tmp_path, monkeypatch):
     for row in rows:
         for reply, score in zip(row["completions"], row["scores"]):
             assert score == pytest.approx(known[row["prompt"], reply], abs=1e-5)
+
+
+def test_a_search_by_steps_goes_on_from_the_best_continuation(task, tmp_path, monkeypatch):
+    calls = watched(monkeypatch, "best_of_n", "generate", "step_rewards")
+    run_here("best_of_n", f"--model {task}/sft --process {task}/process --search steps --n 3 --batch 5",
+             f"--threads 1 --data {task}/sums/prompts_heldout.jsonl --max-new-tokens 16 --out {tmp_path}/out")
+    scorer, tokenizer = load_model(task / "process", ScalarModel, labels=3)
+    kept = {}  # {ids of a prompt: ids of it and its reply so far}
+    # The score of what a search ends with is asked for as well, in batches of five.
+    searched = [call for call in calls["step_rewards"] if len(call[0][2].texts) != 5]
+    rounds = list(zip(calls["generate"], searched))
+    for (asked, _), ((_, _, batch, _), steps) in rounds[:4]:
+        questions, limits = asked[1], asked[2]
+        for first in range(0, len(questions), 3):
+            prompt = tuple(batch.prompts[first].ids)
+            before = kept.get(prompt, list(prompt))
+            assert questions[first:first + 3] == [before] * 3
+            assert limits[first:first + 3] == [16 - (len(before) - len(prompt))] * 3
+            scores = steps.changes[first:first + 3].sum(1).tolist()
+            best = first + scores.index(max(scores))
+            kept[prompt] = batch.ids[best, :batch.host_lengths[best]].tolist()
+            for b in range(first, first + 3):
+                ids = batch.ids[b, :batch.host_lengths[b]].tolist()
+                said = ids[len(prompt):]
+                ends = slow_ends(tokenizer, said, ";")
+                # One step more than before, and it is the end.
+                assert ids[:len(before)] == before and ends[-1] == len(said) - 1
+                assert not any(len(before) - len(prompt) <= end < len(said) - 1 for end in ends)
+                with torch.no_grad():
+                    good = scorer.eval()(torch.tensor([ids]))[0].softmax(1)[:, 2]
+                expected = math.prod(good[len(prompt) + end].item() for end in ends)
+                assert scores[b - first] == pytest.approx(expected, abs=1e-5)
+    assert len(kept) >= 5 and len(rounds) > 8
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["groups"] == 40 and summary["kl_bound"] is None and summary["rows"]["rankings"] == 0
+
+
+@pytest.mark.parametrize("flags", ["--select top", "--train dpo", "--arena {root}/sft"])
+def test_a_search_by_steps_leaves_nothing_to_select_or_compare(flags, task, tmp_path, capsys):
+    words = f"--model {task}/sft --process {task}/process --search steps --out {tmp_path}/out"
+    assert exit_code("best_of_n", words, flags.format(root=task)) == 2
+    assert "--search steps goes by --process" in capsys.readouterr().err
+    assert exit_code("best_of_n", f"--model {task}/sft --reward-fn sums:right --search steps") == 2
 
 
 def test_evaluation_takes_a_process_score_beside_others(task, tmp_path, capsys):
