@@ -296,7 +296,9 @@ def sample_all(alone, models, tokenizer, prompts, facts_of, config, process):
     arena = len(models) > 1
     by_step = config.search == "steps"
     # One column for each reply to a prompt or, in the arena, for each model.
-    columns = len(models) if arena else 1 if by_step else config.n
+    columns = 1 if by_step else config.n
+    if arena:
+        columns = len(models)
     generator = torch.Generator(alone.device).manual_seed(config.seed)
     parts = {}  # {name: [(groups, columns) of a batch]}
     for start in tqdm(range(0, len(prompts), config.batch), desc="sampling", disable=None):

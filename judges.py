@@ -1,4 +1,5 @@
-"""What gives a reply a number, or a conversation its next turn: reward models, and Python functions of yours.
+"""What gives a reply a number, or a conversation its next turn: reward models, process reward models, and
+Python functions of yours.
 
 The weighted sum that a policy is trained on, and the baseline that it is compared with, stand in the
 algorithm's own file. Here they are loaded, checked and called, for training and evaluation alike.
