@@ -31,11 +31,14 @@ What differs between implementations:
     a label counts once                       the steps before a branch count again with each branch
 Left out: labels by sampling on from each step (Math-Shepherd), soft labels, neutral counted as good.
 
-    python sums.py --steps-of runs/sft --sums 2000 --out runs/steps
+    python sums.py --steps-of runs/sft --sums 1000 --out runs/steps
     python process.py --step-separator ";" --val-data runs/steps/steps_heldout.jsonl
     python best_of_n.py --process runs/process --data runs/sums/prompts_heldout.jsonl --judge sums:right
 
-NUMBERS
+Held-out steps of the sums judged right (1,998 replies of the SFT model of sums.py, --seed 0; 2026-11-28, one
+thread of an Intel Xeon; 46 processor seconds): 0.899, where always saying good is right for 0.755, after
+training on 3,996 replies (--sums 1000). Of replies that end too early nearly all are found, of wrong results
+a third at most: docs/process_rewards.md, which also says what was not measured.
 
 Legend: B replies, T tokens, N labelled steps.
 """

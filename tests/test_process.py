@@ -479,7 +479,7 @@ def test_a_step_of_the_script_follows_the_formula_however_it_is_cut_and_on_two_r
 
 
 def test_held_out_numbers_are_those_of_a_loop_over_replies(task, tmp_path):
-    run_here("process", FLAGS.format(root=task), f"--steps 1 --out {tmp_path}/run")
+    run_here("process", FLAGS.format(root=task), f"--steps 1 --micro-batch-tokens 100 --out {tmp_path}/run")
     scorer, tokenizer = load_model(tmp_path / "run", ScalarModel, labels=3)
     losses, right, labels = [], [], []
     for row in read_rows(task / "steps" / "steps_heldout.jsonl", "steps", SILENT):

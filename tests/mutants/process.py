@@ -58,7 +58,7 @@ MUTANTS = [
     ("process: held-out loss for each pass by itself",
      "test_process.py::test_held_out_numbers_are_those_of_a_loop_over_replies",
      "step_loss(logits, targets, len(classes))",
-     "step_loss(logits, targets, len(targets) * len(pieces) * 2)"),
+     "step_loss(logits, targets, len(targets))"),
     ("process: the separator isn't kept",
      "test_process.py::test_a_newline_is_the_default_and_is_kept_in_the_folder",
      'config.step_separator.replace(r"\\n", "\\n")',
