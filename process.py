@@ -37,8 +37,8 @@ Left out: labels by sampling on from each step (Math-Shepherd), soft labels, neu
 
 Held-out steps of the sums judged right (1,998 replies of the SFT model of sums.py, --seed 0; 2026-11-28, one
 thread of an Intel Xeon; 46 processor seconds): 0.899, where always saying good is right for 0.755, after
-training on 3,996 replies (--sums 1000). Of replies that end too early nearly all are found, of wrong results
-a third at most: docs/process_rewards.md, which also says what was not measured.
+training on 3,996 replies (--sums 1000). On half of them it found every reply that ends too early, and a
+quarter of the wrong results: docs/process_rewards.md, which also says what was not measured.
 
 Legend: B replies, T tokens, N labelled steps.
 """
