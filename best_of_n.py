@@ -12,6 +12,10 @@ writes three files for the other scripts, and summary.json:
 et al. 2023), top the best share over all prompts (ReST, Gulcehre et al. 2023), and random one of each prompt
 whatever its score: the control, which says what training on that many samples of one's own does by itself.
 
+--process runs/process scores replies by a process reward model (process.py). With it --search steps looks for
+a reply step by step: n continuations up to the end of their first step, the best of them by the score so far,
+n continuations of that, and so on. Each prompt then has one reply.
+
 Of n replies drawn from ref the best has
 
     P(reward <= r) = F(r)^n                 F: the distribution of ref's reward
@@ -78,15 +82,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import step_ends
 from formats.model_folder import load_model
+from formats.rollouts import Recorded
+from generate import generate
 from judges import (
-    check_functions, combined, judge, load_functions, load_reward_models, score, source_weights)
+    check_functions, combined, judge, load_functions, load_process, load_reward_models, models_of, score,
+    source_weights, step_rewards)
 from model import GPT
 from plumbing.disk import digest, folder_of, model_digest, write_atomically, write_json
 from plumbing.flags import Count, Fraction, Natural, Positive, Seed, as_list, flag_of, parse_sources, require
 from plumbing.hardware import pick_device, pick_dtype
 from plumbing.run import Alone, changed_settings, read_state, run_script
-from rollout import load_prompts, sample
+from rollout import load_prompts, replay, sample
 
 
 @dataclass
@@ -96,7 +104,12 @@ class Config:
     data: str = "runs/toy/prompts.jsonl"
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models to score with
     reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, as for ppo.py
-    reward_weights: list[float] = field(default_factory=list)  # of each --reward, then each --reward-fn (1)
+    # checkpoint folder of a process reward model (process.py), one more source of the score
+    process: str = ""
+    # score of a reply by it: the product of P(good) of its steps, the least, or that of the last
+    process_score: Literal["product", "min", "last"] = "product"
+    # of each --reward, then each --reward-fn, then --process (1)
+    reward_weights: list[float] = field(default_factory=list)
     # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
     # --pessimism deviations, which trusts less what they disagree on
     reward_combine: Literal["sum", "mean", "min", "pessimistic"] = "sum"
@@ -104,7 +117,10 @@ class Config:
     # functions whose numbers are measured and shown under their names, and decide nothing
     judge: list[str] = field(default_factory=list)
     out: str = "runs/best_of_n"  # folder for the files, or for those of all rounds and metrics.jsonl
-    n: Count = 16  # replies to each prompt; with --arena: of each model
+    n: Count = 16  # replies to each prompt; with --arena: of each model; with --search steps: of each step
+    # of what the n are: whole replies; or continuations up to the end of a step, of which the best by
+    # --process goes on, so that each prompt has one reply
+    search: Literal["replies", "steps"] = "replies"
     # the best of each prompt; the best share over all; or one of each prompt at random
     select: Literal["best", "top", "random"] = "best"
     top_share: Annotated[float, "> 0", "<= 1"] = 0.0625  # of the replies that --select top keeps
@@ -143,10 +159,10 @@ class Config:
 ROOT = Path(__file__).resolve().parent
 # Flags that all scripts have, those that evaluate.py has too, and all of sampling.
 MACHINE = ("seed", "device", "dtype", "threads", "allow_pickle")
-SHARED = ("data", "reward", "reward_fn", "reward_weights", "reward_combine", "pessimism", "judge",
-          "val_fraction", "part", "skip_bad", "max_length", "max_new_tokens", "temperature",
-          "micro_batch_tokens")
-SAMPLING = (*SHARED, *MACHINE, "n", "select", "top_share", "arena", "batch")
+SHARED = ("data", "reward", "reward_fn", "process", "process_score", "reward_weights", "reward_combine",
+          "pessimism", "judge", "val_fraction", "part", "skip_bad", "max_length", "max_new_tokens",
+          "temperature", "micro_batch_tokens")
+SAMPLING = (*SHARED, *MACHINE, "n", "search", "select", "top_share", "arena", "batch")
 # What --rounds itself says to the training script.
 GIVEN = ("--model", "--data", "--out", "--reference", "--resume", "--overwrite")
 
@@ -242,7 +258,7 @@ def summary_of(samples, chosen, files, config):
     """What summary.json says. chosen (N, n) bool: the selected replies."""
     scores = samples.numbers["score"]
     tied = [len(set(own)) < len(own) for own in scores]
-    exact = config.select == "best" and not config.arena
+    exact = config.select == "best" and config.search == "replies" and not config.arena
     lost = (scores > scores[:, :1]).mean(0)  # (n,)
     result = {
         "groups": len(scores),
@@ -276,22 +292,28 @@ def aligned(rows):
 # ---------------------------------------------------------------------------------------------------------
 # Sampling
 
-def sample_all(alone, models, tokenizer, prompts, facts_of, config):
-    """Samples: --n replies of each model, the policy first, to each [Prompt].
+def sample_all(alone, models, tokenizer, prompts, facts_of, config, process):
+    """Samples: --n replies of each model, the policy first, to each [Prompt]; with --search steps one.
 
-    facts_of(rollout) -> {name: (B,)}: texts, usable, and numbers.
+    facts_of(rollout) -> {name: (B,)}: texts, usable, and numbers. process: of --process, or None.
     """
     arena = len(models) > 1
+    by_step = config.search == "steps"
     # One column for each reply to a prompt or, in the arena, for each model.
-    columns = len(models) if arena else config.n
+    columns = 1 if by_step else config.n
+    if arena:
+        columns = len(models)
     generator = torch.Generator(alone.device).manual_seed(config.seed)
     parts = {}  # {name: [(groups, columns) of a batch]}
     for start in tqdm(range(0, len(prompts), config.batch), desc="sampling", disable=None):
         asked = prompts[start:start + config.batch]
         facts = []  # of each model
         for model in models:
-            batch = sample(alone, model, tokenizer, asked, config.max_new_tokens, config.temperature,
-                           generator, per_prompt=config.n)
+            if by_step:
+                batch = search_steps(alone, model, tokenizer, asked, process, generator, config)
+            else:
+                batch = sample(alone, model, tokenizer, asked, config.max_new_tokens, config.temperature,
+                               generator, per_prompt=config.n)
             facts.append(facts_of(batch))
         for name in facts[0]:
             values = np.stack([own[name] for own in facts], -1)  # (prompts * n, models)
@@ -305,9 +327,50 @@ def sample_all(alone, models, tokenizer, prompts, facts_of, config):
     return Samples(rows, texts, usable, numbers)
 
 
+def search_steps(alone, model, tokenizer, asked, process, generator, config):
+    """The `Rollout` of one reply to each [Prompt], found step by step.
+
+    Behind each prompt, and then behind what is kept, n continuations are sampled and cut behind their first
+    step; the one with the best process score so far is kept (of equal ones the first), until it has ended or
+    is --max-new-tokens long.
+    """
+    kept = [[] for _ in asked]  # ids of the replies so far
+    going = list(range(len(asked)))
+    while going:
+        questions, limits = [], []
+        for i in going:
+            questions += [asked[i].ids + kept[i]] * config.n
+            limits += [config.max_new_tokens - len(kept[i])] * config.n
+        with alone.autocast():
+            got = generate(model, questions, limits, tokenizer, config.temperature, generator=generator)
+        candidates = []
+        for number, (ids, length) in enumerate(zip(got.ids.tolist(), got.lengths.tolist())):
+            i = going[number // config.n]
+            reply = ids[len(asked[i].ids):length]
+            ends = step_ends(tokenizer, reply, process.separator)
+            end = next(end for end in ends if end >= len(kept[i]))
+            candidates.append(reply[:end + 1])
+        batch = rollout_of(alone, tokenizer, [asked[i] for i in going for _ in range(config.n)], candidates)
+        plan, = batch.plan(alone, [list(range(len(candidates)))], config.micro_batch_tokens)
+        scores = step_rewards(alone, process, batch, plan).changes.sum(1)  # (going * n,)
+        best = scores.view(-1, config.n).argmax(1).tolist()
+        for place, i in enumerate(going):
+            kept[i] = candidates[place * config.n + best[place]]
+        going = [i for i in going
+                 if kept[i][-1] not in tokenizer.stops and len(kept[i]) < config.max_new_tokens]
+    return rollout_of(alone, tokenizer, asked, kept)
+
+
+def rollout_of(alone, tokenizer, prompts, replies):
+    """The `Rollout` of a reply, ids, to each [Prompt]."""
+    recorded = [[Recorded("", prompt.row, prompt.ids, ids, [0.0] * len(ids))]
+                for prompt, ids in zip(prompts, replies)]
+    return replay(alone, tokenizer, prompts, recorded)
+
+
 def load_and_sample(config):
     """Samples of --model, and of the models of --arena."""
-    sources = config.reward + config.reward_fn
+    sources = config.reward + config.reward_fn + as_list(config.process)
     weights = torch.tensor(source_weights(config, sources))
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
@@ -319,7 +382,8 @@ def load_and_sample(config):
         require(other.same_as(tokenizer), f"{folder} has another tokenizer than {config.model}")
         models.append(model)
     reward_models = load_reward_models(config.reward, tokenizer, config.model, config.allow_pickle)
-    networks = models + reward_models
+    process = load_process(config, tokenizer)
+    networks = models + reward_models + models_of(process)
     device = pick_device(config.device)
     for network in networks:
         network.to(device).eval()
@@ -330,7 +394,8 @@ def load_and_sample(config):
 
     def facts_of(batch):
         plan, = batch.plan(alone, [list(range(len(batch.texts)))], config.micro_batch_tokens)
-        source_scores = score(alone, reward_models, functions, batch, plan).cpu()  # (sources, B)
+        steps = step_rewards(alone, process, batch, plan)
+        source_scores = score(alone, reward_models, functions, batch, plan, steps).cpu()  # (sources, B)
         judged = [judge(function, batch) for function in judges]
         for source, values in zip(sources + config.judge, [*source_scores, *judged]):
             require(values.isfinite().all(), f"{source} gave a reply a score that is not finite")
@@ -343,13 +408,13 @@ def load_and_sample(config):
             "length": batch.host_mask.sum(1).float(),
         }
 
-    return sample_all(alone, models, tokenizer, prompts, facts_of, config)
+    return sample_all(alone, models, tokenizer, prompts, facts_of, config, process)
 
 
 def one_round(config, out):
     """Sample, select, and write the files to a folder; or see that they are those that it has."""
     inputs = {"data": [digest(file for file, _ in parse_sources(config.data))]}
-    for flag in ("model", "reward", "arena"):
+    for flag in ("model", "reward", "process", "arena"):
         inputs[flag] = [model_digest(folder) for folder in as_list(getattr(config, flag))]
     path = out / "summary.json"
     if path.exists():
@@ -415,7 +480,8 @@ def row_after(config, rounds, policy):
     judges = [spec.partition(":")[2] for spec in config.judge]
     names = (*judges, "score", "win_rate", "kl", "length", "eos_rate")
     row = {"round": rounds} | {name: result[name] for name in names}
-    exact = config.select == "best" and config.train == "sft" and not config.arena
+    exact = config.select == "best" and config.search == "replies" and config.train == "sft"
+    exact = exact and not config.arena
     return row | {"kl_bound": kl_bound(config.n**rounds) if exact else None}
 
 
@@ -460,7 +526,12 @@ def all_rounds(config, out):
 def check(config, out):
     """UserError unless the flags go together and --out may be written to."""
     require(os.environ.get("WORLD_SIZE", "1") == "1", "best_of_n.py is one process: leave out torchrun")
-    require(config.reward or config.reward_fn, "name what to score with: --reward or --reward-fn")
+    require(config.reward or config.reward_fn or config.process,
+            "name what to score with: --reward, --reward-fn or --process")
+    require(config.search == "replies" or config.process and config.select == "best"
+            and config.train == "sft" and not config.arena,
+            "--search steps goes by --process, and leaves one reply to each prompt: not with --select, "
+            "--arena, --train dpo or --train quality")
     require(not config.arena or config.select == "best", "--arena has a selection of its own, not --select")
     require(config.rounds or not config.train_flags, "--train-flags is for --rounds")
     require(config.train == "dpo" or config.reference == "reset", "--reference fixed is for --train dpo")

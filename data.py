@@ -1,4 +1,5 @@
 """Rows in, batches out: token ids and masks, ranked pairs, token-budget batches."""
+import bisect
 import itertools
 import math
 from itertools import groupby
@@ -154,6 +155,51 @@ def end_to_end(groups):
     for group in groups:
         examples += group
     return examples
+
+
+# Steps of a reply, for process rewards. A step ends with the token that holds the last character of the
+# separator behind it, and the reply's last step with the reply's last token, its end token if it has one. A
+# token may hold the start of the next step as well ("; " where the separator is ";"): it ends a step all the
+# same, and what is read there has seen that much of the next.
+
+def step_offsets(text, separator):
+    """Where the steps of a text end that others follow: the offsets behind their separators.
+
+    A part of nothing but blanks is no step, and the last step goes on to the text's end.
+    """
+    parts = text.split(separator)
+    filled = [number for number, part in enumerate(parts) if part.strip()]
+    ends = list(itertools.accumulate(len(part) + len(separator) for part in parts))
+    return [ends[number] for number in filled[:-1]]
+
+
+def tokens_that_hold(tokenizer, ids, text, offsets):
+    """Numbers of the tokens that hold the last character before each offset of the text that ids say.
+
+    It is the first token with which what has been said begins with that part of the text. None if the ids say
+    another text.
+    """
+    if not tokenizer.decode(ids).startswith(text[:max(offsets, default=0)]):
+        return None
+    numbers = []
+    for offset in offsets:
+        def said(count):
+            return tokenizer.decode(ids[:count + 1]).startswith(text[:offset])
+        numbers.append(bisect.bisect_left(range(len(ids)), True, key=said))
+    return numbers
+
+
+def step_ends(tokenizer, ids, separator):
+    """Numbers of the tokens of a reply, its end token among them, with which its steps end.
+
+    They ascend, and the last is the reply's last token, whether it ended or was cut off. [] for no tokens.
+    """
+    if not ids:
+        return []
+    text = tokenizer.decode(ids)
+    numbers = tokens_that_hold(tokenizer, ids, text, step_offsets(text, separator))
+    # Two steps may end in one token.
+    return sorted({*numbers, len(ids) - 1})
 
 
 def encode_demonstration(tokenizer, row):

@@ -37,11 +37,11 @@ from data import encode_groups
 from formats.model_folder import load_model
 from formats.sources import read_rows, split_by_prompt
 from judges import (
-    check_functions, combined, judge, load_functions, load_reward_models, load_tool, score, short_names,
-    source_weights)
+    check_functions, combined, judge, load_functions, load_process, load_reward_models, load_tool, models_of,
+    score, short_names, source_weights, step_rewards)
 from model import GPT, ScalarModel
 from plumbing.disk import folder_of, write_json
-from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Seed, require
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Seed, as_list, require
 from plumbing.hardware import pick_device, pick_dtype
 from plumbing.run import Alone, run_script
 from rollout import load_prompts, sample
@@ -53,7 +53,12 @@ class Config:
     data: str = "runs/toy/prompts_heldout.jsonl"  # files whose prompts are used, as for ppo.py
     reward: list[str] = field(default_factory=list)  # checkpoint folders of reward models to score with
     reward_fn: list[str] = field(default_factory=list)  # Python functions, module:function, as for ppo.py
-    reward_weights: list[float] = field(default_factory=list)  # of each --reward, then each --reward-fn (1)
+    # checkpoint folder of a process reward model (process.py), one more source of the score
+    process: str = ""
+    # score of a reply by it: the product of P(good) of its steps, the least, or that of the last
+    process_score: Literal["product", "min", "last"] = "product"
+    # of each --reward, then each --reward-fn, then --process (1)
+    reward_weights: list[float] = field(default_factory=list)
     # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
     # --pessimism deviations, which trusts less what they disagree on
     reward_combine: Literal["sum", "mean", "min", "pessimistic"] = "sum"
@@ -91,8 +96,10 @@ class Config:
 
 
 @torch.no_grad()
-def answer(alone, model, reference, reward_models, functions, judges, tokenizer, prompts, config, tool=None):
-    """--samples replies to each [Prompt]; those to one prompt are neighbours. tool: of --tool.
+def answer(alone, model, reference, reward_models, functions, judges, tokenizer, prompts, config, tool=None,
+           process=None):
+    """--samples replies to each [Prompt]; those to one prompt are neighbours. tool: of --tool; process: of
+    --process.
 
     Returns M texts, and numpy arrays: ended, length, kl (M,), scores (sources, M), judged (judges, M).
     At temperature 0 a reply is no sample, so there is no KL: kl is 0.
@@ -118,13 +125,14 @@ def answer(alone, model, reference, reward_models, functions, judges, tokenizer,
                     logprobs = model(part.ids, part.where, config.temperature)[0]  # (n, W)
                     ref_logprobs = reference(part.ids, part.where, config.temperature)[0]
                 kl[part.rows] = (logprobs - ref_logprobs).sum(1)
-        scores = score(alone, reward_models, functions, batch, plan)
+        steps = step_rewards(alone, process, batch, plan)
+        scores = score(alone, reward_models, functions, batch, plan, steps)
         judged = [judge(function, batch)[None] for function in judges]
         length = batch.mask.sum(1)
         facts = torch.stack([batch.ended.float(), length.float(), kl])
         columns.append(torch.cat([facts.cpu(), scores.cpu(), *judged]))
     ended, length, kl, *rest = torch.cat(columns, 1).numpy()
-    sources = len(reward_models) + len(functions)
+    sources = len(reward_models) + len(functions) + (process is not None)
     scores = np.array(rest[:sources])
     judged = np.array(rest[sources:])
     return texts, ended, length, kl, scores, judged
@@ -261,8 +269,10 @@ def main(config):
         return
 
     # What judges: reward models and functions.
-    sources = config.reward + config.reward_fn
-    require(sources or config.judge, "name what to judge with: --judge, --reward or --reward-fn")
+    sources = config.reward + config.reward_fn + as_list(config.process)
+    require(sources or config.judge, "name what to judge with: --judge, --reward, --reward-fn or --process")
+    require(not config.process or not config.tool,
+            "--process judges the steps of one reply: it doesn't go with --tool")
     weights = np.array(source_weights(config, sources))
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
@@ -276,7 +286,8 @@ def main(config):
         require(other.same_as(tokenizer), f"{folder} has another tokenizer than {config.models[0]}")
         models.append(model)
     reward_models = load_reward_models(config.reward, tokenizer, config.models[0], config.allow_pickle)
-    networks = models + reward_models
+    process = load_process(config, tokenizer)
+    networks = models + reward_models + models_of(process)
     for network in networks:
         network.to(device).eval()
     dtype = pick_dtype(config.dtype, device, models[0].config.n_embd)
@@ -296,7 +307,8 @@ def main(config):
     baseline = None
     for folder, model in zip(config.models, models):
         texts, ended, length, kl, source_scores, judged = answer(
-            alone, model, models[0], reward_models, functions, judges, tokenizer, prompts, config, tool)
+            alone, model, models[0], reward_models, functions, judges, tokenizer, prompts, config, tool,
+            process)
         for source, numbers in zip(sources + config.judge, [*source_scores, *judged]):
             require(np.isfinite(numbers).all(),
                     f"{source} gave a reply of {folder} a score that is not finite")

@@ -65,6 +65,14 @@ each token with policy / sampler, at most --importance-limit (Yao et al. 2025), 
 --tool has a function answer a reply, and the policy go on, over several turns. All that the policy sampled is
 trained, its end tokens too, and nothing else; score and advantage are those of the whole conversation.
 
+--process adds a process reward model (process.py) to the score, and its parts land at the ends of a reply's
+steps, as in ppo.py. The advantage of a token is then made of the rewards of the steps that end at it or after
+it (process supervision: Shao et al. 2024, section 4.1.3). They add up to what the score still gets from there
+on, and that is compared with what the group's other replies get from their step of the same number on. In
+the paper each step's reward is normalised by the mean and deviation of all of the group's steps, and then
+added up; for rewards that are changes of a score that would favour replies of few steps. Tokens of the first
+step have the advantage of the whole reply, those behind a step that spoilt everything almost none.
+
 What differs between implementations:
     here                                     TRL 1.16's GRPOTrainer, others              switch
     population deviation, nothing added      over n - 1, plus 1e-4 (OpenRLHF 1e-9)       none
@@ -93,8 +101,8 @@ import torch
 from data import endless_order
 from formats.model_folder import open_model, save_model
 from judges import (
-    check_functions, combined, judge, load_functions, load_reward_models, load_tool, score, short_names,
-    source_weights)
+    Process, StepRewards, check_functions, combined, judge, load_functions, load_process, load_reward_models,
+    load_tool, models_of, score, short_names, source_weights, step_rewards)
 from model import GPT, frozen_reference, prepare_training, shares_frozen
 from plumbing.flags import (
     Count, Fraction, Natural, NonNegative, Positive, RunConfig, as_list, flag_of, require)
@@ -138,12 +146,18 @@ class Config(RunConfig):
     importance_limit: Positive = 2.0  # the most that it counts
     # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
     model: str = "runs/sft"
-    # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
+    # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn or --process)
     reward: list[str] = field(default_factory=list)
     # Python functions, module:function, which get lists (those that their parameters name: prompts, replies,
     # answers, ended, dialogues) and return one number per reply
     reward_fn: list[str] = field(default_factory=list)
-    # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
+    # checkpoint folder of a process reward model (process.py): one more source of the score, whose parts land
+    # at the ends of a reply's steps
+    process: str = ""
+    # score of some steps by it: the product of P(good), the least of them, or that of the last
+    process_score: Literal["product", "min", "last"] = "product"
+    # weight of each --reward, then of each --reward-fn, then of --process, in the sum that is the score
+    # (default: 1 each)
     reward_weights: list[float] = field(default_factory=list)
     # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
     # --pessimism deviations, which trusts less what they disagree on
@@ -297,6 +311,38 @@ def over_best_of_others(scores, k):
     return k * added @ scores.new_tensor(shares)
 
 
+def step_advantages(scores, changes, ends, kind, G):
+    """Advantages (B, T) of tokens, from the rewards of the steps that end at a token or after it.
+
+    scores (B,): of groups of G replies; changes (B, T): the parts of them that land at the ends of steps;
+    ends (B, T) bool. What a score has beyond its changes lands at the end. The n replies of a group that have
+    a k-th step are compared with each other by what they still get from there on; deviation is that of the
+    group's scores. So the tokens of the first step have the advantages of `group_advantages`.
+    """
+    number = ends.cumsum(1) - ends.long()  # (B, T) how many steps ended before each token
+    K = int(ends.sum(1).max().clamp(min=1))
+    number = number.clamp(max=K - 1)
+    by_step = scores.new_zeros(len(scores), K)
+    there = by_step.scatter_add(1, number, ends.to(scores.dtype)) > 0  # (B, K)
+    by_step = by_step.scatter_add(1, number, changes)  # (B, K)
+    to_come = scores[:, None] - (by_step.cumsum(1) - by_step)  # (B, K)
+    if kind == "none":
+        return to_come.gather(1, number)
+    there = there.view(-1, G, K)
+    to_come = to_come.view(-1, G, K)
+    n = there.sum(1, keepdim=True).clamp(min=1)  # (N, 1, K)
+    centred = to_come - (to_come * there).sum(1, keepdim=True) / n  # (N, G, K)
+    groups = scores.view(-1, G, 1)
+    if kind == "leave-one-out":
+        centred = centred * n / (n - 1).clamp(min=1)
+    elif kind == "deviation":
+        centred = centred / (groups - groups.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+    elif kind != "mean":
+        raise ValueError(f"no advantage by steps of kind {kind}")
+    centred = torch.where(flat_groups(groups[..., 0])[:, None, None], 0.0, centred)
+    return centred.reshape(-1, K).gather(1, number)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Losses: sums over tokens, each times what it counts in the whole optimiser step
 
@@ -320,7 +366,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, weights, kind, ratio, 
                 soft=(1.0, 1.05)):
     """The loss of the policy: see the top of the file.
 
-    logprobs, old_logprobs, mask (n, W); advantages, weights (n, 1); soft: tau where A > 0, and elsewhere.
+    logprobs, old_logprobs, mask (n, W); advantages, weights (n, 1) or (n, W); soft: tau where A > 0, and
+    elsewhere.
     Returns (scalar, {clip_fraction, approx_kl, entropy}), the latter sums over tokens. approx_kl is k3 of
     KL(old || new).
     """
@@ -404,6 +451,13 @@ def check(config, run):
     require(not config.tool or not config.rollouts, "--tool is for replies sampled here, not for --rollouts")
     require(config.advantage != "pass" or config.pass_k <= config.group,
             f"--pass-k {config.pass_k} needs as many replies in a --group, which has {config.group}")
+    if config.process:
+        by_step = ("none", "mean", "leave-one-out", "deviation")
+        require(config.advantage in by_step,
+                f"--process gives each token an advantage of its own, with --advantage {', '.join(by_step)}, "
+                f"not {config.advantage}")
+        require(config.squash == "none" and config.flat != "resample" and not config.tool,
+                "--process doesn't go with --squash sigmoid, --flat resample or --tool")
     require(config.overlong_tokens <= config.max_new_tokens or config.overlong != "linear",
             "--overlong-tokens is beyond --max-new-tokens")
     if config.preset:
@@ -423,6 +477,7 @@ class Models(NamedTuple):
     policy_model: GPT  # the same without DDP: to sample with, and to save
     reference: GPT
     reward_models: list
+    process: Process | None
     optimizer: torch.optim.Optimizer
 
 
@@ -438,13 +493,14 @@ def load_models(config, folders, run):
         else:
             run.parallel(reference)
     reward_models = load_reward_models(folders, tokenizer, config.model, config.allow_pickle)
-    for model in reward_models:
+    process = load_process(config, tokenizer)
+    for model in [*reward_models, *models_of(process)]:
         run.parallel(model.requires_grad_(False).eval())
     prepare_training(policy_model, config)
     # No dropout: the ratio to the old policy must be 1 where nothing has changed.
     policy = run.parallel(policy_model).eval()
     optimizer = adamw(policy_model, config.lr, eps=1e-5)
-    return Models(policy, policy_model, reference, reward_models, optimizer), tokenizer
+    return Models(policy, policy_model, reference, reward_models, process, optimizer), tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -458,6 +514,7 @@ class Groups(NamedTuple):
     scores: torch.Tensor  # (B,) their weighted sum
     likeliest: Rollout | None  # of N replies, one to each prompt, for --advantage greedy
     likeliest_scores: torch.Tensor  # (N,) zeros unless there are any
+    steps: StepRewards | None  # of the replies, with --process
 
 
 def sample_groups(run, config, models, functions, weights, prompts, recorded, order, generator, tokenizer,
@@ -468,9 +525,10 @@ def sample_groups(run, config, models, functions, weights, prompts, recorded, or
     """
     def scored(batch):
         plan, = batch.plan(run, [list(range(len(batch.texts)))], config.micro_batch_tokens)
-        by_source = score(run, models.reward_models, functions, batch, plan)  # (sources, B)
+        steps = step_rewards(run, models.process, batch, plan)
+        by_source = score(run, models.reward_models, functions, batch, plan, steps)  # (sources, B)
         total = combined(by_source, weights, config)  # (B,)
-        return by_source, total.sigmoid() if config.squash == "sigmoid" else total
+        return by_source, total.sigmoid() if config.squash == "sigmoid" else total, steps
 
     drawn = draw_prompts(run, prompts, order, config.rollout_batch)
     asked = [prompts[i] for i in drawn]
@@ -479,24 +537,25 @@ def sample_groups(run, config, models, functions, weights, prompts, recorded, or
     else:
         batch = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, config.temperature,
                        generator, config.rollout_rows, per_prompt=config.group, tool=tool)  # ids, mask (B, T)
-    source_scores, scores = scored(batch)
+    source_scores, scores, steps = scored(batch)
     likeliest, likeliest_scores = None, torch.zeros(len(drawn), device=run.device)
     if config.advantage == "greedy":
         likeliest = sample(run, models.policy_model, tokenizer, asked, config.max_new_tokens, 0.0, generator,
                            config.rollout_rows, tool=tool)
-        _, likeliest_scores = scored(likeliest)
+        _, likeliest_scores, _ = scored(likeliest)
     repeated = [i for i in drawn for _ in range(config.group)]
     if not run.finite("the score", torch.cat([scores, likeliest_scores]), repeated + drawn):
         return None
-    return Groups(drawn, batch, source_scores, scores, likeliest, likeliest_scores)
+    return Groups(drawn, batch, source_scores, scores, likeliest, likeliest_scores, steps)
 
 
 def join_groups(rounds):
     """Several `Groups` as one."""
-    drawn, batches, source_scores, scores, likeliest, likeliest_scores = zip(*rounds)
+    drawn, batches, source_scores, scores, likeliest, likeliest_scores, steps = zip(*rounds)
+    # With --process there is one round.
     return Groups(
         sum(drawn, []), join(batches), torch.cat(source_scores, 1), torch.cat(scores),
-        join(likeliest) if likeliest[0] else None, torch.cat(likeliest_scores))
+        join(likeliest) if likeliest[0] else None, torch.cat(likeliest_scores), steps[0])
 
 
 def of_all_ranks(run, own):
@@ -581,8 +640,8 @@ class Update(NamedTuple):
 def update(run, config, models, groups, old, advantages, trained, kept, generator):
     """Some epochs of minibatches over a rollout.
 
-    advantages (B, 1); trained (B, T) bool: tokens that count; kept: places of the groups that take part.
-    Returns an `Update`.
+    advantages (B, 1) or (B, T); trained (B, T) bool: tokens that count; kept: places of the groups that take
+    part. Returns an `Update`.
     """
     batch, G = groups.batch, config.group
     steps = deal_groups(kept, config.minibatches, config.epochs, generator)
@@ -612,7 +671,7 @@ def update(run, config, models, groups, old, advantages, trained, kept, generato
                                     config.max_new_tokens)  # (n, 1)
             if old.importance is not None:
                 weights = weights * part.of(old.importance)  # (n, W)
-            loss, sums = policy_loss(logprobs, old_logprobs, advantages[part.rows], mask, weights,
+            loss, sums = policy_loss(logprobs, old_logprobs, part.of(advantages), mask, weights,
                                      config.loss, config.ratio, config.clip_low, config.clip_high,
                                      (config.soft_positive, config.soft_negative))
             totals.add({"policy_loss": loss} | {name: total / tokens for name, total in sums.items()})
@@ -635,14 +694,18 @@ def update(run, config, models, groups, old, advantages, trained, kept, generato
 def metrics_of(run, config, groups, flat, advantages, named, judged, done):
     """A rollout's row of metrics over all ranks.
 
-    flat (N,) bool; advantages (B, 1); named and judged {name: (B,)}; done: `Update`.
+    flat (N,) bool; advantages (B, 1) or (B, T); named and judged {name: (B,)}; done: `Update`.
     """
     batch = groups.batch
     by_group = groups.scores.view(-1, config.group)  # (N, G)
+    sizes = advantages.abs()
+    if groups.steps is not None:
+        # Of each reply, the mean over its tokens.
+        sizes = (sizes * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
     metrics = {
         "score": groups.scores.mean(), "score_spread": by_group.std(1, correction=0).mean(),
         "length": batch.mask.sum(1).float().mean(), "eos_rate": batch.ended.float().mean(),
-        "flat_groups": flat.float().mean(), "advantage_size": advantages.abs().mean()}
+        "flat_groups": flat.float().mean(), "advantage_size": sizes.mean()}
     metrics |= {f"score_{name}": own.mean() for name, own in named.items()}
     metrics |= {name: numbers.mean() for name, numbers in judged.items()}
     sums = run.all_sum(torch.stack(list(metrics.values()))) / run.world_size
@@ -654,15 +717,16 @@ def metrics_of(run, config, groups, flat, advantages, named, judged, done):
 
 
 def main(config):
-    folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
+    folders = config.reward or ([] if config.reward_fn or config.process else ["runs/reward"])
     run = Run(config, reads={"reward": folders, "data": as_list(config.rollouts)})
-    sources = folders + config.reward_fn
+    sources = folders + config.reward_fn + as_list(config.process)
     check(config, run)
     weights = torch.tensor(source_weights(config, sources), device=run.device)  # (sources,)
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
     models, tokenizer = load_models(config, folders, run)
-    context = min(model.config.block_size for model in [models.policy_model, *models.reward_models])
+    networks = [models.policy_model, *models.reward_models, *models_of(models.process)]
+    context = min(model.config.block_size for model in networks)
     recorded = None
     if config.rollouts:
         prompts, recorded = load_recorded(config, tokenizer, context, run.say, config.group)
@@ -721,6 +785,9 @@ def main(config):
         kept = torch.ones_like(flat) if config.flat == "keep" else ~flat
         advantages = group_advantages(shaped.view(-1, G), config.advantage, config.pass_k, baseline, kept,
                                       run.all_sum).reshape(-1, 1)  # (B, 1)
+        if groups.steps is not None:
+            changes = weights[-1] * groups.steps.changes  # (B, T)
+            advantages = step_advantages(shaped, changes, groups.steps.ends, config.advantage, G)  # (B, T)
         trained = batch.mask & batch.ended[:, None] if config.overlong == "mask" else batch.mask
         clock.append(run.clock())
 

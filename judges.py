@@ -1,5 +1,5 @@
-"""What gives a reply a number, or a conversation its next turn: reward models, Python functions of yours, and
-models that are asked.
+"""What gives a reply a number, or a conversation its next turn: reward models, process reward models, Python
+functions of yours, and models that are asked.
 
 The baseline that a score is compared with stands in the algorithm's own file. Here they are loaded, checked,
 called and combined, for training and evaluation alike.
@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from data import encode_dialogue, next_turn, pad_rows, with_reply
+from data import encode_dialogue, next_turn, pad_rows, step_ends, with_reply
+from formats.families import step_separator_of
 from formats.model_folder import load_model
 from formats.rows import Row
-from model import ScalarModel, last_scores
+from model import ScalarModel, last_scores, token_index, unpack
 from plumbing.flags import UserError, require
 from plumbing.ranks import by_length
 
@@ -58,7 +59,7 @@ def source_weights(config, sources):
     UserError if there are not as many, or --reward-combine has too few reward models to combine.
     """
     weights = config.reward_weights
-    models = len(sources) - len(config.reward_fn)
+    models = len(sources) - len(config.reward_fn) - bool(config.process)
     require(config.reward_combine == "sum" or models > 1,
             f"--reward-combine {config.reward_combine} combines several --reward, and there are {models}")
     require(config.pessimism == 1 or config.reward_combine == "pessimistic",
@@ -67,6 +68,90 @@ def source_weights(config, sources):
             f"{len(weights)} --reward-weights for {len(sources)} rewards ({', '.join(sources)})")
     require(all(map(math.isfinite, weights)), "--reward-weights must be finite numbers")
     return weights or [1.0] * len(sources)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Process rewards
+
+class Process(NamedTuple):
+    """A process reward model, and how its judgement of the steps of a reply makes a score."""
+    model: ScalarModel
+    tokenizer: object
+    separator: str  # between the steps
+    kind: str  # product, min or last: see `step_changes`
+
+
+class StepRewards(NamedTuple):
+    """What the steps of some replies are worth, aligned with tokens."""
+    changes: torch.Tensor  # (B, T) by how much a step changes its reply's score, on its last token; else 0
+    ends: torch.Tensor  # (B, T) bool, True on the last token of each step
+
+
+def load_process(config, tokenizer):
+    """The `Process` of --process and --process-score, None if there is none.
+
+    UserError if it has another tokenizer than the policy, --model or the first of --models.
+    """
+    if not config.process:
+        return None
+    model, other = load_model(config.process, ScalarModel, allow_pickle=config.allow_pickle, labels=3)
+    require(other.same_as(tokenizer), f"--process {config.process} has another tokenizer than the policy")
+    separator = step_separator_of(model.config.header)
+    return Process(model.requires_grad_(False).eval(), tokenizer, separator, config.process_score)
+
+
+def models_of(process):
+    """[ScalarModel] of a `Process`, none if there is none."""
+    return [] if process is None else [process.model]
+
+
+def step_changes(good, ends, kind):
+    """By how much each step of a reply changes the reply's score so far: (B, T), zero but where ends is True.
+
+    good (B, T): the probability that the step that ends there is good; ends (B, T) bool, True on the last
+    token of each step. The score of some steps is the product of their probabilities (that all are good), the
+    least of them, or that of the last (Lightman et al. 2023, section 2.6, has the product). That of no step
+    is 0, so a reply's changes add up to its score.
+    """
+    if kind == "product":
+        so_far = torch.where(ends, good, 1.0).cumprod(1)
+    elif kind == "min":
+        so_far = torch.where(ends, good, 1.0).cummin(1).values
+    elif kind == "last":
+        places = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
+        latest = torch.where(ends, places, 0).cummax(1).values  # (B, T)
+        so_far = good.gather(1, latest)
+    else:
+        raise ValueError(f"unknown score of steps {kind}")
+    so_far = torch.where(ends.cumsum(1) > 0, so_far, 0.0)
+    return so_far.diff(dim=1, prepend=torch.zeros_like(so_far[:, :1]))
+
+
+def find_ends(process, batch):
+    """Where the steps of a rollout's replies end: (B, T) bool, on the CPU. See `data.step_ends`."""
+    ends = torch.zeros_like(batch.host_mask)
+    for ids, mask, own in zip(batch.ids.cpu(), batch.host_mask, ends):
+        numbers = step_ends(process.tokenizer, ids[mask].tolist(), process.separator)
+        own[mask.nonzero().flatten()[numbers]] = True
+    return ends
+
+
+@torch.no_grad()
+def step_rewards(run, process, batch, plan):
+    """`StepRewards` of a rollout, None if there is no process reward model. plan: see `Rollout.plan`."""
+    if process is None:
+        return None
+    ends = find_ends(process, batch)
+    good = torch.zeros(ends.shape, device=run.device)
+    for part in batch.passes(run, plan):
+        where = part.of(ends)  # (n, W)
+        index = token_index(where)  # (N,)
+        with run.autocast():
+            logits = process.model(part.ids.to(process.model.device), index)  # (N, 3): bad, neutral, good
+        own = logits.softmax(1)[:, 2].to(run.device)
+        good[part.rows, :part.width] = unpack(own, where, index.to(run.device))
+    ends = ends.to(run.device)
+    return StepRewards(step_changes(good, ends, process.kind), ends)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -310,12 +395,12 @@ def load_tool(config, tokenizer, prompts, say):
 # Calling them
 
 @torch.no_grad()
-def score(run, reward_models, functions, batch, plan):
-    """Scores (sources, B) of a rollout: by each reward model, then by each function.
+def score(run, reward_models, functions, batch, plan, steps=None):
+    """Scores (sources, B) of a rollout: by each reward model, then by each function, then by its steps.
 
-    plan: see `Rollout.plan`.
+    plan: see `Rollout.plan`; steps: `StepRewards`, if there are any.
     """
-    sources = len(reward_models) + len(functions)
+    sources = len(reward_models) + len(functions) + (steps is not None)
     scores = torch.zeros(sources, len(batch.texts), device=run.device)
     if reward_models:
         for part in batch.passes(run, plan):
@@ -325,20 +410,22 @@ def score(run, reward_models, functions, batch, plan):
                 scores[source, part.rows] = own.to(run.device)
     for source, function in enumerate(functions, len(reward_models)):
         scores[source] = judge(function, batch).to(run.device)
+    if steps is not None:
+        scores[-1] = steps.changes.sum(1)
     return scores
 
 
 def combined(source_scores, weights, config):
-    """The score (B,) that scores (sources, B), of reward models and then functions, add up to.
+    """The score (B,) that scores (sources, B), of reward models, then functions, then steps, add up to.
 
     --reward-combine sum: their sum, weighted (sources,). Else the weighted scores of the reward models become
-    one before those of the functions are added: their mean, the least, or the mean less --pessimism standard
+    one before the others are added: their mean, the least, or the mean less --pessimism standard
     deviations (Coste et al. 2024, who take variances). All tensors, or all numpy arrays.
     """
     if config.reward_combine == "sum":
         return weights @ source_scores
     weighted = weights[:, None] * source_scores
-    models = len(weights) - len(config.reward_fn)
+    models = len(weights) - len(config.reward_fn) - bool(config.process)
     ensemble, others = weighted[:models], weighted[models:].sum(0)
     mean = ensemble.mean(0)  # (B,)
     if config.reward_combine == "mean":

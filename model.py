@@ -4,6 +4,7 @@ Shapes: B batch, T sequence, C width, V vocabulary, H heads, D head width, N sel
 Sequences are right-padded, positions count from 0 and attention is causal, so padding can't reach a token.
 """
 import copy
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class GPTConfig:
     qkv_bias: bool | None = None  # of query, key and value; None: as bias
     tied: bool = True  # the head is the token embedding
     dropout: float = 0.0
+    labels: int = 1  # numbers that a scalar model has for each position: 3 of a process reward model
     # The config.json that it was read from, which save_model writes back.
     header: dict = field(default_factory=dict, repr=False)
 
@@ -454,9 +456,10 @@ class GPT(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A trunk with one number per position: a reward model, or a critic.
+    """A trunk with one number per position: a reward model, or a critic; or several (config.labels).
 
-    A reward model is read at the last token, a critic before each token.
+    A reward model is read at the last token, a critic before each token. A process reward model has the
+    logits of bad, neutral and good, and is read at the last token of each step.
     """
 
     def __init__(self, config):
@@ -470,17 +473,17 @@ class ScalarModel(nn.Module):
         norm, width = self.transformer.ln_f, self.config.embed_dim
         if self.can_shift and norm.bias is None:
             norm.bias = nn.Parameter(torch.zeros(self.config.n_embd))
-        self.score = nn.Linear(width, 1, bias=False)
+        self.score = nn.Linear(width, self.config.labels, bias=False)
         if not self.score.weight.is_meta:
             # Stiennon et al. 2020.
             nn.init.normal_(self.score.weight, std=1 / math.sqrt(width + 1))
 
     @classmethod
-    def from_trunk(cls, model, share=False):
+    def from_trunk(cls, model, share=False, labels=1):
         """A scalar model on a copy of another model's trunk, with a fresh head. share: as in `copy_of`."""
         # The trunk is there already, so none is drawn.
         with torch.device("meta"):
-            scalar = cls(model.config)
+            scalar = cls(dataclasses.replace(model.config, labels=labels))
         scalar.transformer = copy_of(model.transformer, share)
         scalar.complete()
         return scalar.to(model.transformer.wte.weight.device)
@@ -492,8 +495,8 @@ class ScalarModel(nn.Module):
     def forward(self, ids, index=None, read=None):
         """ids (B, T) -> one number per position (B, T), or per flat position in index (N,), fp32.
 
-        index: see `Transformer.forward`.
-        read(states (N, C), head (1, C), embedding (V, C)): computed and returned instead.
+        Of several labels (B, T, labels) or (N, labels). index: see `Transformer.forward`.
+        read(states (N, C), head (labels, C), embedding (V, C)): computed and returned instead.
         """
         states = self.transformer(ids, index=index)
         if read is not None:

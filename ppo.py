@@ -61,8 +61,13 @@ TRL 1.12 to 1e-5):
     a reply ends with its end token        before the first pad, perhaps that token   none
     prompts padded on the right            on the left                                none
     metrics over response tokens           approx_kl, entropy over padding too        none
-Left out: a trunk shared by policy and critic, a value behind the end of cut-off replies, rewards per step,
-whitened rewards.
+Left out: a trunk shared by policy and critic, a value behind the end of cut-off replies, whitened rewards.
+
+--process adds a process reward model (process.py) to the score. What each step of a reply adds to it, or
+takes from it, lands at that step's last token; all of it together is the reply's score, as without:
+
+    prompt | a    b ;          c    d <eos>                    P, Q  P(good) of the first and second step
+           | 0    P            0    P Q - P                    --process-score product
 
     python ppo.py --model runs/sft --reward runs/reward --data runs/toy/prompts.jsonl --judge toy:gold
     python ppo.py --model runs/sft --reward runs/reward --reward-fn mine:brevity --reward-weights 1 0.1
@@ -84,7 +89,8 @@ from data import collate, encode_demonstrations, endless_batches, endless_order
 from formats.model_folder import open_model, save_model
 from formats.sources import read_rows
 from judges import (
-    check_functions, combined, judge, load_functions, load_reward_models, score, short_names, source_weights)
+    Process, check_functions, combined, judge, load_functions, load_process, load_reward_models, models_of,
+    score, short_names, source_weights, step_rewards)
 from model import (
     GPT, ScalarModel, copy_of, frozen_reference, prepare_training, shares_frozen, values_before)
 from plumbing.flags import (
@@ -111,12 +117,18 @@ class Config(RunConfig):
     importance_limit: Positive = 2.0  # the most that it counts
     # checkpoint folder or hub name of the policy to start from, which is also the reference; or scratch
     model: str = "runs/sft"
-    # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn)
+    # checkpoint folders of reward models (default: runs/reward, unless there is a --reward-fn or --process)
     reward: list[str] = field(default_factory=list)
     # Python functions, module:function, which get lists (those that their parameters name: prompts, replies,
     # answers, ended) and return one number per reply
     reward_fn: list[str] = field(default_factory=list)
-    # weight of each --reward, then of each --reward-fn, in the sum that is the score (default: 1 each)
+    # checkpoint folder of a process reward model (process.py): one more source of the score, whose parts land
+    # at the ends of a reply's steps
+    process: str = ""
+    # score of some steps by it: the product of P(good), the least of them, or that of the last
+    process_score: Literal["product", "min", "last"] = "product"
+    # weight of each --reward, then of each --reward-fn, then of --process, in the sum that is the score
+    # (default: 1 each)
     reward_weights: list[float] = field(default_factory=list)
     # how several --reward become one score: their weighted sum, the mean, the least, or the mean less
     # --pessimism deviations, which trusts less what they disagree on
@@ -282,12 +294,16 @@ def steps_mask(mask, reward_at, all_max=lambda t: t):
     return mask | (F.pad(mask, (1, 0))[:, :-1] & (length < longest))
 
 
-def shaped_rewards(scores, kl, steps, kl_coef):
+def shaped_rewards(scores, kl, steps, kl_coef, parts=None):
     """r_t = -kl_coef * kl_t, plus the score at the last of a reply's steps (the end token, if there is one).
 
     scores (B,), kl (B, T), steps (B, T) bool -> (B, T), zero outside steps. A row without steps gets nothing.
+    parts (B, T): those of the score that land elsewhere, at the ends of the steps that a process reward model
+    judges; the last token then gets what they leave of it.
     """
     T = steps.shape[1]
+    if parts is not None:
+        return shaped_rewards(scores - parts.sum(1), kl, steps, kl_coef) + parts
     last = (steps * torch.arange(1, T + 1, device=steps.device)).argmax(1)  # (B,)
     rewards = torch.where(steps, -kl_coef * kl, 0.0)
     return rewards.scatter_add(1, last[:, None], torch.where(steps.any(1), scores, 0.0)[:, None])
@@ -459,6 +475,11 @@ def check(config, folders, run):
             "policy on")
     require(config.critic_init != "reward" or folders,
             "--critic-init reward needs a --reward folder; use sft or zero")
+    require(not config.process or config.reward_norm == "none" and config.reward_clip == 0,
+            "--process gives rewards at the ends of steps, and --reward-norm and --reward-clip change whole "
+            "scores; leave them out")
+    require(not config.process or config.reward_at == "eos",
+            "--process gives rewards at the ends of steps: it goes with --reward-at eos")
     if config.kl_coef > 0 and (config.kl == "k1") == (config.kl_in == "loss"):
         right = "k2 and k3 have" if config.kl_in == "loss" else "k1 has"
         run.say(f"warning: --kl {config.kl} --kl-in {config.kl_in} has the wrong gradient (see the top of "
@@ -473,6 +494,7 @@ class Models(NamedTuple):
     critic_model: ScalarModel
     reference: GPT
     reward_models: list
+    process: Process | None
     average: GPT | None  # of the policy's weights, for --ema
     policy_optimizer: torch.optim.Optimizer
     critic_optimizer: torch.optim.Optimizer
@@ -483,6 +505,7 @@ def load_models(config, folders, run):
     policy_model, tokenizer = open_model(config, GPT)
     reference = frozen_reference(policy_model, config)
     reward_models = load_reward_models(folders, tokenizer, config.model, config.allow_pickle)
+    process = load_process(config, tokenizer)
     critic_init = config.critic_init
     if critic_init == "auto":
         critic_init = "reward" if folders else "zero"
@@ -494,7 +517,7 @@ def load_models(config, folders, run):
         shared = [reference]
         if critic_init == "reward":
             shared.append(reward_models[0])
-    for model in [reference, *reward_models]:
+    for model in [reference, *reward_models, *models_of(process)]:
         model.requires_grad_(False).eval()
         if any(model is other for other in shared):
             # Its weights are the trained model's; what it has alone, a head, has to move as well.
@@ -511,7 +534,7 @@ def load_models(config, folders, run):
         average = run.parallel(average)
     policy_optimizer = adamw(policy_model, config.lr, eps=1e-5)
     critic_optimizer = adamw(critic_model, config.critic_lr, eps=1e-5)
-    models = Models(policy, critic, policy_model, critic_model, reference, reward_models, average,
+    models = Models(policy, critic, policy_model, critic_model, reference, reward_models, process, average,
                     policy_optimizer, critic_optimizer)
     return models, tokenizer
 
@@ -749,16 +772,17 @@ def metrics_of(run, batch, old, scores, source_scores, rewards, explained, judge
 
 
 def main(config):
-    folders = config.reward or ([] if config.reward_fn else ["runs/reward"])
+    folders = config.reward or ([] if config.reward_fn or config.process else ["runs/reward"])
     run = Run(config, reads={"reward": folders, "data": as_list(config.rollouts)})
-    sources = folders + config.reward_fn
+    sources = folders + config.reward_fn + as_list(config.process)
     check(config, folders, run)
     weights = torch.tensor(source_weights(config, sources), device=run.device)  # (sources,)
     functions = load_functions("--reward-fn", config.reward_fn)
     judges = load_functions("--judge", config.judge)
     models, tokenizer = load_models(config, folders, run)
     policy_model, reward_models = models.policy_model, models.reward_models
-    context = min(model.config.block_size for model in [policy_model, models.critic_model, *reward_models])
+    networks = [policy_model, models.critic_model, *reward_models, *models_of(models.process)]
+    context = min(model.config.block_size for model in networks)
     recorded = None
     if config.rollouts:
         prompts, recorded = load_recorded(config, tokenizer, context, run.say)
@@ -807,7 +831,8 @@ def main(config):
         # 2. score
         plan, = batch.plan(run, [list(range(len(drawn)))], config.micro_batch_tokens)
         old = forward(run, models, batch, plan, config.temperature)  # (B, T) each
-        source_scores = score(run, reward_models, functions, batch, plan)  # (sources, B)
+        step_parts = step_rewards(run, models.process, batch, plan)
+        source_scores = score(run, reward_models, functions, batch, plan, step_parts)  # (sources, B)
         scores = combined(source_scores, weights, config)  # (B,)
         if not run.finite("the score", scores, drawn):
             continue
@@ -821,7 +846,8 @@ def main(config):
         adjusted = normalise_scores(adjusted, moments, config.reward_norm, config.reward_clip)
         kl = kl_estimate(old.logprobs, old.ref_logprobs, config.kl)  # (B, T)
         in_reward = {"reward": state["kl_coef"], "loss": 0.0}[config.kl_in]
-        rewards = shaped_rewards(adjusted, kl, steps, in_reward)  # (B, T)
+        parts = None if step_parts is None else weights[-1] * step_parts.changes  # (B, T)
+        rewards = shaped_rewards(adjusted, kl, steps, in_reward, parts)  # (B, T)
 
         # 4. advantages
         advantages, returns = gae(rewards, old.values, steps, config.gamma, config.lam)  # (B, T)

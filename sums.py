@@ -23,23 +23,39 @@ held-out sums (seed 0, 2026-11-28; as above, but SFT of 300 steps and GRPO of 60
     python sums.py --calculator --hasty 0.4 --out runs/calculator
     python grpo.py --data runs/calculator/prompts.jsonl --reward-fn sums:right --tool sums:calculator
 
+    python sums.py --steps-of runs/sft --out runs/steps
+
+has a policy answer the same sums, --samples times each, and writes what process.py and reward.py learn from:
+the replies in steps with a label for each (1 right, -1 wrong; those behind the first wrong one have none, as
+in PRM800K, where people stop there), and, for the same replies, rankings that only know whether the result is
+right. Replies that were cut off are left out.
+
 It writes demonstrations, of which many have a wrong step, and prompts, each with a file of held-out sums
 beside it, and the tokenizer. All rows have the answer in a field of their own. sums:right and sums:steps are
 functions for --reward-fn and --judge; check_steps says of each step of a reply whether it is right.
+sums:majority, as the --reward-fn of best_of_n.py, is a majority vote among the replies to a prompt.
 """
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
+import torch
 
 from checkers import value_of
+from data import encode_prompt
+from formats.model_folder import load_model
+from formats.rows import Row
 from formats.tokenizer import Tokenizer, train_bpe
+from model import GPT
 from plumbing.disk import folder_of, write_atomically
-from plumbing.flags import Count, Fraction, Seed, require
-from plumbing.run import run_script
+from plumbing.flags import Count, Fraction, Natural, Seed, require
+from plumbing.hardware import pick_device
+from plumbing.run import Alone, run_script
+from rollout import Prompt, sample
 
 # No partial sum of a prompt is above this.
 LARGEST = 12
@@ -52,6 +68,8 @@ MISSES = (-2, -1, 1, 2)
 # reply ends right.
 CARRIED = 0.8
 WHOLE = r"-?[0-9]{1,9}"
+# What stands between the steps of a reply. The blank behind it belongs to the next one.
+SEPARATOR = ";"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -70,6 +88,11 @@ def draw_terms(count, rng):
 def prompt_of(terms):
     """The prompt that asks for a sum."""
     return "".join([str(terms[0]), *(f"{term:+d}" for term in terms[1:])]) + "=?"
+
+
+def asked_row(terms):
+    """A sum as a row has it: its prompt and answer."""
+    return {"prompt": prompt_of(terms), "answer": str(sum(terms))}
 
 
 def terms_of(prompt):
@@ -142,12 +165,18 @@ def talk_through(terms, rng, wrong=False, hasty=False):
 # ---------------------------------------------------------------------------------------------------------
 # Checking replies
 
+def result_of(reply):
+    """What a reply comes to, behind the "so" at its end; None if it has none."""
+    end = re.search(rf"\bso ({WHOLE})$", reply.strip())
+    return end[1] if end else None
+
+
 def right(replies, answers):
     """1 where a reply ends in "so" and the answer, else 0."""
     scores = []
     for reply, answer in zip(replies, answers):
-        end = re.search(rf"\bso ({WHOLE})$", reply.strip())
-        scores.append(float(end is not None and end[1] == answer))
+        result = result_of(reply)
+        scores.append(float(result == answer))
     return scores
 
 
@@ -161,7 +190,7 @@ def check_steps(prompt, reply):
     terms = terms_of(prompt)
     stated = true = terms[0]
     checked = []
-    for number, step in enumerate(reply.strip().split(";"), 1):
+    for number, step in enumerate(reply.strip().split(SEPARATOR), 1):
         step = step.strip()
         begin, equals, end = step.partition("=")
         if number < len(terms):
@@ -177,6 +206,19 @@ def check_steps(prompt, reply):
     return checked
 
 
+def labelled_steps(prompt, reply):
+    """(steps, labels) of a reply: its parts between semicolons as they are, and for each 1, right, or -1.
+
+    Labels end with the first wrong step.
+    """
+    labels = []
+    for _, fine in check_steps(prompt, reply):
+        labels.append(1 if fine else -1)
+        if not fine:
+            break
+    return reply.strip().split(SEPARATOR), labels
+
+
 def steps(prompts, replies):
     """Share of right steps of each reply, see `check_steps`.
 
@@ -188,6 +230,16 @@ def steps(prompts, replies):
         count = max(len(checked), len(terms_of(prompt)))
         shares.append(sum(fine for _, fine in checked) / count)
     return shares
+
+
+def majority(prompts, replies):
+    """The share of the replies to the same prompt, as far as they are given, that come to a reply's result; 0
+    for one that comes to none. (Self-consistency: Wang et al. 2022.)
+    """
+    results = [(prompt, result_of(reply)) for prompt, reply in zip(prompts, replies)]
+    counts = Counter(results)
+    asked = Counter(prompts)
+    return [counts[one] / asked[one[0]] if one[1] else 0.0 for one in results]
 
 
 def calculator(replies):
@@ -216,23 +268,31 @@ class Config:
     wrong: Fraction = 0.1  # share of the demonstrations that have a step with a wrong result
     hasty: Fraction = 0.5  # share of those that leave out the last steps
     calculator: bool = False  # demonstrations in which a calculator, sums:calculator, does the steps
-    seed: Seed = 0  # seed of the sums and of what is wrong with their demonstrations
+    # checkpoint folder of a policy: write its replies in steps with labels, and as rankings, instead
+    steps_of: str = ""
+    samples: Count = 4  # replies to each sum, at temperature 1 (with --steps-of)
+    max_new_tokens: Count = 40  # of a reply, at most (with --steps-of)
+    seed: Seed = 0  # seed of the sums, of what is wrong with their demonstrations, and of samples
+    # auto takes the first of cuda, mps, cpu that works
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    threads: Natural = 0  # CPU threads, 0 leaves it to PyTorch
     debug: bool = False  # show the traceback of an error
 
 
-def main(config):
-    folder = Path(config.out)
-    require(not (folder / "tokenizer.json").exists(),
-            f"--out {folder} already holds the task's files; name another folder or delete it")
-    require(not folder.is_file(), f"--out {folder} is a file; name a folder")
-    splits = draw_sums(config)
+def write_rows(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, text.encode())
+
+
+def write_sums(config, folder, splits):
+    """Demonstrations and prompts of both splits, and the tokenizer."""
     folder_of(folder / "tokenizer.json")
     for split, end in (("train", ""), ("heldout", "_heldout")):
         rng = np.random.default_rng([config.seed, 2, split == "train"])
         prompts, demonstrations = [], []
         for terms in splits[split]:
             wrong, hasty = rng.random() < config.wrong, rng.random() < config.hasty
-            asked = {"prompt": prompt_of(terms), "answer": str(sum(terms))}
+            asked = asked_row(terms)
             prompts.append(asked)
             if config.calculator:
                 talk = talk_through(terms, rng, wrong, hasty)
@@ -240,12 +300,64 @@ def main(config):
             else:
                 reply = work_out(terms, rng, wrong, hasty)
                 demonstrations.append(asked | {"completion": reply})
-        for name, rows in (("demonstrations", demonstrations), ("prompts", prompts)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(folder / f"{name}{end}.jsonl", text.encode())
+        write_rows(folder / f"demonstrations{end}.jsonl", demonstrations)
+        write_rows(folder / f"prompts{end}.jsonl", prompts)
         print(f"{split}: {len(demonstrations)} demonstrations and prompts")
     # Where the tokenizer is, all files are.
     Tokenizer("sums", *train_bpe(TOKENS, 512, PIECES)).save(folder)
+
+
+def write_labels(config, folder, splits):
+    """Replies of --steps-of to the sums of both splits: in steps with labels, and as rankings by result."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    policy, tokenizer = load_model(config.steps_of, GPT)
+    device = pick_device(config.device)
+    policy.to(device).eval()
+    folder_of(folder / "steps.jsonl")
+    for split, end in (("heldout", "_heldout"), ("train", "")):
+        labelled, rankings = [], []
+        for asked, replies in answers_of(config, policy, tokenizer, splits[split], device):
+            for reply in replies:
+                parts, labels = labelled_steps(asked["prompt"], reply)
+                labelled.append(asked | {"steps": parts, "labels": labels})
+            ranks = [int(1 - one) for one in right(replies, [asked["answer"]] * len(replies))]
+            # Replies that are all right, or all wrong, say nothing.
+            if len(set(ranks)) == 2:
+                rankings.append(asked | {"completions": replies, "ranks": ranks})
+        write_rows(folder / f"rankings{end}.jsonl", rankings)
+        write_rows(folder / f"steps{end}.jsonl", labelled)
+        print(f"{split}: {len(labelled)} replies in steps, {len(rankings)} rankings")
+
+
+def answers_of(config, policy, tokenizer, sums, device):
+    """Yield (prompt and answer as in a row, the replies to it that ended) for sums, each a list of terms."""
+    alone = Alone(device, torch.float32)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for start in range(0, len(sums), 64):
+        asked, prompts = [], []
+        for terms in sums[start:start + 64]:
+            asked.append(asked_row(terms))
+            turns = [{"role": "user", "content": prompt_of(terms)}]
+            prompts.append(Prompt(Row(turns), encode_prompt(tokenizer, turns)))
+        batch = sample(alone, policy, tokenizer, prompts, config.max_new_tokens, 1.0, generator,
+                       per_prompt=config.samples)
+        ended = batch.ended.tolist()
+        for number, own in enumerate(asked):
+            places = range(number * config.samples, (number + 1) * config.samples)
+            yield own, [batch.texts[i].strip() for i in places if ended[i] and batch.texts[i].strip()]
+
+
+def main(config):
+    folder = Path(config.out)
+    last = "steps.jsonl" if config.steps_of else "tokenizer.json"
+    require(not (folder / last).exists(),
+            f"--out {folder} already holds the task's files; name another folder or delete it")
+    require(not folder.is_file(), f"--out {folder} is a file; name a folder")
+    require(not (config.steps_of and config.calculator), "--calculator is for demonstrations")
+    splits = draw_sums(config)
+    write = write_labels if config.steps_of else write_sums
+    write(config, folder, splits)
 
 
 if __name__ == "__main__":

@@ -280,3 +280,19 @@ def own_notes(header):
 def knows_single_turns(config):
     """Whether a model's folder says that it has never seen a conversation go on behind a reply."""
     return own_notes(config.header).get("single_turn") is True
+
+
+def step_separator_of(header):
+    """What ends the steps of the replies that a process reward model judges, a text; None of another model.
+
+    header: what its config.json says.
+    """
+    separator = own_notes(header).get("step_separator")
+    return separator if isinstance(separator, str) and separator else None
+
+
+def labels_of(header):
+    """How many numbers a scalar model has for each position: those of a process reward model are logits of
+    bad, neutral and good.
+    """
+    return 1 if step_separator_of(header) is None else 3

@@ -1,7 +1,9 @@
 """Checkpoint folders as Hugging Face has them: `config.json`, `model.safetensors`, the tokenizer's files.
 
 What transformers, vLLM and llama.cpp open goes in, and what is written they open: a language model as the
-family's ...ForCausalLM, a reward model as its ...ForSequenceClassification with one label. Weights are
+family's ...ForCausalLM, a reward model as its ...ForSequenceClassification with one label. So is a process
+reward model, with the labels bad, neutral and good: that class reads it at a sequence's last token alone,
+which is where the last step ends; what ends the others stands in config.json, under `barerlhf`. Weights are
 safetensors, never a pickle (but see --allow-pickle); they become float32 here. `FAMILIES` lists the dialects;
 anything else is refused.
 """
@@ -17,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from formats.errors import json_object
 from formats.families import (
-    BUFFERS, FAMILIES, TRANSPOSED, architecture_of, family_of, own_notes, stored_as, to_stored)
+    BUFFERS, FAMILIES, TRANSPOSED, architecture_of, family_of, labels_of, own_notes, stored_as, to_stored)
 from formats.foreign_tokenizer import open_tokenizer
 from formats.sources import read_rows, split_by_prompt
 from formats.tokenizer import ALL_LETTERS, Tokenizer, train_bpe
@@ -77,12 +79,14 @@ def texts_to_learn(config):
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 
-def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weights, single_turn=None):
+def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weights, single_turn=None,
+               step_separator=None):
     """Write a checkpoint folder, each file atomically.
 
     model: GPT or ScalarModel (not in DDP); its adapters are merged. flags: a run's, for --save-dtype and
     --lora-save (which may ask for a PEFT folder with the adapters alone). change: from {name: weight} to what
-    is written. single_turn: see `knows_single_turns`; None: as it was.
+    is written. single_turn: see `knows_single_turns`; None: as it was. step_separator: see
+    `step_separator_of`; None: as it was.
 
     Under torchrun all ranks call, and rank 0 writes. Raises UserError if a weight is not finite; nothing is
     written then.
@@ -103,7 +107,7 @@ def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weig
         save_adapter(folder, model, whole, tokenizer, flags.model)
         return
     kind = GPT if isinstance(model, GPT) else ScalarModel
-    header = make_header(config, kind, tokenizer, dtype, single_turn)
+    header = make_header(config, kind, tokenizer, dtype, single_turn, step_separator)
     check_header(header, config)
     rounded = {}
     for name, weight in weights.items():
@@ -115,11 +119,15 @@ def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weig
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
 
 
-def make_header(config, kind, tokenizer, dtype, single_turn):
+# What a scalar model's numbers are called, by how many it has.
+LABELS = {1: ("LABEL_0",), 3: ("bad", "neutral", "good")}
+
+
+def make_header(config, kind, tokenizer, dtype, single_turn, step_separator=None):
     """What config.json says, a dict: what it said before, or GPT-2's fields for a model from scratch.
 
     kind: GPT or ScalarModel; dtype: of the weights as written, a name; single_turn: True, False, or None for
-    what it was.
+    what it was; step_separator: a text, or None for what it was.
     """
     header = dict(config.header) or gpt2_header(config, tokenizer)
     header |= {
@@ -133,9 +141,12 @@ def make_header(config, kind, tokenizer, dtype, single_turn):
     header.pop("dtype", None)
     if single_turn is not None:
         header["barerlhf"] = own_notes(header) | {"single_turn": single_turn}
+    if step_separator is not None:
+        header["barerlhf"] = own_notes(header) | {"step_separator": step_separator}
     if kind is ScalarModel:
-        # One label: a score.
-        header |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        names = LABELS[config.labels]
+        header["id2label"] = {str(number): name for number, name in enumerate(names)}
+        header["label2id"] = {name: number for number, name in enumerate(names)}
     return header
 
 
@@ -163,7 +174,7 @@ def check_header(header, config):
     """UserError unless a config.json is read as the config that it is written for."""
     family = family_of(config)
     fields = FAMILIES[family].config(header)
-    read = GPTConfig(**fields, dropout=config.dropout, header=config.header)
+    read = GPTConfig(**fields, dropout=config.dropout, labels=labels_of(header), header=config.header)
     require(read == config,
             f"a checkpoint folder of the family {family} can't hold this model: "
             f"it would be read as {read}, but is {config}")
@@ -369,7 +380,8 @@ def read_config(folder, dropout=0.0):
         require(architecture in kinds,
                 f"the architecture '{architecture}' is not supported, only {' and '.join(kinds)}")
         fields = FAMILIES[family].config(header)
-        return GPTConfig(**fields, dropout=dropout, header=header), kinds[architecture]
+        config = GPTConfig(**fields, dropout=dropout, labels=labels_of(header), header=header)
+        return config, kinds[architecture]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
@@ -377,17 +389,20 @@ def read_config(folder, dropout=0.0):
 
 
 @torch.no_grad()
-def load_model(name, kind, dropout=0.0, allow_pickle=False):
-    """Open a checkpoint folder or hub name as kind GPT or ScalarModel.
+def load_model(name, kind, dropout=0.0, allow_pickle=False, labels=1):
+    """Open a checkpoint folder or hub name as kind GPT or ScalarModel, that with so many labels.
 
     Returns (model, tokenizer); UserError says what is wrong.
     """
     folder = fetch(name, allow_pickle)
     if (folder / "adapter_config.json").is_file():
+        require(labels == 1, f"{folder} holds adapters, and a process reward model is a whole folder")
         return load_adapter(folder, kind, dropout, allow_pickle)
     config, found = read_config(folder, dropout)
-    words = {GPT: "a language model", ScalarModel: "a reward model"}
-    require(found is kind, f"{folder} holds {words[found]}, but {words[kind]} is needed here")
+    words = {(GPT, 1): "a language model", (ScalarModel, 1): "a reward model",
+             (ScalarModel, 3): "a process reward model"}
+    there, wanted = (found, config.labels), (kind, labels)
+    require(there == wanted, f"{folder} holds {words[there]}, but {words[wanted]} is needed here")
     stored = Weights(folder, allow_pickle=allow_pickle)
     tokenizer = open_tokenizer(folder)
     # On meta a model takes no memory: the sizes are believed only once the weights agree.

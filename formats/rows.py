@@ -3,7 +3,8 @@
 A row is a prompt (a conversation that awaits an answer) and its replies: none for prompts, one for a
 demonstration, K with ranks for preferences (a chosen/rejected pair is K = 2), one or more with rank 0, good,
 or 1, bad, for labels. Feedback is preferences and what else people say of replies: that they are as good as
-each other, all bad or all good, or how many points each is worth.
+each other, all bad or all good, or how many points each is worth. For process rewards a row has the steps of
+one reply instead, and a label for each.
 """
 import json
 import math
@@ -41,6 +42,12 @@ class Row:
     strength: float | None = None
     # Of each reply {aim: number}, higher is better, as far as they are known; [] where nobody rated.
     ratings: list = field(default_factory=list)
+    # Of str, the steps of one reply, each without the separator behind it.
+    steps: list = field(default_factory=list)
+    # Of each step -1, 0 or 1: bad, neutral, good; None where nobody says.
+    labels: list = field(default_factory=list)
+    # Whether the reply ends behind the last of the steps.
+    finished: bool = True
 
     @property
     def text(self):
@@ -437,6 +444,36 @@ def find_ratings(row, form):
     return ratings if any(ratings) else []
 
 
+def step_label(label):
+    """A step's label in a file as -1, 0, 1 or None."""
+    if isinstance(label, bool):
+        return 1 if label else -1
+    if label is None or is_number(label) and label in (-1, 0, 1):
+        return label if label is None else int(label)
+    raise TypeError("a label of a step is none of -1, 0 and 1 (bad, neutral, good), true, false and null")
+
+
+def parse_steps(row, want):
+    """A prompt, the steps of one reply, and their labels, which may stop before the steps do.
+
+    A label is -1, 0 or 1, or true or false; null is none.
+    """
+    steps, labels, finished = row["steps"], row["labels"], row.get("finished", True)
+    if not is_list_of(str, steps) or not isinstance(labels, list) or not isinstance(finished, bool):
+        raise TypeError("steps is not a list of texts, labels no list, or finished neither true nor false")
+    if len(labels) > len(steps):
+        raise TypeError(f"{len(labels)} labels for {len(steps)} steps")
+    known = [step_label(label) for label in labels]
+    known += [None] * (len(steps) - len(known))
+    if want == "prompts":
+        return Row(parse_prompt(row))
+    if not all(step.strip() for step in steps):
+        raise BadRow("an empty step")
+    if all(label is None for label in known):
+        raise BadRow("no step has a label")
+    return Row(parse_prompt(row), steps=steps, labels=known, finished=finished)
+
+
 # Of each format: what parses it, and what it is good for.
 FORMATS = {
     "instructions": (parse_single, ("demonstrations", "prompts")),
@@ -448,6 +485,7 @@ FORMATS = {
     "preferences": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
     "transcripts": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
     "rankings": (parse_ranking, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
+    "labelled steps": (parse_steps, ("steps", "prompts")),
     "plain text": (parse_plain, ("demonstrations",)),
 }
 NEEDED = {
@@ -465,6 +503,8 @@ NEEDED = {
     "feedback":
         "a prompt, chosen and rejected (or completions and ranks, a scale or a verdict, or a reply with a "
         "label, true or false, or a rating)",
+    "steps":
+        "a prompt, the steps of a reply and their labels (steps and labels, or PRM800K's question and label)",
     "prompts":
         "a prompt (prompt, instruction, question, query, problem or messages)",
 }
@@ -488,6 +528,7 @@ REFUSED = {
     },
     "labels": {},
     "scored": {},
+    "steps": {},
     "prompts": {},
 }
 REFUSED["feedback"] = REFUSED["preferences"]
@@ -508,6 +549,9 @@ def translate(row):
         return translate_shp(row)
     if "ranks" not in has and is_list_of(dict, row.get("completions")):
         row = row | rank_completions(row["completions"])
+    # TRL's name for steps.
+    if "ranks" not in has and "labels" in has and is_list_of(str, row.get("completions")):
+        row = row | {"steps": row["completions"]}
     # A field input beside a prompt adds to it; alone, with a reply, it is the prompt.
     has_reply = has & {*REPLIES, *ANSWERS, "chosen", "completions"}
     if "input" in has and has_reply and not has_prompt(row):
@@ -549,6 +593,8 @@ def recognise(row):
     asks = has_prompt(row)
     if asks and "completions" in has and has & {"ranks", "scale", "verdict"}:
         return "rankings"
+    if asks and {"steps", "labels"} <= has:
+        return "labelled steps"
     if {"chosen", "rejected"} <= has:
         has_messages = isinstance(row["chosen"], (list, dict))
         return "preferences" if asks or has_messages else "transcripts"
@@ -568,8 +614,8 @@ def parse(row, form, want):
 
     row: the object without its nulls; form: its format, of `FORMATS`; want: "demonstrations", "preferences",
     "feedback" (as preferences, but also ties, verdicts and ratings), "labels", "scored" (as preferences, but
-    replies need not differ, and ranks are negative scores if it has some) or "prompts". Raises BadRow with
-    the reason if it has to be dropped, TypeError if it is not of this format.
+    replies need not differ, and ranks are negative scores if it has some), "steps" or "prompts". Raises
+    BadRow with the reason if it has to be dropped, TypeError if it is not of this format.
     """
     parser, _ = FORMATS[form]
     parsed = parser(row, want)
@@ -599,7 +645,7 @@ def parse(row, form, want):
     if form != "plain text":
         replies = [reply.strip() for reply in replies]
         check_prompt(prompt)
-    check_texts([*replies, answer])
+    check_texts([*replies, *parsed.steps, answer])
     check_texts(turn["content"] for turn in prompt)
     compared = len(replies) > 1 and want != "scored"
     if compared and len(set(replies)) == 1:
@@ -610,7 +656,8 @@ def parse(row, form, want):
         replies, ranks = first_and_last(replies, ranks)
     if want not in COMPARED or len(gold) != len(replies):
         gold = []
-    made = Row(prompt, replies, ranks, float(margin), gold, answer, probability=float(probability))
+    made = Row(prompt, replies, ranks, float(margin), gold, answer, probability=float(probability),
+               steps=parsed.steps, labels=parsed.labels, finished=parsed.finished)
     return with_feedback(made, row, form, verdict, scale) if want == "feedback" else made
 
 
@@ -673,17 +720,74 @@ def check_texts(texts):
             raise BadRow("a NUL character or half a surrogate pair, which is no text")
 
 
-def expand(row):
-    """The instruction rows of a self-instruct row; of any other a list of it alone.
+def expand(row, want):
+    """The instruction rows of a self-instruct row, or the replies in steps of one of PRM800K, in our fields;
+    of any other a list of it alone.
 
     instances: a list of objects with input and output, all for one instruction.
     """
+    question, label = row.get("question"), row.get("label")
+    if isinstance(question, dict) and isinstance(label, dict) and "problem" in question:
+        replies = list(prm800k_replies(question, label))
+        return replies[:1] if want == "prompts" else replies
     instances = row.get("instances")
     if instances is None or instances == [] or "instruction" not in row:
         return [row]
     if not is_list_of(dict, instances):
         raise TypeError("instances is not a list of objects with input and output")
     return [{"instruction": row["instruction"]} | instance for instance in instances]
+
+
+def prm800k_replies(question, label):
+    """Yield rows with steps and labels for a row of PRM800K: the reply that was labelled, then its branches.
+
+    Each step has completions [{text, rating}] and the number of the one that the reply goes on with
+    (chosen_completion), or what a person wrote in place of all of them (human_completion), which has no
+    rating and counts as good; where it has neither, labelling ended with the first completion. Each other
+    completion is a branch: a row in which that last step alone has a label, as those before it have theirs in
+    the first row. Steps that are the beginning of what was sampled (pre_generated_steps) go on as that does.
+    A problem that was reported as broken has no labels.
+    """
+    if not is_list_of(dict, label.get("steps")):
+        raise TypeError("label.steps is not a list of objects")
+    reply, ratings = [], []
+    found = []  # (steps, labels) of the branches
+    for step in label["steps"]:
+        candidates = step.get("completions") or []
+        human = step.get("human_completion")
+        chosen = step.get("chosen_completion")
+        if not is_list_of(dict, candidates):
+            raise TypeError("the completions of a step are not a list of objects")
+        ended = chosen is None and human is None
+        if ended:
+            chosen = 0
+        for number, candidate in enumerate(candidates):
+            if number != chosen:
+                unlabelled = [None] * len(reply)
+                found.append((reply + [candidate.get("text")], unlabelled + [candidate.get("rating")]))
+        if chosen is None:
+            text, rating = human.get("text") if isinstance(human, dict) else human, 1
+        elif chosen in range(len(candidates)):
+            text, rating = candidates[chosen].get("text"), candidates[chosen].get("rating")
+        elif ended:
+            break
+        else:
+            raise TypeError(f"chosen_completion {chosen!r} of {len(candidates)}")
+        reply, ratings = reply + [text], ratings + [rating]
+        if ended:
+            break
+    sampled = question.get("pre_generated_steps") or []
+    for steps, labels in [(reply, ratings), *found]:
+        if steps == sampled[:len(steps)]:
+            steps = sampled
+        yield {
+            "problem": question["problem"],
+            "answer": question.get("ground_truth_answer"),
+            "steps": steps,
+            "labels": [] if label.get("finish_reason") == "bad_problem" else labels,
+            # Its replies end with their answer, below a heading.
+            "finished": bool(steps) and "# Answer" in str(steps[-1]),
+        }
 
 
 def merge(rows, want, dropped):

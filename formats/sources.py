@@ -356,7 +356,7 @@ def read_source(path, want, say, skip_bad=False, useless=None):
                 raise found
             fields = list_names(list(found)) or "none"
             filled = {name: value for name, value in found.items() if value is not None}
-            for row in expand(filled):
+            for row in expand(filled, want):
                 row = translate(row)
                 form = recognise(row)
                 require(form and want in FORMATS[form][1],
@@ -508,9 +508,9 @@ def take_part(rows, part):
 def read_rows(spec, want, say=print, part="", skip_bad=False, useless=None):
     """Rows of a kind from what --data names: see `parse_sources`.
 
-    want: the kind, "demonstrations", "preferences", "feedback", "labels", "scored" or "prompts"; part: see
-    `take_part`; skip_bad, useless: see `read_source`. Of a mixture come as many rows as its weights allow
-    when no row is repeated.
+    want: the kind, "demonstrations", "preferences", "feedback", "labels", "scored", "steps" or "prompts";
+    part: see `take_part`; skip_bad, useless: see `read_source`. Of a mixture come as many rows as its weights
+    allow when no row is repeated.
     """
     sources = parse_sources(str(spec))
     found = []  # a list of rows for each source

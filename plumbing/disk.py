@@ -90,7 +90,9 @@ def how_to_make(path):
         return "; python sums.py writes it"
     if path.startswith("runs/preferences/"):
         return "; python toy.py --model runs/sft writes it"
-    found = re.fullmatch("runs/(sft|reward|ppo|dpo)", path)
+    if path.startswith("runs/steps/"):
+        return "; python sums.py --steps-of runs/sft --out runs/steps writes it"
+    found = re.fullmatch("runs/(sft|reward|process|ppo|dpo)", path)
     return f"; python {found[1]}.py --out {path} makes one" if found else ""
 
 

@@ -139,7 +139,7 @@ SCRATCH_FLAGS = field_names(ScratchFlags)
 SHAPE_FLAGS = (*SCRATCH_FLAGS, "lora_rank", "lora_targets")
 # What a run is built on: data files, and folders of models (and that of a tokenizer).
 DATA_FLAGS = ("data", "val_data", "demonstrations", "ptx_data")
-MODEL_FLAGS = ("model", "reward", "reference", "teacher")
+MODEL_FLAGS = ("model", "reward", "process", "reference", "teacher")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -172,7 +172,10 @@ INPUT_PAIR = {"system": "Be brief.", "input": "Cube 4.", "chosen": "64", "reject
 TEXT = {"text": " A whole\ndocument. ", "meta": {"url": "x"}}
 SHORT, BRIEF = user("Cube 4."), system("Be brief.")
 TWO = ["64", "65"], [0, 1]
+STEPS = {"prompt": "Cube 4.", "steps": ["4*4=16", "16*4=65", "so 65"], "labels": [1, -1]}
 CASES = [  # want, a row of a file, its format, the Row
+    ("steps", STEPS, "labelled steps", Row(SHORT, steps=STEPS["steps"], labels=[1, -1, None])),
+    ("prompts", STEPS, "labelled steps", Row(SHORT)),
     ("demonstrations", ALPACA, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),
     ("demonstrations", DOLLY, "instructions", Row(user("Cube it."), ["64"], [0])),
     ("demonstrations", DOLLY | {"context": "4"}, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),

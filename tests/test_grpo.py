@@ -273,6 +273,88 @@ def test_a_ratio_that_is_huge_stays_finite():
         assert loss.isfinite() and gradient.isfinite().all()
 
 
+# -- advantages where the score comes step by step
+
+STEP_KINDS = ("none", "mean", "leave-one-out", "deviation")
+ENDS = (  # of two groups of three replies: several steps, one, and one that ends in the first column
+    (2, 5, 7), (3, 7), (6,), (0, 1), (4,), (0, 3, 4, 6))
+
+
+def steps_drawn():
+    """scores (6,), changes and ends (6, 9). The scores have more than their steps give."""
+    torch.manual_seed(1)
+    ends = torch.zeros(6, 9, dtype=torch.bool)
+    for row, places in enumerate(ENDS):
+        ends[row, list(places)] = True
+    changes = torch.where(ends, torch.randn(6, 9, dtype=torch.float64), 0.0)
+    return changes.sum(1) + torch.randn(6, dtype=torch.float64), changes, ends
+
+
+def slow_step_advantages(scores, changes, kind, G=3):
+    """By a loop: what a reply still gets from a step on, against the group's replies that have that step."""
+    advantages = torch.zeros(6, 9, dtype=torch.float64)
+    for row, places in enumerate(ENDS):
+        group = range(row // G * G, row // G * G + G)
+        for t in range(places[-1] + 1):
+            k = sum(place < t for place in places)  # steps that ended before this token
+
+            def to_come(other):
+                got = sum(changes[other, place] for place in ENDS[other][:k])
+                return scores[other] - got
+
+            others = [to_come(other) for other in group if len(ENDS[other]) > k]
+            n, own = len(others), to_come(row)
+            mean = sum(others) / n
+            spread = torch.stack([scores[other] for other in group]).std(correction=0)
+            advantages[row, t] = {
+                "none": own, "mean": own - mean, "deviation": (own - mean) / spread,
+                "leave-one-out": (own - mean) * n / (n - 1) if n > 1 else 0.0}[kind]
+    return advantages
+
+
+@pytest.mark.parametrize("kind", STEP_KINDS)
+def test_a_token_is_compared_by_what_the_steps_that_end_at_it_or_later_give(kind):
+    scores, changes, ends = steps_drawn()
+    got = grpo.step_advantages(scores, changes, ends, kind, 3)
+    expected = slow_step_advantages(scores, changes, kind)
+    for row, places in enumerate(ENDS):
+        torch.testing.assert_close(got[row, :places[-1] + 1], expected[row, :places[-1] + 1])
+    # What was earned before is nobody's: more for the first step changes no later token's advantage.
+    more = changes.clone()
+    more[0, 2] += 5
+    again = grpo.step_advantages(scores + torch.tensor([5.0, 0, 0, 0, 0, 0]), more, ends, "none", 3)
+    torch.testing.assert_close(again[0, 3:], grpo.step_advantages(scores, changes, ends, "none", 3)[0, 3:])
+
+
+@pytest.mark.parametrize("kind", STEP_KINDS)
+def test_tokens_of_first_steps_have_the_advantages_of_whole_replies(kind):
+    """So replies of one step are trained as by their scores."""
+    scores, changes, ends = steps_drawn()
+    got = grpo.step_advantages(scores, changes, ends, kind, 3)
+    whole = group_advantages(scores.view(2, 3), kind).reshape(6)
+    torch.testing.assert_close(got[:, 0], whole)
+    for row, places in enumerate(ENDS):
+        torch.testing.assert_close(got[row, :places[0] + 1], whole[row].expand(places[0] + 1))
+    single = torch.zeros(6, 9, dtype=torch.bool)
+    single[:, 8] = True
+    got = grpo.step_advantages(scores, torch.where(single, scores[:, None], 0.0), single, kind, 3)
+    torch.testing.assert_close(got, whole[:, None].expand(6, 9))
+
+
+@pytest.mark.parametrize("kind", ["mean", "leave-one-out", "deviation"])
+def test_equal_scores_teach_no_step_anything_and_a_step_alone_is_compared_with_nothing(kind):
+    scores, changes, ends = steps_drawn()
+    scores[:3] = 0.1
+    got = grpo.step_advantages(scores, changes, ends, kind, 3)
+    assert not got[:3].any() and got[3:].isfinite().all()
+    assert not got[5, 4:].any()  # its third and fourth step, which no other reply of its group has
+
+
+def test_an_advantage_that_steps_have_not_is_an_error():
+    with pytest.raises(ValueError, match="no advantage by steps of kind batch"):
+        grpo.step_advantages(*steps_drawn(), "batch", 3)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_kl_terms_are_those_of_ppo(kind):
     old, step, _ = drawn(1)

@@ -161,7 +161,8 @@ WEIGHTS = [1.0, 2.0, 1.0, 0.1]
 
 
 def together(kind, pessimism=1.0):
-    return SimpleNamespace(reward_combine=kind, pessimism=pessimism, reward_fn=["mine:f"], reward_weights=[])
+    return SimpleNamespace(reward_combine=kind, pessimism=pessimism, reward_fn=["mine:f"], process="",
+                           reward_weights=[])
 
 
 @pytest.mark.parametrize("kind, pessimism, of_models", [
@@ -190,7 +191,7 @@ def test_by_default_the_score_is_the_weighted_sum_bit_for_bit():
 
 def test_models_that_agree_have_the_score_of_one_and_a_score_that_is_no_number_stays_one():
     scores = torch.tensor([[1.0, 2.0], [1.0, float("nan")]])
-    config = SimpleNamespace(reward_combine="pessimistic", pessimism=3.0, reward_fn=[])
+    config = SimpleNamespace(reward_combine="pessimistic", pessimism=3.0, reward_fn=[], process="")
     for kind in ("mean", "min", "pessimistic"):
         config.reward_combine = kind
         one, other = judges.combined(scores, torch.ones(2), config).tolist()

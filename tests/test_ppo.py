@@ -148,6 +148,24 @@ def test_the_score_lands_on_the_last_response_token_and_only_there():
     torch.testing.assert_close(rewards, expected)
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_parts_of_the_score_land_where_they_are_and_the_rest_on_the_last_token(kl_coef):
+    """With parts or without them, a reply's rewards add up to its score less its KL."""
+    torch.manual_seed(0)
+    scores, kl = torch.tensor([1.0, -2.0, 0.5, 7.0]), torch.randn(MASK.shape)
+    parts = torch.zeros(MASK.shape)
+    parts[0, 3], parts[0, 5], parts[1, 1], parts[2, 4] = 0.7, -0.2, 0.4, 0.5
+    rewards = shaped_rewards(scores, kl, MASK, kl_coef, parts)
+    expected = torch.where(MASK, -kl_coef * kl, 0.0) + parts
+    for row, (start, end) in enumerate(SPANS[:3]):
+        expected[row, end - 1] += scores[row] - parts[row].sum()
+    torch.testing.assert_close(rewards, expected)
+    whole = shaped_rewards(scores, kl, MASK, kl_coef)
+    torch.testing.assert_close(rewards.sum(1), whole.sum(1))
+    # Where no parts are given, and where they are nothing, it is what it was.
+    assert torch.equal(whole, shaped_rewards(scores, kl, MASK, kl_coef, torch.zeros(MASK.shape)))
+
+
 def test_the_step_after_the_last_token_exists_for_all_but_the_longest_replies():
     assert steps_mask(MASK, "eos") is MASK
     assert torch.equal(steps_mask(MASK, "next"), responses((2, 7), (1, 9), (4, 6), (3, 3)))

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import sums
 from formats.foreign_tokenizer import open_tokenizer
@@ -227,3 +228,64 @@ def test_with_a_calculator_demonstrations_ask_for_each_step_and_it_answers_as_th
     read = read_rows(str(path), "demonstrations", SILENT)
     assert [row.answer for row in read] == [row["answer"] for row in rows]
     assert [row.prompt for row in read] == [row["messages"][:-1] for row in rows]
+
+
+# -- a policy's replies, with labels
+
+def test_steps_are_labelled_up_to_the_first_wrong_one_and_say_the_reply_with_their_separator():
+    prompt = "12-7+7-8=?"
+    for reply, labels in (
+            ("12-7=5; 5+7=12; 12-8=4; so 4", [1, 1, 1, 1]), ("12-7=6; 6+7=13; 13-8=5; so 5", [-1]),
+            ("12-7=5; so 5", [1, -1]), ("12-7=5; 5+7=12; 12-8=4; so 5", [1, 1, 1, -1]), ("", [-1])):
+        parts, found = sums.labelled_steps(prompt, reply)
+        assert found == labels and sums.SEPARATOR.join(parts) == reply
+        assert len(parts) == len(sums.check_steps(prompt, reply))
+
+
+def test_a_reply_has_the_share_of_the_votes_for_its_result():
+    prompts = ["1+1+1=?"] * 4 + ["2+2+2=?"] * 2
+    replies = ["1+1=2; so 3", "so 3", "so 4", "none", "so 3", "so 6"]
+    assert sums.majority(prompts, replies) == [0.5, 0.5, 0.25, 0.0, 0.5, 0.5]
+
+
+def test_steps_of_a_policy_are_its_replies_to_the_same_sums(written, small, tmp_path, monkeypatch):
+    """What was sampled is what is written, but for replies that were cut off."""
+    real, batches = sums.sample, []
+
+    def recorded(*args, **options):
+        batches.append(real(*args, **options))
+        return batches[-1]
+
+    monkeypatch.setattr(sums, "sample", recorded)
+    run_here("sums", f"--steps-of {small}/sft --out {tmp_path}/steps {FEW} --samples 3 --max-new-tokens 12",
+             "--threads 1")
+    sampled = []
+    for batch in batches:
+        for prompt, text, ended in zip(batch.prompts, batch.texts, batch.ended.tolist()):
+            if ended and text.strip():
+                sampled.append((prompt.row.text, text.strip()))
+    rows = []
+    for end in ("_heldout", ""):
+        lines = (tmp_path / "steps" / f"steps{end}.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        known = {row["prompt"]: row["answer"] for row in written[1][f"prompts{end}"]}
+        assert all(known[row["prompt"]] == row["answer"] for row in found)
+        rows += [(row["prompt"], ";".join(row["steps"])) for row in found]
+    assert rows == sampled and 100 < len(rows) < 2100 and not batches[0].ended.all()
+    with pytest.raises(UserError, match="already holds the task's files"):
+        run_here("sums", f"--steps-of {small}/sft --out {tmp_path}/steps {FEW}")
+    with pytest.raises(UserError, match="--calculator is for demonstrations"):
+        run_here("sums", f"--steps-of {small}/sft --calculator --out {tmp_path}/other {FEW}")
+
+
+def test_rankings_of_a_policys_replies_know_the_result_alone(tmp_path, monkeypatch):
+    def answers_of(config, policy, tokenizer, terms, device):
+        yield {"prompt": "1+1+1=?", "answer": "3"}, ["1+1=2; 2+1=3; so 3", "so 3", "so 2"]
+        yield {"prompt": "2+2+2=?", "answer": "6"}, ["so 6", "so 6"]  # all right
+
+    monkeypatch.setattr(sums, "answers_of", answers_of)
+    monkeypatch.setattr(sums, "load_model", lambda *args: (torch.nn.Linear(1, 1), None))
+    run_here("sums", f"--steps-of nowhere --out {tmp_path}/steps {FEW} --threads 1")
+    ranking, = read_rows(tmp_path / "steps" / "rankings.jsonl", "preferences", SILENT)
+    assert ranking.ranks == [0, 0, 1]
+    assert len(read_rows(tmp_path / "steps" / "steps.jsonl", "steps", SILENT)) == 5

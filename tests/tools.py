@@ -34,6 +34,7 @@ import feedback
 import grpo
 import kto
 import ppo
+import process
 import report
 import reward
 import rollout as rollout_file
@@ -274,6 +275,7 @@ SCRIPTS = {
     "grpo": grpo,
     "dpo": dpo,
     "kto": kto,
+    "process": process,
     "best_of_n": best_of_n,
     "constitution": constitution,
     "distill": distill,

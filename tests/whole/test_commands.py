@@ -75,7 +75,7 @@ from tools import DATA, ROOT, SCRIPTS, TOY, TRAINERS, command, readme_commands
     ("dpo", "--loss tdpo1 --tdpo-alpha 0.1", "--tdpo-alpha is for --loss tdpo2; leave it out with tdpo1"),
     ("evaluate", "", "--models: name one checkpoint folder or more"),
     ("evaluate", "--models {root}/sft --data {tmp}/instructions.json",
-     "name what to judge with: --judge, --reward or --reward-fn"),
+     "name what to judge with: --judge, --reward, --reward-fn or --process"),
     ("evaluate", "--models {root}/sft {root}/ppo {root}/sft/", "--models names {root}/sft twice"),
     ("evaluate", "--models {root}/sft --judge toy:gold toy:gold", "the logs have another number named gold"),
     ("evaluate", "--models {root}/sft --reward {root}/reward --reward-weights 1 2",

@@ -44,4 +44,12 @@ MUTANTS = [
      "formats/test_refused_folders.py::test_a_folder_that_is_not_there_comes_with_the_command_that_makes_it",
      'f"{name}: no such checkpoint folder{how_to_make(folder)}"',
      'f"{name}: no such checkpoint folder"'),
+    ("a process reward model is taken for a reward model",
+     "test_process.py::test_a_reward_model_is_written_as_ever_and_neither_is_taken_for_the_other",
+     "there, wanted = (found, config.labels), (kind, labels)",
+     "there, wanted = (found, labels), (kind, labels)"),
+    ("bad and good change names",
+     "test_process.py::test_a_folder_of_a_process_model_opens_in_transformers_with_three_labels",
+     '("bad", "neutral", "good")',
+     '("good", "neutral", "bad")'),
 ]
