@@ -36,6 +36,13 @@ blank, cut off or the reply that it is to repair; with --check it is kept only i
 is above one half and above that of the first reply. Where the function checks constraints (constraints.py),
 that is the teacher's correction of He et al. 2024, "From complex to simple".
 
+On the embedded task (recipes/feedback.sh) a simulated user reacts to 4 of 10 replies of the SFT model, and in
+1 of 10 reactions not as the reply earned. Of 5,600 reactions, in words that the rules were not fitted to, the
+rules find 0.62 as good or bad, 0.995 of them as they were meant. kto.py on these 3,500 labels (--steps 150
+--batch-tokens 1024; at seed 0 --steps 120 of 4096 tokens, 54 s of processor time) and no others takes the
+gold score on 508 held-out prompts from 0.168 to 0.721 (seed 0) and from 0.152 to 0.693 (seed 1); standard
+errors 0.04 and 0.03 (2026-11-28, one thread of a busy Intel Xeon).
+
 Left out: the user's own words as a reply (a correction is seldom a whole one); the reaction in what the
 repairing model reads, as most small ones know single turns only; the order of the judge's letters, which
 biases models; and that a follow-up question shows interest.

@@ -10,7 +10,7 @@ import torch
 import feedback
 import toy
 from examples import user
-from feedback import LETTERS, cut_turns, kinds_by_judge, question_on
+from feedback import LETTERS, cut_turns, kinds_by_judge, letter_logprobs, question_on
 from formats.model_folder import load_model, save_model
 from formats.sources import read_rows
 from model import GPT, GPTConfig
@@ -218,7 +218,7 @@ def test_the_judge_is_read_by_the_letters_at_its_first_token_as_in_a_slow_loop(l
     config = feedback.Config(by=str(letters), threads=1, micro_batch_tokens=900)
     found = kinds_by_judge(exchanges, config)
     model, tokenizer = load_model(letters, GPT)
-    expected = []
+    expected, slow, prompts = [], [], []
     for exchange in exchanges:
         text = question_on(exchange)[0]["content"]
         assert exchange.reply in text and exchange.reaction in text and exchange.before[-1]["content"] in text
@@ -228,18 +228,31 @@ def test_the_judge_is_read_by_the_letters_at_its_first_token_as_in_a_slow_loop(l
             continue
         with torch.no_grad():
             logits = model.logits(model.transformer(torch.tensor([ids])))[0, -1]
-        own = [logits[tokenizer.encode(letter)[0]].item() for letter in LETTERS]
+        logprobs = logits.log_softmax(-1)
+        own = [logprobs[tokenizer.encode(letter)[0]].item() for letter in LETTERS]
         expected.append((*KINDS, "none")[own.index(max(own))])
-    assert found == expected and found[3] == "none" and len(set(found)) > 2
+        slow.append(own)
+        prompts.append(ids)
+    assert found == expected and found[3] == "none" and len(prompts) == len(exchanges) - 1
+    opened = feedback.open_folder(str(letters), config)
+    fast = letter_logprobs(*opened, prompts, config.micro_batch_tokens)
+    # Padding changes no more than rounding does, and the prompts differ by more.
+    assert torch.allclose(fast, torch.tensor(slow), atol=1e-3) and (fast.std(0) > 0.01).all()
 
 
-def test_a_judge_makes_files_and_says_which_questions_are_too_long(letters, talks, tmp_path, capsys):
+def test_a_judge_makes_files_and_says_which_questions_are_too_long(
+        letters, talks, tmp_path, monkeypatch, capsys):
+    def praise(alone, model, tokenizer, prompts, budget):
+        assert max(map(len, prompts)) <= 400
+        return torch.eye(6)[[LETTERS.index("E")] * len(prompts)]
+
+    monkeypatch.setattr(feedback, "letter_logprobs", praise)
     rows = [json.loads(line) for line in open(talks)]
     rows.append({"messages": user("Say it.", "No " * 400, "Thanks!")})
     write_rows(tmp_path / "more.jsonl", rows)
     run_here("feedback", f"--data {tmp_path}/more.jsonl --by {letters} --out {tmp_path}/out --threads 1")
     assert "1 of 25 questions are longer than the judge's context of 400 tokens" in capsys.readouterr().out
-    assert summary_in(tmp_path / "out")["rows"]["labels"] > 0
+    assert summary_in(tmp_path / "out")["kinds"] == dict.fromkeys(KINDS, 0) | {"praise": 24, "none": 1}
 
 
 def test_a_function_decides_from_replies_and_whole_dialogues(talks, tmp_path, monkeypatch):
