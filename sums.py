@@ -284,7 +284,7 @@ def write_rows(path, rows):
     write_atomically(path, text.encode())
 
 
-def write_task(config, folder, splits):
+def write_sums(config, folder, splits):
     """Demonstrations and prompts of both splits, and the tokenizer."""
     folder_of(folder / "tokenizer.json")
     for split, end in (("train", ""), ("heldout", "_heldout")):
@@ -356,7 +356,7 @@ def main(config):
     require(not folder.is_file(), f"--out {folder} is a file; name a folder")
     require(not (config.steps_of and config.calculator), "--calculator is for demonstrations")
     splits = draw_sums(config)
-    write = write_labels if config.steps_of else write_task
+    write = write_labels if config.steps_of else write_sums
     write(config, folder, splits)
 
 

@@ -503,7 +503,8 @@ def read_rows(spec, want, say=print, part="", skip_bad=False):
     """Rows of a kind from what --data names: see `parse_sources`.
 
     want: the kind, "demonstrations", "preferences", "labels", "scored", "steps" or "prompts"; part: see
-    `take_part`; skip_bad: see `read_source`. Of a mixture come as many rows as its weights allow when no row is repeated.
+    `take_part`; skip_bad: see `read_source`. Of a mixture come as many rows as its weights allow when no row
+    is repeated.
     """
     sources = parse_sources(str(spec))
     found = []  # a list of rows for each source
