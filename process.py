@@ -167,7 +167,7 @@ def encode_all(tokenizer, rows, separator, limit, say):
 
 
 def collate(examples, pad, device):
-    """[LabelledSteps] -> ids (B, T) on device, mask (B, T) bool on the CPU, classes (N,) of its True cells."""
+    """[LabelledSteps] -> ids (B, T) on device, mask (B, T) bool on the CPU, classes (N,) where it is True."""
     ids, _ = pad_rows([one.ids for one in examples], pad, device)  # (B, T)
     classes, _ = pad_rows([one.classes for one in examples], NONE)  # (B, T)
     mask = classes != NONE
