@@ -91,7 +91,7 @@ class Config(RunConfig):
 NONE = -1
 
 
-class LabelledReply(NamedTuple):
+class LabelledSteps(NamedTuple):
     """A reply in steps, ready to train on. It ends with its last labelled step."""
     row: Row
     ids: list  # of the prompt and the reply
@@ -117,7 +117,7 @@ def step_loss(logits, classes, steps):
 # Rows to token ids and classes
 
 def encode_steps(tokenizer, row, separator):
-    """`LabelledReply` of a row with steps; None if its tokens say another text than its steps.
+    """`LabelledSteps` of a row with steps; None if its tokens say another text than its steps.
 
     The reply is encoded as a policy would write it, steps and separators in one text, so nothing in the ids
     shows where a step ends but that text. Behind the last step of a reply that isn't finished stands a
@@ -147,11 +147,11 @@ def encode_steps(tokenizer, row, separator):
         classes[at] = label + 1 if classes[at] == NONE else min(classes[at], label + 1)
         last = at
     # Attention is causal: what follows could change nothing.
-    return LabelledReply(row, ids[:last + 1], classes[:last + 1])
+    return LabelledSteps(row, ids[:last + 1], classes[:last + 1])
 
 
 def encode_all(tokenizer, rows, separator, limit, say):
-    """[LabelledReply] of rows with steps, at most limit tokens each; says what is odd about them."""
+    """[LabelledSteps] of rows with steps, at most limit tokens each; says what is odd about them."""
     encoded = [encode_steps(tokenizer, row, separator) for row in rows]
     kept = [one for one in encoded if one is not None]
     lost = len(rows) - len(kept)
@@ -167,7 +167,7 @@ def encode_all(tokenizer, rows, separator, limit, say):
 
 
 def collate(examples, pad, device):
-    """[LabelledReply] -> ids (B, T) on device, mask (B, T) bool on the CPU, classes (N,) of what it has."""
+    """[LabelledSteps] -> ids (B, T) on device, mask (B, T) bool on the CPU, classes (N,) where it is True."""
     ids, _ = pad_rows([one.ids for one in examples], pad, device)  # (B, T)
     classes, _ = pad_rows([one.classes for one in examples], NONE)  # (B, T)
     mask = classes != NONE
