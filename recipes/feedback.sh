@@ -2,7 +2,7 @@
 # The embedded task without a label: a simulated user talks to the SFT model, and what they say of its replies
 # trains it. Then prompts with constraints, where a stronger model repairs what the user did not like.
 #
-#   bash recipes/feedback.sh             2 minutes of processor time behind those of SFT
+#   bash recipes/feedback.sh             on one CPU thread: minutes
 #
 # To use what you have, set any of
 #   START    a folder with toy/ (python toy.py) and sft/ (made here otherwise)
