@@ -65,7 +65,9 @@ def finite_checkpoints(folder):
 
 
 def warnings(text):
-    return [line for line in text.splitlines() if line.startswith("warning: ")]
+    """The lines of warning, but for what a reward model of five steps is told at its end."""
+    lines = [line for line in text.splitlines() if line.startswith("warning: ")]
+    return [line for line in lines if not line.startswith("warning: this reward model")]
 
 
 def last_line(captured):
