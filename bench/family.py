@@ -511,25 +511,32 @@ def search_table(found):
 
 
 def draw(plt, out, methods, points, config):
-    """Gold score over KL: methods as numbers, by colour of what they learn from; the best of n as a line."""
-    figure, axes = plt.subplots(figsize=(10, 6.2), constrained_layout=True)
+    """Gold score over KL: methods as numbers, by colour of what they learn from; the best of n as a line.
+
+    What lies far below SFT or far away is not in the picture, but said in the list beside it.
+    """
+    figure, axes = plt.subplots(figsize=(11, 6.5), constrained_layout=True)
+    axes.set(xlabel="KL to SFT, nats per reply", ylabel="gold score", xlim=(-0.05, 2), ylim=(0, 0.95))
     kl, gold = zip(*((kl, np.mean(gold)) for kl, gold in points.values()))
-    axes.plot(kl, gold, color="0.5", marker=".", zorder=1)
+    axes.plot(kl, gold, color="0.6", marker=".", zorder=1)
     for n, (x, y) in points.items():
-        axes.annotate(f"best of {n}" if n > 1 else "SFT", (x, np.mean(y)), xytext=(0, -11), fontsize=7,
-                      textcoords="offset points", color="0.4", ha="center")
+        if x < 2:
+            axes.annotate(f"best of {n}" if n > 1 else "SFT", (x, np.mean(y)), xytext=(4, -11), fontsize=8,
+                          textcoords="offset points", color="0.4")
     sources = list(dict.fromkeys(method.source for method in methods))
     for number, method in enumerate(methods, 1):
         results = results_of(out, method.name, config)
         x, y = mean(results, "kl"), mean(results, "gold")
+        inside = x < 2 and y > 0
+        label = method.name if inside else f"{method.name} ({y:.2f} at {x:.1f})"
         colour = f"C{sources.index(method.source)}"
-        lowest = [result["gold"] for result in results]
-        axes.plot([x, x], [min(lowest), max(lowest)], color=colour, lw=0.7, alpha=0.5, zorder=2)
-        axes.plot(x, y, "o", ms=11, color=colour, alpha=0.85, zorder=3, label=f"{number}  {method.name}")
-        axes.annotate(str(number), (x, y), color="w", fontsize=7, ha="center", va="center", zorder=4)
-    axes.set(xlabel="KL to SFT, nats per reply", ylabel="gold score")
-    axes.legend(frameon=False, fontsize=8, ncol=1, loc="center left", bbox_to_anchor=(1, 0.5),
-                title="learns from " + ", ".join(sources), title_fontsize=8)
+        axes.plot(x, y, "o", ms=10, color=colour, alpha=0.8, zorder=3, label=f"{number}  {label}")
+        if inside:
+            axes.annotate(str(number), (x, y), color="w", fontsize=7, ha="center", va="center", zorder=4)
+    for place, source in enumerate(sources):
+        axes.text(0.98, 0.04 + 0.035 * place, f"learns from {source}", color=f"C{place}", ha="right",
+                  fontsize=9, transform=axes.transAxes)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=0.7)
     figure.savefig(ROOT / "bench" / "family.png", dpi=100)
     plt.close(figure)
 
