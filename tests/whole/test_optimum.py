@@ -98,7 +98,7 @@ def eos_out_of_the_mask(monkeypatch):
 def score_at_the_first_token(monkeypatch):
     right = ppo.shaped_rewards
 
-    def shaped_rewards(scores, kl, steps, kl_coef):
+    def shaped_rewards(scores, kl, steps, kl_coef, parts):
         first = steps.float().argmax(1)
         return right(torch.zeros_like(scores), kl, steps, kl_coef).scatter_add(
             1, first[:, None], scores[:, None])
