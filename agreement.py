@@ -272,6 +272,7 @@ def described(result):
 
 
 def describe_rankings(result):
+    """The lines on rankings: accuracy beside what is had without training, calibration, parts, best of n."""
     low, high = result["accuracy_interval"]
     by_length = f"by length alone {result['length_accuracy']:.3f} (the {result['length_rule']} one)"
     beside = [by_length]

@@ -1,6 +1,7 @@
 """The whole family on one page: every method from the same SFT model, on the same labels.
 
-    python bench/family.py                      all of it: 80 minutes on 2 cores, in parts that resume
+    python bench/family.py                      all of it: some 80 minutes of 2 cores, by the
+                                                processor seconds of its parts; it resumes
     python bench/family.py --only dpo kto ppo   some methods (their names as in the table), and no pages
 
 For each seed the toy task is made anew: its files, an SFT model, 8,000 rankings of four replies by a tired
