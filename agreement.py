@@ -41,7 +41,7 @@ def score_replies(run, model, groups, budget, pad):
     The same on every rank.
     """
     def read(ids, mask, lengths):
-        return last_scores(model, ids, lengths)
+        return last_scores(model, ids, lengths, mask)
 
     return per_example(run, model, end_to_end(groups), budget, pad, read).numpy()
 
@@ -151,6 +151,18 @@ def of_rankings(scores, rows):
     if scores.std() * lengths.std() > 0:
         result["length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
     return result
+
+
+def midranks(x):
+    """Ranks (N,) from 0, equal numbers sharing the mean of theirs."""
+    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[place]
+
+
+def spearman(x, y):
+    """Rank correlation of x and y (N,); 0 where one of them is the same everywhere."""
+    ranks = np.stack([midranks(x), midranks(y)])
+    return float(np.corrcoef(ranks)[0, 1]) if ranks.std(1).min() > 0 else 0.0
 
 
 def difference(scores, others, rows):

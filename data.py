@@ -577,13 +577,13 @@ def collate(examples, pad, device):
 
 
 @torch.no_grad()
-def per_example(run, model, examples, budget, pad, read):
+def per_example(run, model, examples, budget, pad, read, width=()):
     """A number of each example (N,), fp32, on the CPU, the same on every rank.
 
     read(ids, mask, lengths) -> (n,): from what `collate` makes of some examples. The model doesn't drop out
-    meanwhile.
+    meanwhile. width: () or, of so many numbers of each, (width,), which gives (N, width) from (n, width).
     """
-    numbers = torch.zeros(len(examples), device=run.device)
+    numbers = torch.zeros(len(examples), *width, device=run.device)
     lengths = [len(example.ids) for example in examples]
     was_training = model.training
     model.eval()

@@ -406,7 +406,7 @@ def score(run, reward_models, functions, batch, plan, steps=None):
         for part in batch.passes(run, plan):
             for source, model in enumerate(reward_models):
                 with run.autocast():
-                    own = last_scores(model, part.ids.to(model.device), part.lengths)  # (n,)
+                    own = last_scores(model, part.ids.to(model.device), part.lengths, part.where)  # (n,)
                 scores[source, part.rows] = own.to(run.device)
     for source, function in enumerate(functions, len(reward_models)):
         scores[source] = judge(function, batch).to(run.device)

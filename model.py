@@ -45,7 +45,9 @@ class GPTConfig:
     qkv_bias: bool | None = None  # of query, key and value; None: as bias
     tied: bool = True  # the head is the token embedding
     dropout: float = 0.0
-    labels: int = 1  # numbers that a scalar model has for each position: 3 of a process reward model
+    # Numbers of a scalar model for each position: 3 of a process reward model, with a gate one of each aim.
+    labels: int = 1
+    gate: int = 0  # width inside the gate that weighs a reward model's aims by the prompt; 0: there is none
     # The config.json that it was read from, which save_model writes back.
     header: dict = field(default_factory=dict, repr=False)
 
@@ -394,6 +396,15 @@ def predicting(index):
     return index - 1
 
 
+def read_at(*positions):
+    """(index, [place]) of flat positions, some tensors (n,) on the CPU that may share some of them.
+
+    index: as `Transformer.forward` takes it, ascending and each once; place (n,): where in it a tensor's are.
+    """
+    index, place = torch.cat(positions).unique(return_inverse=True)
+    return index, place.split([len(part) for part in positions])
+
+
 def token_index(mask):
     """Flat positions (N,) of the True cells of a (B, T) mask. A mask on the CPU costs no wait for the GPU."""
     return mask.flatten().nonzero().squeeze(1)
@@ -459,7 +470,8 @@ class ScalarModel(nn.Module):
     """A trunk with one number per position: a reward model, or a critic; or several (config.labels).
 
     A reward model is read at the last token, a critic before each token. A process reward model has the
-    logits of bad, neutral and good, and is read at the last token of each step.
+    logits of bad, neutral and good, and is read at the last token of each step. With a gate (config.gate) the
+    numbers are those of several aims, and the reward is their mean by weights that depend on the prompt.
     """
 
     def __init__(self, config):
@@ -477,13 +489,18 @@ class ScalarModel(nn.Module):
         if not self.score.weight.is_meta:
             # Stiennon et al. 2020.
             nn.init.normal_(self.score.weight, std=1 / math.sqrt(width + 1))
+        self.gate = None
+        if self.config.gate:
+            inside = self.config.gate
+            last = nn.Linear(inside, self.config.labels)
+            self.gate = nn.Sequential(nn.Linear(width, inside), nn.ReLU(), last)
 
     @classmethod
-    def from_trunk(cls, model, share=False, labels=1):
+    def from_trunk(cls, model, share=False, labels=1, gate=0):
         """A scalar model on a copy of another model's trunk, with a fresh head. share: as in `copy_of`."""
         # The trunk is there already, so none is drawn.
         with torch.device("meta"):
-            scalar = cls(dataclasses.replace(model.config, labels=labels))
+            scalar = cls(dataclasses.replace(model.config, labels=labels, gate=gate))
         scalar.transformer = copy_of(model.transformer, share)
         scalar.complete()
         return scalar.to(model.transformer.wte.weight.device)
@@ -505,6 +522,16 @@ class ScalarModel(nn.Module):
         with torch.autocast(ids.device.type, enabled=False):
             return F.linear(states, self.score.weight.float()).squeeze(-1)
 
+    def gated(self, states, prompts):
+        """Rewards (B,) of states (B, C) of replies' and prompts' last tokens, by the gate.
+
+        Wang et al. 2024 (ArmoRM), eq. 4.
+        """
+        with torch.autocast(states.device.type, enabled=False):
+            aims = F.linear(states.float(), self.score.weight.float())  # (B, aims)
+            weights = self.gate(prompts.float()).softmax(-1)  # (B, aims)
+        return (weights * aims).sum(-1)
+
     @property
     def can_shift(self):
         """Whether there is a bias for `shifted`: not in families with an RMSNorm, nor in OPT-350M."""
@@ -515,22 +542,47 @@ def shifted(weights, amount):
     """Weights {name: tensor} of a ScalarModel with every score lower by amount.
 
     So whoever opens the folder gets the shifted score. The final norm's bias b (C,) becomes
-    b - amount * w / |w|^2 for the head w (C,): only w . b changes, by -amount.
+    b - amount * w / |w|^2 for the head w (C,): only w . b changes, by -amount. Of a model with a gate that
+    goes for every aim's w, and so for their mean, however it is weighed; the gate goes on weighing as before.
     """
     bias = "transformer.ln_f.bias"
-    w = weights["score.weight"][0]  # (C,), or of the embedding's width where that differs
+    w = weights["score.weight"]  # (aims, C), or of the embedding's width where that differs
     if "transformer.project_out.weight" in weights:
-        w = w @ weights["transformer.project_out.weight"]  # (C,)
-    return weights | {bias: weights[bias] - amount * w / w.square().sum()}
+        w = w @ weights["transformer.project_out.weight"]  # (aims, C)
+    step = -amount * torch.linalg.pinv(w.double()).sum(1).to(w.dtype)  # (C,): -amount w / |w|^2 of a single w
+    moved = {bias: weights[bias] + step}
+    if "gate.0.bias" in weights:
+        # It reads the prompt's state, which has moved as well.
+        moved["gate.0.bias"] = weights["gate.0.bias"] - weights["gate.0.weight"] @ step
+    return weights | moved
 
 
-def last_scores(model, ids, lengths):
+def last_positions(ids, lengths, mask):
+    """Flat positions (B,) of the last tokens of rows and of their prompts, on the CPU.
+
+    ids (B, T), lengths (B,); mask (B, T): the replies' tokens. A row without any is all prompt.
+    """
+    begin = torch.arange(len(ids)) * ids.shape[1]  # (B,)
+    prompts = torch.where(mask.any(1), mask.int().argmax(1), lengths)  # (B,) tokens
+    return begin + lengths - 1, begin + prompts - 1
+
+
+def last_scores(model, ids, lengths, mask=None):
     """A reward model's scores (B,) of ids (B, T), read at each row's last token.
 
-    lengths (B,), on the CPU, counts prompt and response.
+    lengths (B,), on the CPU, counts prompt and response. mask (B, T), on the CPU: the replies' tokens, for a
+    model with a gate, which reads the prompt's last token as well.
     """
     last = torch.arange(len(ids)) * ids.shape[1] + lengths - 1  # (B,) flat positions
-    return model(ids, last)
+    # What training wraps a model in has no gate.
+    if getattr(model, "gate", None) is None:
+        return model(ids, last)
+    index, places = read_at(*last_positions(ids, lengths, mask))
+
+    def read(states, head, embedding):
+        return model.gated(*(states[place.to(ids.device)] for place in places))
+
+    return model(ids, index, read)
 
 
 def last_scores_and_logprobs(model, ids, lengths, mask, rows, head=None):
@@ -544,17 +596,15 @@ def last_scores_and_logprobs(model, ids, lengths, mask, rows, head=None):
     read_mask[rows] = mask[rows]
     at = token_index(read_mask)  # (N,)
     last = torch.arange(B) * T + lengths - 1  # (B,)
-    # Each position once: what stands at a row's last token predicts none of the row.
-    index, order = torch.cat([last, predicting(at)]).sort()  # (B + N,)
-    place = order.argsort().to(ids.device, non_blocking=True)  # where in index each of them is
+    index, places = read_at(last, predicting(at))
+    of_scores, of_tokens = (place.to(ids.device, non_blocking=True) for place in places)  # (B,), (N,)
     at = at.to(ids.device, non_blocking=True)
 
     def read(states, score, embedding):
-        states = states[place]  # (B + N, C)
         with torch.autocast(ids.device.type, enabled=False):
-            scores = F.linear(states[:B].float(), score.float()).squeeze(-1)
+            scores = F.linear(states[of_scores].float(), score.float()).squeeze(-1)
         weight = embedding if head is None else head
-        logprobs, _ = token_logprobs(states[B:], weight, ids.flatten()[at])
+        logprobs, _ = token_logprobs(states[of_tokens], weight, ids.flatten()[at])
         return scores, logprobs
 
     scores, logprobs = model(ids, index, read)

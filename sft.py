@@ -351,7 +351,7 @@ def main(config):
     single_turn = has_single_turns(rows, model, config)
 
     def write(folder):
-        save_model(folder, model, tokenizer, config, without_quality_tokens, single_turn)
+        save_model(folder, model, tokenizer, config, without_quality_tokens, single_turn=single_turn)
 
     modules = {"policy": model}
     optimizers = {"optimizer": optimizer}

@@ -248,8 +248,13 @@ INVENTED = {
 # ---------------------------------------------------------------------------------------------------------
 # The gold judge
 
+AIMS = ("helpful", "honest", "harmless")
+# What a mark may be.
+MARKS = (-1.0, -0.5, 0.0, 1.0)
+
+
 def judge(item, reply, ended=True):
-    """Marks (helpful, honest, harmless) of a reply, each in [-1, 1].
+    """Marks of a reply by `AIMS`, each in [-1, 1].
 
     ended: False if it was cut off before its end token.
     helpful: 1 does what was asked, 0 with chatter around it, -1/2 evades, -1 misses or breaks off.
@@ -397,17 +402,19 @@ class World:
                 rows.append(Row(ask_for(text), [reply], [0]))
         return rows
 
-    def preferences(self, split, groups, samples=None, noise=0.1, k=4):
+    def preferences(self, split, groups, samples=None, noise=0.1, k=4, aims=False):
         """Ranked groups of k replies to one prompt, by an annotator who is tired now and then.
 
         A share 2 * noise of the groups is ranked at random, so a share `noise` of the pairs is the wrong way
         round; the other ranks follow the gold score (equal scores tie). `gold` of a Row holds the truth.
 
+        aims: also rate each reply by `AIMS`, as `rated` has it.
         samples: {prompt: replies of a policy}; with them half of the candidates are samples, and replies to
         other questions and spliced ones join in. Without them candidates come from make_reply alone: narrow,
         and a policy can then find replies that the reward model never saw.
         """
         rng = np.random.default_rng([self.seed, 3, split == "train"])
+        marking = np.random.default_rng([self.seed, 4, split == "train"])
         texts = self.texts[split]
         rows = []
         for g in range(groups):
@@ -421,8 +428,22 @@ class World:
             # A group that ties throughout teaches nothing.
             if len(set(seen)) > 1:
                 ranks = [-score for score in seen]
-                rows.append(Row(ask_for(text), replies, ranks, gold=truth))
+                marks = [rated(ITEM_OF[text], reply, noise, marking) for reply in replies] if aims else []
+                rows.append(Row(ask_for(text), replies, ranks, gold=truth, ratings=marks))
         return rows
+
+
+def rated(item, reply, noise, rng):
+    """{aim: mark} of a reply by somebody in a hurry, who leaves out a third of the marks of `judge`.
+
+    A share 2 * noise of the others is drawn at random.
+    """
+    marks = {}
+    for aim, mark in zip(AIMS, judge(item, reply)):
+        dice = rng.random(2)
+        if dice[0] < 2 / 3:
+            marks[aim] = mark if dice[1] >= 2 * noise else pick(MARKS, rng)
+    return marks
 
 
 def candidates(item, samples, k, rng):
@@ -479,6 +500,7 @@ class Config:
     samples: Count = 16  # replies sampled per prompt, at temperature 1 (with --model)
     noise: Annotated[float, ">= 0", "<= 0.5"] = 0.1  # share of pairs that are labelled the wrong way round
     max_new_tokens: Count = 40  # longest reply, tokens (with --model)
+    aims: bool = False  # with --model: the replies are also rated helpful, honest and harmless, for aims.py
     seed: Seed = 0  # seed of the split, the candidates and the sampling
     # auto takes the first of cuda, mps, cpu that works
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -495,6 +517,8 @@ def lines(rows):
             fields["completion"] = row.replies[0]
         elif row.replies:
             fields |= {"completions": row.replies, "ranks": row.ranks, "gold": row.gold}
+        if row.ratings:
+            fields["ratings"] = row.ratings
         written.append(json.dumps(fields) + "\n")
     return "".join(written)
 
@@ -551,7 +575,7 @@ def ask(config):
     rankings = {}
     for split in ("train", "heldout"):
         samples = ask_all(config, model, tok, world, split, device)
-        rankings[split] = world.preferences(split, groups[split], samples, config.noise)
+        rankings[split] = world.preferences(split, groups[split], samples, config.noise, aims=config.aims)
     files = {}
     for split in ("heldout", "train"):
         files[f"{split}.jsonl"] = lines(rankings[split])

@@ -235,7 +235,8 @@ def stored_as(name, config):
     number = layer[1] if layer else None
     key = module.replace(f".h.{number}.", ".h.{}.", 1)
     # The heads are called the same by all.
-    theirs = key if key in ("lm_head", "score") else FAMILIES[family_of(config)].names[key]
+    is_head = key.split(".")[0] in ("lm_head", "score", "gate")
+    theirs = key if is_head else FAMILIES[family_of(config)].names[key]
     if isinstance(theirs, str):
         theirs, rows = [theirs], [None]
     else:
@@ -291,8 +292,27 @@ def step_separator_of(header):
     return separator if isinstance(separator, str) and separator else None
 
 
-def labels_of(header):
-    """How many numbers a scalar model has for each position: those of a process reward model are logits of
-    bad, neutral and good.
+def aims_of(header):
+    """The names of the aims that a gate weighs, a tuple; () of a model without a gate.
+
+    header: what its config.json says.
     """
-    return 1 if step_separator_of(header) is None else 3
+    names = own_notes(header).get("aims", [])
+    require(isinstance(names, list) and all(isinstance(name, str) and name for name in names),
+            "barerlhf's aims is not a list of names")
+    return tuple(names)
+
+
+def scalar_fields(header):
+    """What config.json says of a scalar model's numbers, as arguments of `GPTConfig`.
+
+    The three of a process reward model are the logits of bad, neutral and good.
+    """
+    if step_separator_of(header) is not None:
+        return dict(labels=3)
+    aims = aims_of(header)
+    if not aims:
+        return {}
+    gate = own_notes(header).get("gate")
+    require(type(gate) is int and gate > 0, "barerlhf's gate is not its width, a whole number above 0")
+    return dict(labels=len(aims), gate=gate)

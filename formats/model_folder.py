@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from formats.errors import json_object
 from formats.families import (
-    BUFFERS, FAMILIES, TRANSPOSED, architecture_of, family_of, labels_of, own_notes, stored_as, to_stored)
+    BUFFERS, FAMILIES, TRANSPOSED, aims_of, architecture_of, family_of, own_notes, scalar_fields, stored_as,
+    to_stored)
 from formats.foreign_tokenizer import open_tokenizer
 from formats.sources import read_rows, split_by_prompt
 from formats.tokenizer import ALL_LETTERS, Tokenizer, train_bpe
@@ -79,19 +80,19 @@ def texts_to_learn(config):
 # ---------------------------------------------------------------------------------------------------------
 # Writing
 
-def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weights, single_turn=None,
-               step_separator=None):
+def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weights, *, config=None, **notes):
     """Write a checkpoint folder, each file atomically.
 
     model: GPT or ScalarModel (not in DDP); its adapters are merged. flags: a run's, for --save-dtype and
     --lora-save (which may ask for a PEFT folder with the adapters alone). change: from {name: weight} to what
-    is written. single_turn: see `knows_single_turns`; None: as it was. step_separator: see
-    `step_separator_of`; None: as it was.
+    is written; config: of the model that this is, where it is another than the one at hand. notes: what
+    config.json is to say that is ours alone: single_turn, see `knows_single_turns`; step_separator, see
+    `step_separator_of`; aims and gate, see `scalar_fields`. What isn't named, or None, stays as it was.
 
     Under torchrun all ranks call, and rank 0 writes. Raises UserError if a weight is not finite; nothing is
     written then.
     """
-    config = model.config
+    config = config or model.config
     folder = Path(folder)
     dtype = flags.save_dtype if flags else "float32"
     whole = whole_weights(model)
@@ -107,7 +108,7 @@ def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weig
         save_adapter(folder, model, whole, tokenizer, flags.model)
         return
     kind = GPT if isinstance(model, GPT) else ScalarModel
-    header = make_header(config, kind, tokenizer, dtype, single_turn, step_separator)
+    header = make_header(config, kind, tokenizer, dtype, notes)
     check_header(header, config)
     rounded = {}
     for name, weight in weights.items():
@@ -119,15 +120,14 @@ def save_model(folder, model, tokenizer, flags=None, change=lambda weights: weig
     write_tensors(folder / "model.safetensors", stored, {"format": "pt"})
 
 
-# What a scalar model's numbers are called, by how many it has.
+# What a scalar model's numbers are called, by how many it has; with a gate they are called as its aims.
 LABELS = {1: ("LABEL_0",), 3: ("bad", "neutral", "good")}
 
 
-def make_header(config, kind, tokenizer, dtype, single_turn, step_separator=None):
+def make_header(config, kind, tokenizer, dtype, notes):
     """What config.json says, a dict: what it said before, or GPT-2's fields for a model from scratch.
 
-    kind: GPT or ScalarModel; dtype: of the weights as written, a name; single_turn: True, False, or None for
-    what it was; step_separator: a text, or None for what it was.
+    kind: GPT or ScalarModel; dtype: of the weights as written, a name; notes: see `save_model`.
     """
     header = dict(config.header) or gpt2_header(config, tokenizer)
     header |= {
@@ -139,12 +139,11 @@ def make_header(config, kind, tokenizer, dtype, single_turn, step_separator=None
     }
     # transformers 5 calls torch_dtype so, and it may be another than what is written now.
     header.pop("dtype", None)
-    if single_turn is not None:
-        header["barerlhf"] = own_notes(header) | {"single_turn": single_turn}
-    if step_separator is not None:
-        header["barerlhf"] = own_notes(header) | {"step_separator": step_separator}
+    notes = own_notes(header) | {name: value for name, value in notes.items() if value is not None}
+    if notes:
+        header["barerlhf"] = notes
     if kind is ScalarModel:
-        names = LABELS[config.labels]
+        names = aims_of(header) or LABELS[config.labels]
         header["id2label"] = {str(number): name for number, name in enumerate(names)}
         header["label2id"] = {name: number for number, name in enumerate(names)}
     return header
@@ -174,7 +173,7 @@ def check_header(header, config):
     """UserError unless a config.json is read as the config that it is written for."""
     family = family_of(config)
     fields = FAMILIES[family].config(header)
-    read = GPTConfig(**fields, dropout=config.dropout, labels=labels_of(header), header=config.header)
+    read = GPTConfig(**fields, **scalar_fields(header), dropout=config.dropout, header=config.header)
     require(read == config,
             f"a checkpoint folder of the family {family} can't hold this model: "
             f"it would be read as {read}, but is {config}")
@@ -380,7 +379,7 @@ def read_config(folder, dropout=0.0):
         require(architecture in kinds,
                 f"the architecture '{architecture}' is not supported, only {' and '.join(kinds)}")
         fields = FAMILIES[family].config(header)
-        config = GPTConfig(**fields, dropout=dropout, labels=labels_of(header), header=header)
+        config = GPTConfig(**fields, **scalar_fields(header), dropout=dropout, header=header)
         return config, kinds[architecture]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -392,6 +391,8 @@ def read_config(folder, dropout=0.0):
 def load_model(name, kind, dropout=0.0, allow_pickle=False, labels=1):
     """Open a checkpoint folder or hub name as kind GPT or ScalarModel, that with so many labels.
 
+    A reward model with a gate has one label too: what it makes of its aims.
+
     Returns (model, tokenizer); UserError says what is wrong.
     """
     folder = fetch(name, allow_pickle)
@@ -401,7 +402,7 @@ def load_model(name, kind, dropout=0.0, allow_pickle=False, labels=1):
     config, found = read_config(folder, dropout)
     words = {(GPT, 1): "a language model", (ScalarModel, 1): "a reward model",
              (ScalarModel, 3): "a process reward model"}
-    there, wanted = (found, config.labels), (kind, labels)
+    there, wanted = (found, 1 if config.gate else config.labels), (kind, labels)
     require(there == wanted, f"{folder} holds {words[there]}, but {words[wanted]} is needed here")
     stored = Weights(folder, allow_pickle=allow_pickle)
     tokenizer = open_tokenizer(folder)

@@ -138,7 +138,7 @@ SCRATCH_FLAGS = field_names(ScratchFlags)
 # May not change on --resume, even with --override.
 SHAPE_FLAGS = (*SCRATCH_FLAGS, "lora_rank", "lora_targets")
 # What a run is built on: data files, and folders of models (and that of a tokenizer).
-DATA_FLAGS = ("data", "val_data", "demonstrations", "ptx_data")
+DATA_FLAGS = ("data", "val_data", "demonstrations", "ptx_data", "preferences")
 MODEL_FLAGS = ("model", "reward", "process", "reference", "teacher")
 
 

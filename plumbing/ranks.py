@@ -174,6 +174,20 @@ class Ranks:
             part.reshard()
 
 
+@torch.no_grad()
+def write_weight(module, name, value):
+    """Write a value into a module's parameter, into each rank's part of it where the module is in shards."""
+    if hasattr(module, "reshard"):
+        # What a forward pass gathered would be out of date.
+        module.reshard()
+    parameter = module.get_parameter(name)
+    value = value.to(parameter.device, parameter.dtype)
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
 def fill_up(pieces, count, spare):
     """Pieces of a rank with their weight, count of them: see `Ranks.split`."""
     weighted = [(piece, 1.0) for piece in pieces]

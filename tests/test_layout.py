@@ -7,7 +7,7 @@ import pytest
 import tools
 
 ALGORITHMS = (
-    "sft", "reward", "process", "ppo", "grpo", "dpo", "kto", "best_of_n", "constitution", "distill",
+    "sft", "reward", "aims", "process", "ppo", "grpo", "dpo", "kto", "best_of_n", "constitution", "distill",
     "evaluate", "chat", "report", "toy", "sums", "constraints", "feedback",
 )
 # A file may import from the rooms before its own.

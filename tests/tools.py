@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import aims
 import best_of_n
 import chat
 import constitution
@@ -275,6 +276,7 @@ SCRIPTS = {
     "grpo": grpo,
     "dpo": dpo,
     "kto": kto,
+    "aims": aims,
     "process": process,
     "best_of_n": best_of_n,
     "constitution": constitution,
