@@ -23,6 +23,9 @@
                  lies beside them: our scripts read both, transformers opens a classifier whose labels are the
                  aims and says that it leaves the gate out
 
+Heads, weights and c are fitted to rows that the trunk was not trained on (--fit-fraction): its scores of what
+it knows are too good, and weights that believe them do worse than equal ones.
+
 Wang et al. 2024, section 3. There the trunk is a trained reward model's and stays frozen, the gate has three
 layers of 1024 and a temperature of 10, and each aim has a c of its own, taken off before the gate is trained
 (the published code computes them and uses none). The mean score of the demonstrations becomes 0, as in
@@ -50,10 +53,10 @@ from data import (
     per_example, preference_groups)
 from formats.model_folder import open_model, save_model
 from formats.rows import Row
-from formats.sources import read_rows, split_by_prompt
+from formats.sources import read_rows, split_by_prompt, unit_hash
 from model import GPT, ScalarModel, last_positions, last_scores, prepare_training, read_at, shifted
 from plumbing.disk import write_json
-from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, RunConfig, require
+from plumbing.flags import Count, Fraction, Natural, NonNegative, Positive, Probability, RunConfig, require
 from plumbing.ranks import write_weight
 from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
@@ -80,8 +83,10 @@ class Config(RunConfig):
     # a, the penalty of the heads' closed form; 0: the best of seven on held-out rows, 1 without any
     ridge: NonNegative = 0.0
     length: Literal["keep", "remove"] = "keep"  # what the score has in common with the reply's length
-    # heads, weights and c are fitted on these many training replies at most, evenly spread
-    fit_replies: Count = 20000
+    # share of --data's prompts that heads, weights and c are fitted to, and the trunk isn't trained on; with
+    # --steps 0 all serve the fit
+    fit_fraction: Probability = 0.25
+    fit_replies: Count = 20000  # of these, as many replies at most, evenly spread
     fit_steps: Count = 300  # steps that fit learned weights or a gate, over all those replies each
     steps: Natural = 1200  # optimiser steps of the trunk; 0 leaves it as it is
     epochs: Natural = 0  # passes over the data, instead of --steps; 0 goes by --steps
@@ -310,23 +315,11 @@ def comparisons_of(groups):
     return torch.tensor(better), torch.tensor(worse), right, weight / weight.sum()
 
 
-def look_at(run, model, aims, standard, budget, pad, groups):
-    """`Seen` of some groups; None without groups. standard: mean and deviation (K,) of all ratings."""
-    if not groups:
-        return None
-    C = model.config.embed_dim
-
-    def read(ids, mask, lengths):
-        index, places = read_at(*last_positions(ids, lengths, mask))
-        states = model(ids, index, lambda states, head, embedding: states)
-        return torch.cat([states[place.to(ids.device)].float() for place in places], 1)  # (n, 2 C)
-
-    examples = end_to_end([group.examples for group in groups])
-    states = per_example(run, model, examples, budget, pad, read, (2 * C,)).double()
-    lengths = torch.tensor([len(reply) for group in groups for reply in group.row.replies]).double()
-    mean, deviation = standard
-    ratings = (ratings_of(groups, aims) - mean) / deviation  # (N, K)
-    return Seen(*states.split(C, 1), ratings, lengths, comparisons_of(groups))
+def keep_back(groups, share):
+    """(groups for the trunk, groups for the fit): about this share of the prompts is for the fit."""
+    for_fit = [unit_hash(group.row.text, "fit") < share for group in groups]
+    return ([group for group, kept in zip(groups, for_fit) if not kept],
+            [group for group, kept in zip(groups, for_fit) if kept])
 
 
 def spread(groups, most):
@@ -345,6 +338,65 @@ def standard_of(ratings):
     mean = ratings.nanmean(0)
     deviation = (ratings - mean).square().nanmean(0).sqrt()
     return mean, torch.where(deviation > 0, deviation, 1.0)
+
+
+class Rows(NamedTuple):
+    """Lists of Group, and what their ratings are of."""
+    aims: list  # names
+    given: torch.Tensor | None  # weights (K,), see `weights_given`
+    mean: torch.Tensor  # (K,) of the ratings of all training rows
+    deviation: torch.Tensor  # (K,)
+    for_trunk: list  # what the trunk is trained on
+    for_fit: list  # what heads and c are fitted to
+    compared: list  # what weights are learned from
+    val: list  # held out, rated
+    val_compared: list  # held out, ranked
+
+    def ratings(self, groups):
+        """(N, K) of the replies of some groups, in deviations; NaN where there is none."""
+        return (ratings_of(groups, self.aims) - self.mean) / self.deviation
+
+
+def read_groups(config, tokenizer, limit, say):
+    """`Rows` from --data, --val-data and --preferences."""
+    train, val = preference_groups(config, tokenizer, limit, say, "feedback", unrated)
+    found = sorted({aim for group in train for known in group.row.ratings for aim in known})
+    aims, given = weights_given(config.weights, found)
+    ratings = ratings_of(train, aims)
+    counts = (~ratings.isnan()).sum(0).tolist()
+    say(f"aims: {', '.join(f'{aim} ({count} ratings)' for aim, count in zip(aims, counts))}")
+    trunk, fit = train, train
+    if config.steps or config.epochs:
+        trunk, fit = keep_back(train, config.fit_fraction)
+        require(trunk and fit, f"--fit-fraction {config.fit_fraction} leaves the trunk {len(trunk)} of "
+                               f"{len(train)} rows, and the fit {len(fit)}")
+    compared, val_compared = fit, val
+    if config.preferences:
+        ranked = read_rows(config.preferences, "preferences", say)
+        ranked, held_out = split_by_prompt(ranked, config.val_fraction, say)
+        compared = encode_groups(tokenizer, ranked, limit, say)
+        val_compared = encode_groups(tokenizer, held_out, limit, say)
+    require(given is not None or len(comparisons_of(compared)[0]),
+            f"--weights {config.weights} learns from preferences, and --data ranks no replies; name "
+            "--preferences, or give the weights")
+    return Rows(aims, given, *standard_of(ratings), trunk, fit, compared, val, val_compared)
+
+
+def look_at(run, model, rows, budget, pad, groups):
+    """`Seen` of some groups; None without groups. rows: `Rows`."""
+    if not groups:
+        return None
+    C = model.config.embed_dim
+
+    def read(ids, mask, lengths):
+        index, places = read_at(*last_positions(ids, lengths, mask))
+        states = model(ids, index, lambda states, head, embedding: states)
+        return torch.cat([states[place.to(ids.device)].float() for place in places], 1)  # (n, 2 C)
+
+    examples = end_to_end([group.examples for group in groups])
+    states = per_example(run, model, examples, budget, pad, read, (2 * C,)).double()
+    lengths = torch.tensor([len(reply) for group in groups for reply in group.row.replies]).double()
+    return Seen(*states.split(C, 1), rows.ratings(groups), lengths, comparisons_of(groups))
 
 
 def measures(aims, fitted, told, val, compared, rows):
@@ -396,24 +448,9 @@ def main(config):
 
     # 1. rows to groups of encoded replies, and their ratings
     limit = context_of(config, language_model)
-    train, val = preference_groups(config, tokenizer, limit, run.say, "feedback", unrated)
-    found = sorted({aim for group in train for known in group.row.ratings for aim in known})
-    aims, given = weights_given(config.weights, found)
-    ratings = ratings_of(train, aims)  # (N, K)
-    mean, deviation = standard_of(ratings)
-    ratings = (ratings - mean) / deviation
-    val_ratings = (ratings_of(val, aims) - mean) / deviation
-    compared, val_compared = train, val
-    if config.preferences:
-        rows = read_rows(config.preferences, "preferences", run.say)
-        rows, held_out = split_by_prompt(rows, config.val_fraction, run.say)
-        compared = encode_groups(tokenizer, rows, limit, run.say)
-        val_compared = encode_groups(tokenizer, held_out, limit, run.say)
-    require(given is not None or len(comparisons_of(compared)[0]),
-            f"--weights {config.weights} learns from preferences, and --data ranks no replies; name "
-            "--preferences, or give the weights")
-    counts = [f"{aim} ({int((~x.isnan()).sum())} ratings)" for aim, x in zip(aims, ratings.T)]
-    run.say(f"aims: {', '.join(counts)}")
+    rows = read_groups(config, tokenizer, limit, run.say)
+    aims, train, val = rows.aims, rows.for_trunk, rows.val
+    ratings, val_ratings = rows.ratings(train), rows.ratings(val)  # (N, K)
     demonstrations = zero_demonstrations(config, tokenizer, train, limit, run.say)
     demonstrations = [Group(Row([], [""] * len(examples)), examples) for examples in demonstrations]
 
@@ -430,15 +467,15 @@ def main(config):
     begins = np.cumsum([0, *replies])
     steps = count_steps(config, costs, replies)
     budget, pad = config.micro_batch_tokens, tokenizer.pad
-    look = functools.partial(look_at, run, model, aims, (mean, deviation), budget, pad)
+    look = functools.partial(look_at, run, model, rows, budget, pad)
     result = {}  # of the last evaluation
 
     @functools.lru_cache(1)
     def fitted_at(step):
-        """(`Fitted`, what is told of it, training replies that it was fitted on) after so many steps."""
-        rated = look(spread(train, config.fit_replies))
-        own = look(spread(compared, config.fit_replies)) if config.preferences else rated
-        return fit(config, rated, own, look(val), given)
+        """(`Fitted`, what is told of it) after so many steps."""
+        seen = look(spread(rows.for_fit, config.fit_replies))
+        own = look(spread(rows.compared, config.fit_replies)) if config.preferences else seen
+        return fit(config, seen, own, look(val), rows.given)
 
     def write(folder):
         fitted, told = fitted_at(run.step)
@@ -464,13 +501,13 @@ def main(config):
         run.log(step, {"val_loss": aims_loss(scores, val_ratings, count)}, show=("val_loss",))
         if step == steps:
             fitted, told = fitted_at(step)
-            rows = [group.row for group in val_compared]
-            result.update(measures(aims, fitted, told, look(val), look(val_compared), rows))
+            compared = [group.row for group in rows.val_compared]
+            result.update(measures(aims, fitted, told, look(val), look(rows.val_compared), compared))
 
     modules, optimizers = {"aims": model}, {"optimizer": optimizer}
     first, _ = run.begin(modules, optimizers, {"": write}, best="-val_loss", steps=steps)
     if first == 0 < steps:
-        start = look(spread(train, config.fit_replies))
+        start = look(spread(rows.for_fit, config.fit_replies))
         heads = ridge(start.states, start.ratings, config.ridge or 1.0)
         write_weight(model, "score.weight", heads)
     known = [int((~ratings[i:j].isnan()).sum()) for i, j in zip(begins, begins[1:])]  # of each group
