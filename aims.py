@@ -62,7 +62,7 @@ from plumbing.run import Run, run_script
 from plumbing.steps import adamw, scheduled_lr
 
 ALPHAS = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4)  # what --ridge 0 chooses from
-FIT_LR = 0.03  # of Adam, for weights and gate
+WEIGHTS_LR = 0.03  # of Adam, for weights that are the same for all prompts
 
 
 @dataclass
@@ -80,6 +80,7 @@ class Config(RunConfig):
     # equal, learned, gate, or of each aim name=number with commas between them, see above
     weights: str = "equal"
     gate_width: Count = 64  # units inside the gate
+    gate_lr: Positive = 3e-4  # of Adam, for the gate; falls to 0 on a cosine
     # a, the penalty of the heads' closed form; 0: the best of seven on held-out rows, 1 without any
     ridge: NonNegative = 0.0
     length: Literal["keep", "remove"] = "keep"  # what the score has in common with the reply's length
@@ -177,30 +178,34 @@ def comparison_loss(rewards, pairs):
     return -(weight * (right * F.logsigmoid(gap) + (1 - right) * F.logsigmoid(-gap))).sum()
 
 
-def learn_weights(aims, prompts, pairs, width, steps, seed, by_prompt=True):
-    """(gate, b): the softmax of what the gate gives are the weights. All aims start equally weighed.
+def learn_weights(aims, prompts, pairs, config, by_prompt):
+    """(gate, b): the softmax of what the gate gives are the weights.
 
-    aims (N, K): scores of the aims; prompts (N, C), pairs: see `Seen`; width: inside the gate.
-    by_prompt=False: its last bias alone is learned, so the weights are the same whatever the prompt.
+    aims (N, K): scores of the aims; prompts (N, C), pairs: see `Seen`. First the gate's last bias alone is
+    learned, and b: weights that are the same whatever the prompt. by_prompt: then all of the gate. Begun
+    afresh it would make one aim's weight 1 before b has grown, and stay there.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     C, K = prompts.shape[1], aims.shape[1]
-    gate = nn.Sequential(nn.Linear(C, width), nn.ReLU(), nn.Linear(width, K))
+    gate = nn.Sequential(nn.Linear(C, config.gate_width), nn.ReLU(), nn.Linear(config.gate_width, K))
     nn.init.zeros_(gate[2].weight)
     nn.init.zeros_(gate[2].bias)
     log_scale = torch.zeros((), requires_grad=True)
-    learned = [log_scale, *(gate.parameters() if by_prompt else [gate[2].bias])]
     size = prompts.square().mean(0).sqrt().clamp(min=1e-6).float()  # (C,)
     inputs = prompts.float() / size
     aims = aims.float()
-    optimizer = torch.optim.Adam(learned, FIT_LR)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = FIT_LR * (1 + math.cos(math.pi * step / steps)) / 2
-        rewards = log_scale.exp() * (gate(inputs).softmax(-1) * aims).sum(-1)  # (N,)
-        loss = comparison_loss(rewards, pairs)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    stages = [(WEIGHTS_LR, [log_scale, gate[2].bias])]
+    if by_prompt:
+        stages.append((config.gate_lr, [log_scale, *gate.parameters()]))
+    for lr, learned in stages:
+        optimizer = torch.optim.Adam(learned, lr)
+        for step in range(config.fit_steps):
+            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / config.fit_steps)) / 2
+            rewards = log_scale.exp() * (gate(inputs).softmax(-1) * aims).sum(-1)  # (N,)
+            loss = comparison_loss(rewards, pairs)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     # The folder's gate takes the states as they are.
     with torch.no_grad():
         gate[0].weight /= size
@@ -243,8 +248,8 @@ def fit(config, train, compared, val, given):
     gate, scale = None, 1.0
     if given is None:
         aims = compared.states @ heads.T  # (N, K)
-        gate, scale = learn_weights(aims, compared.prompts, compared.pairs, config.gate_width,
-                                    config.fit_steps, config.seed, config.weights == "gate")
+        by_prompt = config.weights == "gate"
+        gate, scale = learn_weights(aims, compared.prompts, compared.pairs, config, by_prompt)
         given = gate(compared.prompts).softmax(-1).mean(0)  # (K,)
     told = {"ridge": alpha, "scale": scale, "weights": given.tolist(), "heads": heads}
     heads = scale * heads

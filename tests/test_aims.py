@@ -1,5 +1,5 @@
 """aims.py: heads of several aims, their weights, the gate, and what a reply's length is allowed to say."""
-import functools
+import dataclasses
 import json
 import math
 
@@ -92,7 +92,7 @@ def planted(weights, scale, groups=600, K=3):
 def test_weights_that_were_planted_are_found_again_within_5_percent():
     weights = torch.tensor([0.6, 0.1, 0.3]).double()
     scores, pairs = planted(weights, 2.0)
-    gate, scale = learn_weights(scores, torch.randn(1200, 4).double(), pairs, 8, 300, 0, by_prompt=False)
+    gate, scale = learn_weights(scores, torch.randn(1200, 4).double(), pairs, aims.Config(), False)
     found = gate(torch.randn(5, 4).double()).softmax(-1)
     np.testing.assert_allclose(found, weights.expand(5, 3), rtol=0.05)
     assert scale == pytest.approx(2.0, rel=0.05)
@@ -103,7 +103,7 @@ def test_a_gate_finds_the_weights_of_each_kind_of_prompt_whatever_the_size_of_it
     planted_for = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]).double()
     scores, pairs = planted(planted_for[kinds], 3.0)
     prompts = torch.stack([0.001 * kinds, 100.0 - 40 * kinds, torch.zeros(1200)], 1).double()
-    gate, scale = learn_weights(scores, prompts, pairs, 16, 300, 0)
+    gate, scale = learn_weights(scores, prompts, pairs, aims.Config(gate_width=16, gate_lr=0.01), True)
     np.testing.assert_allclose(gate(prompts[:2]).softmax(-1)[0], planted_for[0], rtol=0.05)
     np.testing.assert_allclose(gate(prompts[2:4]).softmax(-1)[0], planted_for[1], rtol=0.05)
     assert scale == pytest.approx(3.0, rel=0.05) and gate[0].weight.dtype == torch.float64
@@ -167,9 +167,6 @@ def test_where_length_is_the_same_or_cannot_be_told_nothing_is_taken_away():
 
 # -- the whole fit
 
-Flags = functools.partial(aims.Config, fit_steps=50, gate_width=4)
-
-
 @pytest.mark.parametrize("weights", ["equal", "learned", "gate"])
 def test_the_number_is_the_weighted_sum_of_the_aims_less_the_share_of_length(weights):
     torch.manual_seed(0)
@@ -180,20 +177,20 @@ def test_the_number_is_the_weighted_sum_of_the_aims_less_the_share_of_length(wei
     pairs = better, better + 1, torch.ones(30).double(), torch.full((30,), 1 / 30).double()
     train = replies(states, ratings, prompts, lengths, pairs)
     given = torch.ones(2).double() if weights == "equal" else None
-    flags = Flags(weights=weights, ridge=0.5, length="remove")
+    flags = aims.Config(weights=weights, ridge=0.5, length="remove", fit_steps=50, gate_width=4, gate_lr=0.01)
     fitted, told = fit(flags, train, train, None, given)
     heads = ridge(states, ratings, 0.5)
     gate, scale = None, 1.0
     own = torch.ones(60, 2).double()
     if given is None:
-        gate, scale = learn_weights(states @ heads.T, prompts, pairs, 4, 50, 0, weights == "gate")
+        gate, scale = learn_weights(states @ heads.T, prompts, pairs, flags, weights == "gate")
         own = gate(prompts).softmax(-1)
     of_length = ridge(states, ((lengths - lengths.mean()) / lengths.std())[:, None], 0.5)
     expected = scale * (own * (states @ heads.T)).sum(1) - told["length_share"] * (states @ of_length.T)[:, 0]
     torch.testing.assert_close(fitted.rewards(train), expected)
     assert (fitted.width, len(fitted.heads)) == ((4, 2) if weights == "gate" else (0, 1))
     assert abs(spearman(fitted.rewards(train).numpy(), lengths.numpy())) < 0.01
-    plain, of_plain = fit(Flags(weights=weights, ridge=0.5), train, train, None, given)
+    plain, of_plain = fit(dataclasses.replace(flags, length="keep"), train, train, None, given)
     torch.testing.assert_close(plain.rewards(train), told["before"].rewards(train))
     assert of_plain["length_share"] == 0
     assert abs(spearman(plain.rewards(train).numpy(), lengths.numpy())) > 0.02
@@ -335,7 +332,7 @@ def scores_of(folder, rows):
     return torch.tensor(scores)
 
 
-@pytest.mark.parametrize("flags", ["", "--weights gate --length remove", "--weights learned",
+@pytest.mark.parametrize("flags", ["", "--weights gate --length remove --gate-lr 0.1", "--weights learned",
                                    "--weights honest=1,helpful=0.5 --steps 0"])
 def test_the_folders_score_is_what_was_fitted_and_its_demonstrations_are_zero(
         flags, task, tmp_path, monkeypatch):
