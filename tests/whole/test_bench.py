@@ -22,6 +22,7 @@ def run(*words, **environment):
                           text=True)
 
 
+@pytest.mark.long
 def test_a_comparison_prints_numbers_that_fit_together(tmp_path):
     done = run("nanogpt", "--out", str(tmp_path / "deep" / "lines.jsonl"))
     assert done.returncode == 0, done.stderr

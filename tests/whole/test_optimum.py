@@ -140,7 +140,10 @@ def test_what_the_bugs_are_given_suffices_without_one(tmp_path):
     assert end(ppo, tmp_path / "run", flags=SHORT) < NEAR
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+# Of these the first three are tried every time.
+@pytest.mark.parametrize("bug", [
+    *BUGS[:3], *(pytest.param(bug, marks=pytest.mark.long) for bug in BUGS[3:]),
+], ids=lambda bug: bug.__name__)
 def test_ppo_with_a_bug_does_not_reach_the_optimum(bug, monkeypatch, tmp_path):
     bug(monkeypatch)
     assert end(ppo, tmp_path / "run", flags=SHORT) > 2 * NEAR
@@ -169,9 +172,9 @@ def end_token_not_counted(monkeypatch):
 
 
 @pytest.mark.parametrize("bug", [
-    None, chosen_and_rejected_swapped, reference_left_out, end_token_not_counted,
-],
-                         ids=lambda bug: bug.__name__ if bug else "none")
+    None, end_token_not_counted, pytest.param(chosen_and_rejected_swapped, marks=pytest.mark.long),
+    pytest.param(reference_left_out, marks=pytest.mark.long),
+], ids=lambda bug: bug.__name__ if bug else "none")
 def test_dpo_with_a_bug_stays_far_from_where_it_would_be_without(bug, monkeypatch, tmp_path):
     if bug:
         bug(monkeypatch)
