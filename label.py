@@ -2,6 +2,7 @@
 
     python label.py --models runs/sft runs/ppo --data runs/toy/prompts_heldout.jsonl     two models, blind
     python label.py --data runs/best_of_n/rankings.jsonl                                 replies of a file
+    python label.py --out runs/labels --by toy:gold                                      a function votes
     python label.py --out runs/labels --summary
     python label.py --out runs/labels --export
 
@@ -32,6 +33,9 @@ each model wins, and how many more votes would decide it if things go on as they
     steps.jsonl         process.py              labels of steps
 
 Repeats are left out there, and what was skipped. A row has the annotator, and flag and note where there are.
+
+--by FUNCTION votes instead of a person, as an annotator of its name: it is given the lists that a --reward-fn
+of ppo.py is given, and its scores compare or rank the replies. So --summary tells how it agrees with people.
 """
 import fcntl
 import hashlib
@@ -40,8 +44,10 @@ import json
 import os
 import re
 import sys
+import threading
+import uuid
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -54,7 +60,7 @@ from data import wilson
 from formats.model_folder import load_model
 from formats.rows import Row
 from formats.sources import read_rows
-from judges import short_names
+from judges import judge_texts, load_functions, short_names
 from model import GPT
 from plumbing.disk import digest, folder_of, model_digest, write_atomically, write_json
 from plumbing.flags import (
@@ -87,6 +93,8 @@ class Config:
     step_separator: str = r"\n"  # between the steps of --ask steps; \n is a newline
     rubric: str = ""  # text file that the page keeps at hand
     annotator: str = "me"  # who votes: letters, digits, dots, dashes
+    by: str = ""  # a Python function, module:function, that votes on all that is asked, instead of the page
+    until_done: bool = False  # end by itself when all items have a vote
     repeats: Fraction = 0.1  # share of the items that come again, turned round
     limit: Natural = 0  # items at most, 0: all
     summary: bool = False  # print what the votes say, and end
@@ -114,7 +122,7 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------
 # Items
 
-class Item(NamedTuple):
+class Choice(NamedTuple):
     """A prompt, and the replies that are asked about."""
     id: str
     prompt: list  # of turns, see `formats.rows.Row`
@@ -122,14 +130,14 @@ class Item(NamedTuple):
     models: list  # what each reply is by, [] where that isn't known
 
 
-def make_item(prompt, replies, models=()):
-    """An `Item`, known by what it says."""
+def make_choice(prompt, replies, models=()):
+    """An `Choice`, known by what it says."""
     text = json.dumps([prompt, replies], sort_keys=True)
-    return Item(hashlib.sha256(text.encode()).hexdigest()[:16], prompt, list(replies), list(models))
+    return Choice(hashlib.sha256(text.encode()).hexdigest()[:16], prompt, list(replies), list(models))
 
 
 def sampled_items(config):
-    """[Item] of replies by --models."""
+    """[Choice] of replies by --models."""
     device = pick_device(config.device)
     names = short_names(config.models)
     replies = defaultdict(list)  # {prompt's number: replies}
@@ -148,13 +156,13 @@ def sampled_items(config):
     models = [name for name in names for _ in range(config.n)]
     require(all(len(found) == len(models) for found in replies.values()),
             "--models leave out different prompts, as their contexts differ; give --max-length")
-    return [make_item(prompt.row.prompt, replies[i], models) for i, prompt in enumerate(prompts)]
+    return [make_choice(prompt.row.prompt, replies[i], models) for i, prompt in enumerate(prompts)]
 
 
 def items_of_rows(config):
-    """[Item] of the rows of --data."""
+    """[Choice] of the rows of --data."""
     rows = read_rows(config.data, "replies", print, config.part, config.skip_bad)
-    return [make_item(row.prompt, row.replies) for row in rows[:config.limit or None]]
+    return [make_choice(row.prompt, row.replies) for row in rows[:config.limit or None]]
 
 
 def in_steps(items, separator):
@@ -164,7 +172,7 @@ def in_steps(items, separator):
         for reply in item.replies:
             steps = [part for part in reply.split(separator) if part.strip()]
             if steps:
-                made.append(make_item(item.prompt, steps))
+                made.append(make_choice(item.prompt, steps))
     return made
 
 
@@ -200,7 +208,7 @@ def find_items(config, folder):
         require(not changed, f"--out {folder} holds items that were made with other "
                              f"{', '.join(map(flag_of, changed))}: name another --out, or leave that out")
         try:
-            return [Item(**json.loads(line)) for line in path.read_bytes().splitlines()], state["config"]
+            return [Choice(**json.loads(line)) for line in path.read_bytes().splitlines()], state["config"]
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; put a copy of it there, as votes are on its items, or name "
                             "another --out") from None
@@ -230,7 +238,7 @@ ASKED = ("models", "data", "ask", "points", "aspects", "step_separator", "limit"
 # ---------------------------------------------------------------------------------------------------------
 # In which order
 
-def draw(*words):
+def hashed(*words):
     """A number in [0, 1) that depends on some words alone."""
     text = json.dumps(words).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big") / 2**48
@@ -241,7 +249,7 @@ def sequence(items, annotator, seed, repeats):
 
     A share of the items comes a second time, at least GAP items later.
     """
-    order = sorted(range(len(items)), key=lambda i: draw(seed, annotator, items[i].id))
+    order = sorted(range(len(items)), key=lambda i: hashed(seed, annotator, items[i].id))
     asked = []
     due = 0.0
     again = []  # what may come again, and hasn't
@@ -251,7 +259,7 @@ def sequence(items, annotator, seed, repeats):
             due += repeats
         if due >= 1:
             due -= 1
-            chosen = again.pop(int(len(again) * draw(seed, annotator, "again", place)))
+            chosen = again.pop(int(len(again) * hashed(seed, annotator, "again", place)))
             asked.append((chosen, 1))
         asked.append((i, 0))
     return asked
@@ -259,7 +267,7 @@ def sequence(items, annotator, seed, repeats):
 
 def shown_order(item, annotator, seed, repeat):
     """[reply's number] from left to right. The second time they are turned round; steps keep their order."""
-    order = sorted(range(len(item.replies)), key=lambda i: draw(seed, annotator, item.id, i))
+    order = sorted(range(len(item.replies)), key=lambda i: hashed(seed, annotator, item.id, i))
     return order[::-1] if repeat else order
 
 
@@ -340,7 +348,7 @@ def lead_of(vote, points):
     return (points + 1 - 2 * vote["value"]) / (points - 1)
 
 
-def pairs_of(vote, settings):
+def leads_of(vote, settings):
     """{(i, j): from -1 to 1} of a vote; {} if it compares nothing. A tie, both bad and both good are 0."""
     K = len(vote["shown"])
     pairs = list(itertools.combinations(range(K), 2))
@@ -366,7 +374,7 @@ def units_of(vote, settings):
                 for i, marks in enumerate(vote["ratings"]) for aspect, mark in marks.items()}
     if "labels" in vote:
         return {k: label for k, label in enumerate(vote["labels"]) if label is not None}
-    return pairs_of(vote, settings)
+    return leads_of(vote, settings)
 
 
 def cohen_kappa(one, other):
@@ -403,7 +411,7 @@ def krippendorff_alpha(units):
     return 1.0 if expected == 0 else float(1 - (coincidences * distance).sum() / expected)
 
 
-def share(wins, of):
+def rate_of(wins, of):
     """{share, interval, of} of a number of trials, None without any."""
     if of == 0:
         return None
@@ -420,7 +428,7 @@ def votes_to_decide(rate, votes):
     return max(0, int((1.96 / 2) ** 2 / (rate - 0.5) ** 2) + 1 - votes)
 
 
-def summarise(items, settings, votes):
+def tally(items, settings, votes):
     """What --summary tells, as {name: value}. votes: {annotator: votes}, see `all_votes`."""
     by_id = {item.id: item for item in items}
     # Of a scale that one of them is better counts as an answer; alpha alone looks at how much.
@@ -440,7 +448,7 @@ def summarise(items, settings, votes):
                 continue
             for unit, answer in units.items():
                 answers[item, unit][annotator] = answer
-            for (i, j), lead in pairs_of(vote, settings).items():
+            for (i, j), lead in leads_of(vote, settings).items():
                 count_pair(by_id[item], vote, i, j, lead, left, longer, wins)
     kappa = {}
     for one, other in itertools.combinations(votes, 2):
@@ -451,9 +459,9 @@ def summarise(items, settings, votes):
     return {
         "items": len(items),
         "annotators": annotators,
-        "repeats": share(same[True], same.total()),
-        "left_wins": share(left[True], left.total()),
-        "longer_wins": share(longer[True], longer.total()),
+        "repeats": rate_of(same[True], same.total()),
+        "left_wins": rate_of(left[True], left.total()),
+        "longer_wins": rate_of(longer[True], longer.total()),
         "kappa": kappa,
         "alpha": krippendorff_alpha([list(unit.values()) for unit in answers.values()]),
         "wins": {f"{one} against {other}": win_rate(counts) for (one, other), counts in wins.items()},
@@ -620,6 +628,8 @@ class Desk:
                 self.rubric = Path(config.rubric).read_text("utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"--rubric {config.rubric} can't be read: {error}") from None
+        # Called when the last item has its vote.
+        self.done = lambda: None
         self.routes = {"/begin": self.begin, "/next": self.next, "/vote": self.vote, "/undo": self.undo,
                        "/summary": self.summary}
 
@@ -640,13 +650,18 @@ class Desk:
         done = sum((self.items[i].id, repeat) in live for i, repeat in self.asked)
         pace = counts_of(list(live.values())[-20:])["seconds"]
         progress = {"done": done, "of": len(self.asked), "seconds": pace}
-        for i, repeat in self.asked:
-            item = self.items[i]
-            if (item.id, repeat) not in live:
-                replies = [item.replies[at] for at in self.order(item, repeat)]
-                entry = {"item": item.id, "repeat": repeat, "prompt": item.prompt, "replies": replies}
-                return {"entry": entry, "progress": progress}
+        for item, repeat in self.open_entries():
+            replies = [item.replies[at] for at in self.order(item, repeat)]
+            entry = {"item": item.id, "repeat": repeat, "prompt": item.prompt, "replies": replies}
+            return {"entry": entry, "progress": progress}
         return {"entry": None, "progress": progress}
+
+    def open_entries(self):
+        """Yield (item, repeat) of what is asked and has no vote."""
+        live = self.votes.live()
+        for i, repeat in self.asked:
+            if (self.items[i].id, repeat) not in live:
+                yield self.items[i], repeat
 
     def vote(self, body):
         """Save a vote, and say what comes next. The same vote once more changes nothing."""
@@ -659,7 +674,10 @@ class Desk:
                                "annotator": self.config.annotator, "shown": self.order(item, repeat)}
                               | self.answer_of(body, item, repeat)
                               | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")})
-        return self.next(body)
+        state = self.next(body)
+        if state["entry"] is None:
+            self.done()
+        return state
 
     def undo(self, body):
         """Take back the last vote that stands, and say what comes next, which is its item."""
@@ -675,7 +693,7 @@ class Desk:
 
     def summary(self, body):
         """Lines on all votes so far."""
-        return {"lines": described(summarise(self.items, self.settings, all_votes(self.folder)))}
+        return {"lines": described(tally(self.items, self.settings, all_votes(self.folder)))}
 
     def id_of(self, body):
         """What the page calls a vote, so that one that is sent twice is one."""
@@ -719,6 +737,27 @@ class Desk:
                 and all(is_whole(mark, MARKS[0], MARKS[-1]) for mark in marks.values()))
 
 
+def vote_by(function, desk):
+    """Have a `Function` vote on all that is asked: the higher score is better by far, equal ones tie."""
+    ask = desk.settings["ask"]
+    require(ask in ("compare", "rank"), f"--by compares or ranks, and can't be asked to {ask}")
+    left = [(item, repeat) for item, repeat in desk.open_entries()]
+    rows = [Row(item.prompt) for item, _ in left for _ in item.replies]
+    replies = [reply for item, _ in left for reply in item.replies]
+    scores = iter(judge_texts(function, rows, replies, [True] * len(replies)) if left else [])
+    for item, repeat in tqdm(left, desc=function.name, disable=None):
+        own = [next(scores) for _ in item.replies]
+        shown = [own[at] for at in desk.order(item, repeat)]
+        if len(set(shown)) == 1:
+            said = {"verdict": "tie"}
+        elif ask == "compare":
+            said = {"value": 1 if shown[0] > shown[1] else int(desk.settings["points"])}
+        else:
+            levels = sorted(set(shown), reverse=True)
+            said = {"ranks": [levels.index(score) for score in shown]}
+        desk.vote({"id": uuid.uuid4().hex, "item": item.id, "repeat": repeat, "ms": 0} | said)
+
+
 def is_list(x, length, fits):
     """Whether x is a list of so many things that fit."""
     return isinstance(x, list) and len(x) == length and all(map(fits, x))
@@ -746,12 +785,21 @@ def main(config):
     if config.summary or config.export:
         votes = all_votes(folder)
         if config.summary:
-            print("\n".join(described(summarise(items, settings, votes))))
+            print("\n".join(described(tally(items, settings, votes))))
         if config.export:
             export(folder, exported(items, settings, votes))
         return
+    if config.by:
+        function, = load_functions("--by", [config.by])
+        desk = Desk(replace(config, annotator=function.name), folder, items, settings)
+        vote_by(function, desk)
+        print(f"{len(desk.votes.live())} votes in {desk.votes.path}")
+        return
     desk = Desk(config, folder, items, settings)
     server = Server(config.host, config.port, page_of(PAGE), desk.routes, token_of(folder))
+    if config.until_done:
+        # Not from the thread that serves, which would wait for itself.
+        desk.done = lambda: threading.Thread(target=server.shutdown).start()
     serve(server, config.browser and sys.stdout.isatty())
     print(f"\n{len(desk.votes.live())} votes in {desk.votes.path}; --summary says what they say, --export "
           "writes them for training")

@@ -16,11 +16,12 @@ import pytest
 
 import label
 import tools
+import toy
 from examples import user
 from formats.sources import read_rows
 from label import (
-    GAP, Desk, Item, Votes, all_votes, cohen_kappa, described, exported, find_items, krippendorff_alpha,
-    make_item, pairs_of, sequence, shown_order, summarise, units_of, votes_to_decide)
+    GAP, Desk, Choice, Votes, all_votes, cohen_kappa, described, exported, find_items, krippendorff_alpha,
+    make_choice, leads_of, sequence, shown_order, tally, units_of, votes_to_decide)
 from plumbing.flags import UserError
 from plumbing.web import BODY_LIMIT, Refused, Server, token_of
 from tools import ENVIRONMENT, ROOT, SILENT, TOY, exit_code, run_here, write_rows
@@ -94,7 +95,7 @@ def test_a_folder_goes_on_with_its_items_and_refuses_others(tmp_path, capsys):
 
 
 def items_by_number(count, K=2):
-    return [make_item(user(f"q{i}"), [f"{i}-{k}" for k in range(K)]) for i in range(count)]
+    return [make_choice(user(f"q{i}"), [f"{i}-{k}" for k in range(K)]) for i in range(count)]
 
 
 @pytest.mark.parametrize("repeats", [0.0, 0.1, 0.37, 1.0])
@@ -183,17 +184,17 @@ COMPARE = {"ask": "compare", "points": "7"}
 ])
 def test_a_place_on_a_scale_is_a_lead_of_the_left_one(points, value, lead):
     settings = {"ask": "compare", "points": str(points)}
-    assert pairs_of({"shown": [0, 1], "value": value}, settings) == {(0, 1): pytest.approx(lead)}
-    assert pairs_of({"shown": [1, 0], "value": value}, settings) == {(0, 1): pytest.approx(-lead)}
+    assert leads_of({"shown": [0, 1], "value": value}, settings) == {(0, 1): pytest.approx(lead)}
+    assert leads_of({"shown": [1, 0], "value": value}, settings) == {(0, 1): pytest.approx(-lead)}
 
 
 def test_verdicts_are_ties_rankings_pairs_and_what_is_skipped_says_nothing():
-    assert pairs_of({"shown": [1, 0], "verdict": "both_bad"}, COMPARE) == {(0, 1): 0}
-    assert pairs_of({"shown": [1, 0], "skipped": True}, COMPARE) == {} == units_of({"skipped": True}, COMPARE)
-    ranked = pairs_of({"shown": [2, 0, 1], "ranks": [0, 1, 0]}, {"ask": "rank"})
+    assert leads_of({"shown": [1, 0], "verdict": "both_bad"}, COMPARE) == {(0, 1): 0}
+    assert leads_of({"shown": [1, 0], "skipped": True}, COMPARE) == {} == units_of({"skipped": True}, COMPARE)
+    ranked = leads_of({"shown": [2, 0, 1], "ranks": [0, 1, 0]}, {"ask": "rank"})
     assert ranked == {(0, 1): 1, (0, 2): 0, (1, 2): -1}
     marks = {"shown": [0, 1], "ratings": [{"a": 5, "b": 1}, {"a": 4, "b": 4}]}
-    assert pairs_of(marks, {"ask": "rate"}) == {(0, 1): -1}
+    assert leads_of(marks, {"ask": "rate"}) == {(0, 1): -1}
     assert units_of(marks, {"ask": "rate"}) == {(0, "a"): 5, (0, "b"): 1, (1, "a"): 4, (1, "b"): 4}
     assert units_of({"shown": [0, 1, 2], "labels": [1, None, -1]}, {"ask": "steps"}) == {0: 1, 2: -1}
 
@@ -245,7 +246,7 @@ def test_the_votes_that_are_missing_are_those_after_which_the_interval_leaves_ou
 
 
 def test_a_summary_counts_by_hand():
-    items = [make_item(user(f"q{i}"), ["aaaa", "b"], ["m", "n"]) for i in range(4)]
+    items = [make_choice(user(f"q{i}"), ["aaaa", "b"], ["m", "n"]) for i in range(4)]
     ids = [item.id for item in items]
 
     def vote(i, value=None, shown=(0, 1), repeat=0, **fields):
@@ -255,7 +256,7 @@ def test_a_summary_counts_by_hand():
     anna = dict([vote(0, 1), vote(1, 7), vote(2, verdict="tie", ms=3000), vote(3, skipped=True),
                  vote(0, 7, (1, 0), 1), vote(1, 3, (1, 0), 1)])
     ben = dict([vote(0, 6, (1, 0)), vote(1, 2), vote(2, 4)])
-    found = summarise(items, COMPARE, {"anna": anna, "ben": ben})
+    found = tally(items, COMPARE, {"anna": anna, "ben": ben})
     assert found["annotators"]["anna"] == {"votes": 6, "flagged": 0, "skipped": 1, "tie": 1, "both_bad": 0,
                                            "both_good": 0, "seconds": 1.0}
     # Anna says m, n, tie; asked again m (the same) and n (the left one of n, m): the same.
@@ -270,13 +271,13 @@ def test_a_summary_counts_by_hand():
     assert found["alpha"] == krippendorff_alpha([[1, 2 / 3], [-1, 2 / 3], [0, 0]])
     lines = "\n".join(described(found))
     assert "m against n: 3 wins, 2 ties, 1 losses, 0.67" in lines and "more votes would decide it" in lines
-    assert summarise(items, COMPARE, {})["alpha"] is None and described(summarise(items, COMPARE, {}))
+    assert tally(items, COMPARE, {})["alpha"] is None and described(tally(items, COMPARE, {}))
 
 
 # -- files for training
 
 def test_votes_become_rows_that_mean_what_was_said(tmp_path):
-    items = [Item(f"i{k}", user(f"q{k}"), [f"a{k}", f"b{k}"], []) for k in range(6)]
+    items = [Choice(f"i{k}", user(f"q{k}"), [f"a{k}", f"b{k}"], []) for k in range(6)]
     votes = [dict(value=1), dict(value=2, shown=[1, 0]), dict(verdict="tie"),
              dict(verdict="both_bad", flagged=True), dict(verdict="both_good", note="hm"), dict(skipped=True)]
     own = {(f"i{k}", 0): record(k, item=f"i{k}", **vote) for k, vote in enumerate(votes)}
@@ -297,8 +298,8 @@ def test_votes_become_rows_that_mean_what_was_said(tmp_path):
 
 
 def test_two_points_are_plain_ranks_and_rankings_and_marks_and_steps_are_kept():
-    item = Item("i", user("q"), ["x", "y", "z"], [])
-    two = Item("i", user("q"), ["x", "y"], [])
+    item = Choice("i", user("q"), ["x", "y", "z"], [])
+    two = Choice("i", user("q"), ["x", "y"], [])
     plain = exported([two], COMPARE | {"points": "2"}, {"me": {("i", 0): record(0, item="i", value=2)}})
     assert plain["preferences"][0]["ranks"] == [1, 0] and "scale" not in plain["preferences"][0]
     ranked = exported([item], {"ask": "rank"}, {"me": {("i", 0): record(0, item="i", ranks=[1, 0, 2])}})
@@ -343,6 +344,7 @@ def test_the_page_is_asked_one_item_after_the_other_to_the_end_and_back(desk):
     assert state["entry"]["item"] == seen[0][0]
 
 
+@pytest.mark.case(32)
 def test_a_vote_sent_twice_is_one_and_another_on_the_same_item_is_refused(desk):
     entry = desk.next({})["entry"]
     vote = said(entry, value=3)
@@ -449,6 +451,7 @@ def test_the_address_with_its_token_gives_a_cookie_and_then_the_page(server):
     assert ask(server)[0] == 200
 
 
+@pytest.mark.case(32)
 @pytest.mark.parametrize("method, path, changes, status", [
     ("POST", "/next", dict(Cookie=None), 403),
     ("POST", "/next", dict(Cookie="barerlhf=guess"), 403),
@@ -485,6 +488,7 @@ def test_attacks_are_refused_and_leave_the_votes_alone(method, path, changes, st
     assert ask(server)[0] == 200
 
 
+@pytest.mark.case(32)
 def test_a_body_of_ten_megabytes_is_refused_before_it_is_read(server):
     # It may find the connection closed while it is still sending.
     try:
@@ -558,6 +562,7 @@ def post(url, path, body):
     return found
 
 
+@pytest.mark.case(32)
 def test_killed_at_random_no_acknowledged_vote_is_lost_or_doubled_and_ctrl_c_ends(tmp_path):
     write_rows(tmp_path / "rows.jsonl", PAIRS)
     words = ["--out", str(tmp_path / "labels")]
@@ -624,6 +629,38 @@ def test_replies_of_two_models_are_voted_on_blind_and_the_export_trains_without_
                  f"--steps 1 --batch-tokens 500 --threads 1 --out {tmp_path}/{script}")
 
 
+@pytest.mark.parametrize("flags", ["--points 7", "--ask rank --n 2"])
+def test_a_function_votes_as_its_scores_say_and_goes_on_where_it_stopped(flags, small, tmp_path, capsys):
+    words = (f"--models {small}/sft {small}/sft --data {TOY}/prompts_heldout.jsonl --limit 20 "
+             f"--temperature 2 --max-new-tokens 6 --threads 1 --out {tmp_path}/labels {flags}")
+    run_here("label", words, "--by toy:gold")
+    items, settings = find_items(label.Config(), tmp_path / "labels")
+    votes = all_votes(tmp_path / "labels")["gold"]
+    asked = sequence(items, "gold", 0, 0.1)
+    assert len(votes) == len(asked)
+    for item in items:
+        scores = toy.gold([item.prompt[0]["content"]] * len(item.replies), item.replies,
+                          [True] * len(item.replies))
+        for (i, j), lead in leads_of(votes[item.id, 0], settings).items():
+            assert lead == np.sign(scores[i] - scores[j])
+    before = (tmp_path / "labels" / "votes-gold.jsonl").read_bytes()
+    run_here("label", words, "--by toy:gold")
+    assert (tmp_path / "labels" / "votes-gold.jsonl").read_bytes() == before
+    capsys.readouterr()
+    run_here("label", f"--out {tmp_path}/labels --summary")
+    assert "gold: " in capsys.readouterr().out
+
+
+def test_the_page_ends_by_itself_when_all_has_a_vote(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", PAIRS[:2])
+    process, url = started("--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "labels"),
+                           "--until-done")
+    for _ in range(2):
+        post(url, "/vote", said(post(url, "/next", {})["entry"], value=1))
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "2 votes in" in text
+
+
 @pytest.mark.parametrize("flags, said_", [
     ("--annotator a/b", "--annotator a/b: a name is of letters"),
     ("--aspects a a", "--aspects takes 1 to 9 names, each once"),
@@ -631,6 +668,7 @@ def test_replies_of_two_models_are_voted_on_blind_and_the_export_trains_without_
     ("--data nowhere.jsonl", "nowhere.jsonl: no such file"),
     ("--data {rows} --rubric nowhere.txt", "--rubric nowhere.txt can't be read"),
     ("--points 3", "invalid choice: '3'"),
+    ("--data {rows} --ask rate --by toy:gold", "--by compares or ranks, and can't be asked to rate"),
 ])
 def test_a_mistake_ends_in_one_line_and_exit_code_2(flags, said_, tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", PAIRS[:2])

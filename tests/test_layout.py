@@ -8,7 +8,7 @@ import tools
 
 ALGORITHMS = (
     "sft", "reward", "aims", "process", "ppo", "grpo", "dpo", "kto", "best_of_n", "constitution", "distill",
-    "evaluate", "chat", "report", "toy", "sums", "constraints", "feedback",
+    "evaluate", "label", "chat", "report", "toy", "sums", "constraints", "feedback",
 )
 # A file may import from the rooms before its own.
 # In plumbing/ and formats/ files import each other, in no circle.

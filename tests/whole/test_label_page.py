@@ -28,6 +28,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.case(32),
     pytest.mark.skipif(not (DRIVER and CHROMIUM), reason="Chromium and its driver are not installed"),
 ]
 
@@ -130,10 +131,10 @@ def complaints(browser):
     return [line["message"] for line in browser.get_log("browser") if "ERR_" not in line["message"]]
 
 
-PAIRS = [{"prompt": f"question {i}", "completions": [f"yes {i}", f"no, and more of it {i}"]} for i in range(1000)]
+PAIRS = [{"prompt": f"question {i}", "completions": [f"yes {i}", f"no, and more {i}"]} for i in range(1000)]
 
 
-def test_a_thousand_votes_by_clicks_and_keys_and_twenty_kills_lose_and_double_none(browser, labelling, tmp_path):
+def test_of_a_thousand_votes_and_twenty_kills_none_is_lost_and_none_doubled(browser, labelling, tmp_path):
     one = labelling(PAIRS, "--repeats", "0")
     rng = random.Random(0)
     kills = sorted(rng.sample(range(5, 995), 20))
@@ -160,8 +161,8 @@ def test_a_thousand_votes_by_clicks_and_keys_and_twenty_kills_lose_and_double_no
     prompts = {item["id"]: item["prompt"][0]["content"] for item in map(json.loads, lines)}
     votes = Votes(tmp_path / "labels", "me")
     assert [(prompts[vote["item"]], vote["value"]) for vote in votes.records] == given
-    times = browser.execute_script(
-        "return performance.getEntriesByType('resource').filter(e => e.name.endsWith('/vote')).map(e => e.duration)")
+    times = browser.execute_script("return performance.getEntriesByType('resource')"
+                                   ".filter(e => e.name.endsWith('/vote')).map(e => e.duration)")
     print(f"acknowledged after {statistics.median(times):.1f} ms at the median of the last {len(times)}")
     assert statistics.median(times) < 50
     assert not complaints(browser)
@@ -253,7 +254,8 @@ def test_marks_and_steps_one_key_each(browser, labelling, tmp_path):
 
 
 def test_steps_to_the_first_error(browser, labelling, tmp_path):
-    labelling([{"prompt": f"q{i}", "completion": "a\nb\nc"} for i in range(2)], "--ask", "steps", "--repeats", "0")
+    rows = [{"prompt": f"q{i}", "completion": "a\nb\nc"} for i in range(2)]
+    labelling(rows, "--ask", "steps", "--repeats", "0")
     for key in ("3", "2", Keys.BACKSPACE, "1", "2"):
         press(browser, key)
     wait(browser, lambda: done_of(browser) == 1)
