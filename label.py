@@ -96,7 +96,7 @@ class Config:
     by: str = ""  # a Python function, module:function, that votes on all that is asked, instead of the page
     until_done: bool = False  # end by itself when all items have a vote
     repeats: Fraction = 0.1  # share of the items that come again, turned round
-    limit: Natural = 0  # items at most, 0: all
+    limit: Natural = 0  # prompts, or rows, that are drawn from --data, at most; 0: all
     summary: bool = False  # print what the votes say, and end
     export: bool = False  # write the votes as files for training, and end
     n: Count = 1  # replies of each of --models
@@ -145,7 +145,7 @@ def sampled_items(config):
         model, tokenizer = load_model(path, GPT, allow_pickle=config.allow_pickle)
         alone = Alone(device, pick_dtype(config.dtype, device, model.config.n_embd))
         prompts = load_prompts(config, tokenizer, model.config.block_size, alone.say)
-        prompts = prompts[:config.limit or None]
+        prompts = some_of(prompts, [prompt.row.text for prompt in prompts], config)
         generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
         model.to(device).eval()
         for start in tqdm(range(0, len(prompts), 32), desc=f"replies of {name}", disable=None):
@@ -162,7 +162,16 @@ def sampled_items(config):
 def items_of_rows(config):
     """[Choice] of the rows of --data."""
     rows = read_rows(config.data, "replies", print, config.part, config.skip_bad)
-    return [make_choice(row.prompt, row.replies) for row in rows[:config.limit or None]]
+    rows = some_of(rows, [row.text + "".join(row.replies) for row in rows], config)
+    return [make_choice(row.prompt, row.replies) for row in rows]
+
+
+def some_of(rows, texts, config):
+    """--limit of some rows, drawn by --seed, in their order; all if it is 0. texts: what each says."""
+    if not 0 < config.limit < len(rows):
+        return rows
+    places = sorted(range(len(rows)), key=lambda i: hashed(config.seed, "limit", i, texts[i]))
+    return [rows[i] for i in sorted(places[:config.limit])]
 
 
 def in_steps(items, separator):
