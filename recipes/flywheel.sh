@@ -54,11 +54,11 @@ for round in $(seq "$rounds"); do
     fi
     votes="${votes:+$votes,}$here/labels/preferences.jsonl"
     stage "round $round: a reward model and a policy from all votes so far"
-    "$python" reward.py --model "$start/sft" --data "$votes" --val-fraction 0.1 --epochs 8 --lr 1e-3 --batch-tokens 1024 \
+    "$python" reward.py --model "$start/sft" --data "$votes" --val-fraction 0.1 --epochs 3 --lr 1e-3 --batch-tokens 1024 \
         --warmup 10 --ties soft --demonstrations "$start/toy/demonstrations.jsonl" --eval-every 100000 \
         --out "$here/reward" $trains
     "$python" ppo.py --model "$start/sft" --reward "$here/reward" --data "$start/toy/prompts.jsonl" --judge toy:gold \
-        --steps 30 --out "$here/policy" $trains
+        --kl-coef 0.5 --steps 20 --out "$here/policy" $trains
     policy="$here/policy"
     [ -e "$here/evaluation.json" ] || "$python" evaluate.py --models "$start/sft" "$policy" \
         --data "$start/toy/prompts_heldout.jsonl" --judge toy:gold --out "$here/evaluation.json" $every --seed "$seed"

@@ -64,7 +64,8 @@ def chat_of(small, tmp_path):
 
 
 def kept(tmp_path, name):
-    return [json.loads(line) for line in (tmp_path / "kept" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    text = (tmp_path / "kept" / f"{name}.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_the_pieces_of_a_reply_are_the_reply_and_it_is_what_generate_gives(chat_of):
@@ -141,7 +142,8 @@ def test_what_is_thought_of_replies_is_kept_as_rows_that_train(chat_of, tmp_path
     ("/good", "sft has said nothing yet"), ("/good 3", "there is no model 3, only 1 to 2"),
     ("/save", "there is no conversation yet"), ("/nothing", "there is no /nothing"),
     ("/set top_p 0", "0 is no value"), ("/set top_k 1.5", "1.5 is no value"),
-    ("/set heat 1", "/set takes one of"), ("/set temperature nan", "nan is no value"), ("/set temperature", "/set takes one of"),
+    ("/set heat 1", "/set takes one of"), ("/set temperature nan", "nan is no value"),
+    ("/set temperature", "/set takes one of"),
 ])
 def test_a_wrong_command_is_one_line(line, said, chat_of):
     one = chat_of()
@@ -175,8 +177,8 @@ def test_the_page_gets_pieces_and_then_the_whole_of_each_models_reply(chat_of):
     assert routes["/begin"]({})["models"] == ["sft", "other"]
     happened = list(routes["/say"]({"line": "Say river."}))
     for number, talker in enumerate(one.talkers):
-        own = [what for what in happened if what["model"] == number]
-        assert "".join(what["piece"] for what in own[:-1]) == own[-1]["reply"] == talker.messages[-1]["content"]
+        *pieces, whole = [what for what in happened if what["model"] == number]
+        assert "".join(what["piece"] for what in pieces) == whole["reply"] == talker.messages[-1]["content"]
     assert routes["/command"]({"line": "/new"})["messages"] == [[], []]
     failed = list(routes["/say"]({"line": "Say river. " * 60}))
     assert "don't fit the model's context" in failed[0]["error"]
