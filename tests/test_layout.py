@@ -88,6 +88,10 @@ def test_no_algorithm_imports_another_and_nothing_imports_the_toy_task(imports):
         assert not others & set(ALGORITHMS), module
 
 
+def test_only_what_shows_a_page_has_a_server(imports):
+    assert {module for module, others in imports.items() if "plumbing.web" in others} == {"label", "chat"}
+
+
 def test_what_stands_in_two_algorithms_is_a_twin_that_is_compared():
     where = collections.defaultdict(list)
     for file, text in tools.sources().items():
