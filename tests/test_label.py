@@ -246,7 +246,8 @@ def test_the_votes_that_are_missing_are_those_after_which_the_interval_leaves_ou
 
 
 def test_a_summary_counts_by_hand():
-    items = [make_choice(user(f"q{i}"), ["aaaa", "b"], ["n", "m"] if i == 1 else ["m", "n"]) for i in range(4)]
+    models = [["m", "n"], ["n", "m"], ["m", "n"], ["m", "n"]]
+    items = [make_choice(user(f"q{i}"), ["aaaa", "b"], own) for i, own in enumerate(models)]
     ids = [item.id for item in items]
 
     def vote(i, value=None, shown=(0, 1), repeat=0, **fields):
