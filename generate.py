@@ -351,7 +351,7 @@ class Replies:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0, top_p=1.0, generator=None,
-             rows=0, uniform=None, interrupted=lambda: False):
+             rows=0, uniform=None, interrupted=lambda: False, watch=None):
     """Sample one response per prompt. Returns a Generation.
 
     prompts: non-empty lists of ids; equal ones share the pass over them. A response begins right behind its
@@ -360,6 +360,7 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
     uniform: see `uniforms`; drawn with generator if there is none. So a response depends on its own numbers,
     not on what else is in the batch.
     interrupted: asked before each token; once it says True, the responses are returned as they are then.
+    watch: called with the `Replies` after each token.
     Raises UserError when prompt and response don't fit the model's context.
     """
     device = model.device
@@ -395,4 +396,6 @@ def generate(model, prompts, max_new_tokens, tokenizer, temperature=1.0, top_k=0
             # Since the rows were asked, each may have grown by a token a step.
             upto = min(longest + since_check, width)
             replies.decode_one(model, head, cache, upto, (temperature, top_k, top_p))
+            if watch is not None:
+                watch(replies)
     return replies.result()

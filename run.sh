@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # bash run.sh [--seed N]           set up, then SFT, reward model, PPO, DPO and evaluation of the toy task in runs/demo
+# bash run.sh flywheel [--auto]    set up, then label, train, compare, and again (docs/flywheel.md); --auto: a judge labels
 # bash run.sh test [pytest flags]  set up, then the tests
 # bash run.sh faults               set up, then kills, full disks, dead ranks, damaged files and bad input: a table of what is survived
 # bash run.sh parity               set up .venv-parity, then our numbers against those of transformers and TRL (bench/parity.py)
 # bash run.sh bench [flags]        set up .venv-parity, then our speed beside theirs (bench/bench.py; bash run.sh bench --help)
 set -euo pipefail
 cd "$(dirname "$0")"
-usage() { echo "error: $1; usage: bash run.sh [--seed N] | bash run.sh test [pytest flags] | bash run.sh faults [pytest flags] | bash run.sh parity | bash run.sh bench [flags]" >&2; exit 2; }
+usage() { echo "error: $1; usage: bash run.sh [--seed N] | bash run.sh flywheel [--auto] | bash run.sh test [pytest flags] | bash run.sh faults [pytest flags] | bash run.sh parity | bash run.sh bench [flags]" >&2; exit 2; }
 
 command=demo
 seed=0
@@ -17,6 +18,9 @@ elif [ "${1:-}" = faults ]; then
     command=test
     shift
     set -- --faults "$@"
+elif [ "${1:-}" = flywheel ]; then
+    command=flywheel
+    shift
 elif [ "${1:-}" = parity ]; then
     command=parity
     [ $# -eq 1 ] || usage "parity takes no arguments"
@@ -28,7 +32,7 @@ else
         case "$1" in
             --seed=*) seed="${1#--seed=}"; shift ;;
             --seed) [ $# -ge 2 ] || usage "--seed needs a number"; seed="$2"; shift 2 ;;
-            -h | --help) sed -n '2,6s/^# //p' run.sh; exit 0 ;;
+            -h | --help) sed -n '2,7s/^# //p' run.sh; exit 0 ;;
             *) usage "unknown argument $1" ;;
         esac
     done
@@ -81,6 +85,9 @@ if ! has_all "$python"; then
     python=.venv/bin/python
 fi
 
+if [ "$command" = flywheel ]; then
+    PYTHON="$python" exec bash recipes/flywheel.sh "$@"
+fi
 if [ "$command" = test ]; then
     case " $* " in
     *" --faults "*) ;;  # one after the other: they wait for processes that they kill, and count what survives

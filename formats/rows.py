@@ -364,7 +364,7 @@ def parse_ranking(row, want):
     if want == "scored":
         # Ranks are those within a prompt; scores can be compared with those of others.
         ranks = scores_as_ranks(row, ranks)
-    if len(replies) != len(ranks) or len(replies) < 2:
+    if len(replies) != len(ranks) or len(replies) < (1 if want == "replies" else 2):
         raise BadRow("completions and ranks don't match, or fewer than two")
     return Row(parse_prompt(row), replies, ranks)
 
@@ -416,7 +416,7 @@ def find_verdict(row, want):
     known = isinstance(verdict, str) and verdict in VERDICTS
     if verdict != "" and not known and want in COMPARED:
         raise TypeError(f"the verdict is neither {' nor '.join(VERDICTS)}")
-    if known and want not in ("feedback", "prompts"):
+    if known and want not in ("feedback", "replies", "prompts"):
         raise BadRow("a verdict on all replies, which compares none")
     return verdict if known else ""
 
@@ -476,15 +476,17 @@ def parse_steps(row, want):
 
 # Of each format: what parses it, and what it is good for.
 FORMATS = {
-    "instructions": (parse_single, ("demonstrations", "prompts")),
+    "instructions": (parse_single, ("demonstrations", "replies", "prompts")),
+    "several replies": (parse_ranking, ("replies", "prompts")),
     "prompts": (parse_single, ("prompts",)),
-    "questions": (parse_question, ("demonstrations", "prompts")),
-    "conversations": (parse_single, ("demonstrations", "prompts")),
-    "labelled replies": (parse_single, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
-    "rated replies": (parse_single, ("demonstrations", *COMPARED, "scored", "prompts")),
-    "preferences": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
-    "transcripts": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
-    "rankings": (parse_ranking, ("demonstrations", *COMPARED, "labels", "scored", "prompts")),
+    "questions": (parse_question, ("demonstrations", "replies", "prompts")),
+    "conversations": (parse_single, ("demonstrations", "replies", "prompts")),
+    "labelled replies":
+        (parse_single, ("demonstrations", *COMPARED, "labels", "scored", "replies", "prompts")),
+    "rated replies": (parse_single, ("demonstrations", *COMPARED, "scored", "replies", "prompts")),
+    "preferences": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "replies", "prompts")),
+    "transcripts": (parse_pair, ("demonstrations", *COMPARED, "labels", "scored", "replies", "prompts")),
+    "rankings": (parse_ranking, ("demonstrations", *COMPARED, "labels", "scored", "replies", "prompts")),
     "labelled steps": (parse_steps, ("steps", "prompts")),
     "plain text": (parse_plain, ("demonstrations",)),
 }
@@ -503,6 +505,8 @@ NEEDED = {
     "feedback":
         "a prompt, chosen and rejected (or completions and ranks, a scale or a verdict, or a reply with a "
         "label, true or false, or a rating)",
+    "replies":
+        "a prompt and one or more replies (completions, chosen and rejected, or one reply)",
     "steps":
         "a prompt, the steps of a reply and their labels (steps and labels, or PRM800K's question and label)",
     "prompts":
@@ -527,6 +531,7 @@ REFUSED = {
         ("response", "helpfulness"): "HelpSteer: rename helpfulness to rating",
     },
     "labels": {},
+    "replies": {},
     "scored": {},
     "steps": {},
     "prompts": {},
@@ -595,6 +600,8 @@ def recognise(row):
         return "rankings"
     if asks and {"steps", "labels"} <= has:
         return "labelled steps"
+    if asks and is_list_of(str, row.get("completions")):
+        return "several replies"
     if {"chosen", "rejected"} <= has:
         has_messages = isinstance(row["chosen"], (list, dict))
         return "preferences" if asks or has_messages else "transcripts"
@@ -614,7 +621,8 @@ def parse(row, form, want):
 
     row: the object without its nulls; form: its format, of `FORMATS`; want: "demonstrations", "preferences",
     "feedback" (as preferences, but also ties, verdicts and ratings), "labels", "scored" (as preferences, but
-    replies need not differ, and ranks are negative scores if it has some), "steps" or "prompts". Raises
+    replies need not differ, and ranks are negative scores if it has some), "replies" (whatever is said of
+    them), "steps" or "prompts". Raises
     BadRow with the reason if it has to be dropped, TypeError if it is not of this format.
     """
     parser, _ = FORMATS[form]
@@ -647,7 +655,7 @@ def parse(row, form, want):
         check_prompt(prompt)
     check_texts([*replies, *parsed.steps, answer])
     check_texts(turn["content"] for turn in prompt)
-    compared = len(replies) > 1 and want != "scored"
+    compared = len(replies) > 1 and want not in ("scored", "replies")
     if compared and len(set(replies)) == 1:
         raise BadRow("chosen equals rejected")
     if compared and len(set(ranks)) == 1 and want != "feedback":

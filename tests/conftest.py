@@ -55,6 +55,7 @@ CASES = {
     29: "out of memory",
     30: "bad flags",
     31: "nothing to normalise: one sample, equal rewards, no tokens",
+    32: "the page for labelling: kills, double votes, two tabs, bad requests, other hosts, script in text",
     33: "one trajectory: accumulated, 2 ranks, sharded, compiled, padded, cached",
     34: "a second device: nothing mixes devices, no wait inside a step",
     35: "two machines, of which one dies and comes back",
@@ -106,7 +107,6 @@ def pytest_terminal_summary(terminalreporter, config):
             note = "" if tries == survived > 0 else "  <--"
             line = f"{number:3}  {text:75} tries {tries:3}  survived {survived:3}{note}"
             terminalreporter.write_line(line)
-        terminalreporter.write_line(" 32  the page for labelling: there is none yet")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import tools
 
 ALGORITHMS = (
     "sft", "reward", "aims", "process", "ppo", "grpo", "dpo", "kto", "best_of_n", "constitution", "distill",
-    "evaluate", "chat", "report", "toy", "sums", "constraints", "feedback",
+    "evaluate", "label", "chat", "report", "toy", "sums", "constraints", "feedback",
 )
 # A file may import from the rooms before its own.
 # In plumbing/ and formats/ files import each other, in no circle.
@@ -86,6 +86,10 @@ def test_no_circle(imports):
 def test_no_algorithm_imports_another_and_nothing_imports_the_toy_task(imports):
     for module, others in imports.items():
         assert not others & set(ALGORITHMS), module
+
+
+def test_only_what_shows_a_page_has_a_server(imports):
+    assert {module for module, others in imports.items() if "plumbing.web" in others} == {"label", "chat"}
 
 
 def test_what_stands_in_two_algorithms_is_a_twin_that_is_compared():

@@ -34,6 +34,7 @@ import evaluate
 import feedback
 import grpo
 import kto
+import label
 import ppo
 import process
 import report
@@ -283,6 +284,7 @@ SCRIPTS = {
     "distill": distill,
     "feedback": feedback,
     "evaluate": evaluate,
+    "label": label,
     "chat": chat,
     "toy": toy,
     "sums": sums,
