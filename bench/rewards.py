@@ -48,6 +48,7 @@ from report import pyplot  # noqa: E402
 from rollout import load_prompts  # noqa: E402
 
 FEW, MANY = 2000, 8000  # rankings to learn from
+COUNTS = (FEW, MANY)  # of them in the table of ties
 TIES = ("drop", "soft", "rao-kupper")
 # Weights of the language-model term: on all seeds, and on the first alone.
 LM_COEFS = (0.0, 1.0)
@@ -235,17 +236,56 @@ def tied_share(rows):
     return tied / pairs
 
 
-def mean_difference(pairs):
-    """Mean over seeds of an accuracy's gain, and half of its 95 % interval over prompts.
+def accuracy_gain(scores, others, rows):
+    """By how much scores (N,) order some rows better than others (N,): mean, its variance over prompts."""
+    gain = right_shares(scores, rows)[0] - right_shares(others, rows)[0]  # (rows,)
+    return gain.mean(), variance_of_mean(gain, rows)[0]
 
-    pairs: for each seed (scores (N,), scores (N,) to compare with, rows).
+
+def gold_gain(gold, scores, others):
+    """By how much the best of CHOSEN by scores (N, S) is better than that by others: mean, and its variance.
+
+    gold (N, S). The variance is over prompts.
     """
-    gains, variances = [], []
-    for scores, others, rows in pairs:
-        gain = right_shares(scores, rows)[0] - right_shares(others, rows)[0]  # (rows,)
-        gains.append(gain.mean())
-        variances.append(variance_of_mean(gain, rows)[0])
-    return float(np.mean(gains)), 1.96 * math.sqrt(sum(variances)) / len(pairs)
+    gain = [best_of_chosen(gold[i:i + 1], scores[i:i + 1]) - best_of_chosen(gold[i:i + 1], others[i:i + 1])
+            for i in range(len(gold))]
+    return np.mean(gain), np.var(gain, ddof=1) / len(gain)
+
+
+def best_of_chosen(gold, scores):
+    """Mean gold score of the best of CHOSEN replies. gold, scores (N, S)."""
+    return best_of_n(gold, scores)[int(math.log2(CHOSEN))][2]
+
+
+def over_seeds(gains):
+    """Cell: mean of [(gain, its variance)] of some seeds, and half of its 95 % interval."""
+    means, variances = zip(*gains)
+    return f"{np.mean(means):+.3f} ± {1.96 * math.sqrt(sum(variances)) / len(gains):.3f}"
+
+
+class Measured(NamedTuple):
+    """Of reward models of some places, beside others that learned in the usual way. A number for each place.
+
+    The gains are (mean, its variance).
+    """
+    accuracies: list
+    golds: list  # of the best of CHOSEN
+    accuracy_gains: list
+    gold_gains: list
+
+
+def measured(places, folders, usual):
+    """`Measured` of the reward models in folders, beside those in the folders usual."""
+    found = Measured([], [], [], [])
+    for place, folder, other in zip(places, folders, usual):
+        gold, rows = np.array(samples(place)["gold"]), heldout(place)
+        scores, others = heldout_scores(place, folder), heldout_scores(place, other)
+        of_samples, of_others = sample_scores(place, folder), sample_scores(place, other)
+        found.accuracies.append(ranking_accuracy(scores, rows)[0])
+        found.golds.append(best_of_chosen(gold, of_samples))
+        found.accuracy_gains.append(accuracy_gain(scores, others, rows))
+        found.gold_gains.append(gold_gain(gold, of_samples, of_others))
+    return found
 
 
 def cell(values, form="{:.3f}"):
@@ -271,34 +311,32 @@ def tied_model(place, count, ties):
     return reward_model(place, f"{ties}-{count}", rankings(place, count), flags, place.seed)
 
 
-def best_of_chosen(place, folder):
-    """Gold score of the best of CHOSEN `samples` by a reward model."""
-    curve = curve_of(place, sample_scores(place, folder))
-    return curve[int(math.log2(CHOSEN))][2]
-
-
 def ties_table(places):
     """Markdown."""
-    names = ["rankings", "`--ties`", "accuracy", "less that of drop", "distance of tied replies",
-             f"gold of the best of {CHOSEN}", "nu"]
+    names = ["rankings", "`--ties`", "accuracy", "less that of drop", f"gold of the best of {CHOSEN}",
+             "less that of drop", "distance of tied replies", "nu"]
     lines = []
-    for count in (FEW, MANY):
+    for count in COUNTS:
+        usual = [tied_model(place, count, "drop") for place in places]
         for ties in TIES:
-            accuracies, pairs, ratios, golds, thresholds = [], [], [], [], []
-            for place in places:
-                folder, rows = tied_model(place, count, ties), heldout(place)
-                scores = heldout_scores(place, folder)
-                accuracies.append(ranking_accuracy(scores, rows)[0])
-                pairs.append((scores, heldout_scores(place, tied_model(place, count, "drop")), rows))
-                ratios.append(tie_ratio(scores, rows))
-                golds.append(best_of_chosen(place, folder))
+            folders = [tied_model(place, count, ties) for place in places]
+            found = measured(places, folders, usual)
+            ratios, thresholds = [], []
+            for place, folder in zip(places, folders):
+                ratios.append(tie_ratio(heldout_scores(place, folder), heldout(place)))
                 told = json.loads((folder / "evaluation.json").read_text())
                 thresholds.append(told.get("tie_threshold", 0))
-            gain, half = mean_difference(pairs)
-            less = "" if ties == "drop" else f"{gain:+.3f} ± {half:.3f}"
-            nu = cell(thresholds, "{:.2f}") if ties == "rao-kupper" else ""
-            lines.append([f"{count:,}", ties, cell(accuracies), less, cell(ratios, "{:.2f}"),
-                          cell(golds, "{:.2f}"), nu])
+            is_drop = ties == "drop"
+            lines.append([
+                f"{count:,}",
+                ties,
+                cell(found.accuracies),
+                "" if is_drop else over_seeds(found.accuracy_gains),
+                cell(found.golds, "{:.2f}"),
+                "" if is_drop else over_seeds(found.gold_gains),
+                cell(ratios, "{:.2f}"),
+                cell(thresholds, "{:.2f}") if ties == "rao-kupper" else "",
+            ])
     return markdown(names, lines)
 
 
@@ -350,7 +388,7 @@ def perplexities(place, language_model, tokenizer):
 def lm_table(places):
     """Markdown."""
     names = ["`--lm-coef`", "seeds", "perplexity of demonstrations", "of best replies", "accuracy",
-             "less that without", f"gold of the best of {CHOSEN}"]
+             "less that without", f"gold of the best of {CHOSEN}", "less that without"]
     before = []
     for place in places:
         before.append(kept(place.folder / "perplexity.json",
@@ -358,19 +396,21 @@ def lm_table(places):
     lines = [["the SFT model", len(places), *perplexity_cells(before)]]
     for coef in sorted(LM_COEFS + MORE_COEFS):
         used = places if coef in LM_COEFS else places[:1]
-        after, accuracies, pairs, golds = [], [], [], []
-        for place in used:
-            folder, rows = lm_model(place, coef), heldout(place)
+        folders = [lm_model(place, coef) for place in used]
+        found = measured(used, folders, [lm_model(place, 0) for place in used])
+        after = []
+        for place, folder in zip(used, folders):
             after.append(kept(folder / "perplexity.json", lambda: perplexities(
                 place, *language_model_of(folder, place.start / "sft"))))
-            scores = heldout_scores(place, folder)
-            accuracies.append(ranking_accuracy(scores, rows)[0])
-            pairs.append((scores, heldout_scores(place, lm_model(place, 0)), rows))
-            golds.append(best_of_chosen(place, folder))
-        gain, half = mean_difference(pairs)
-        less = f"{gain:+.3f} ± {half:.3f}" if coef else ""
-        lines.append([f"{coef:g}", len(used), *perplexity_cells(after), cell(accuracies), less,
-                      cell(golds, "{:.2f}")])
+        lines.append([
+            f"{coef:g}",
+            len(used),
+            *perplexity_cells(after),
+            cell(found.accuracies),
+            over_seeds(found.accuracy_gains) if coef else "",
+            cell(found.golds, "{:.2f}"),
+            over_seeds(found.gold_gains) if coef else "",
+        ])
     return markdown(names, [[str(word) for word in line] for line in lines])
 
 

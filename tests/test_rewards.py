@@ -28,18 +28,27 @@ def test_tied_replies_are_counted_and_their_distance_is_a_share_of_that_of_other
     assert rewards.tie_ratio(-scores, ROWS) == pytest.approx(1 / (7 / 3))
 
 
-def test_the_gain_over_seeds_is_a_mean_and_its_interval_narrows_with_them():
+def test_the_gain_of_seeds_is_a_mean_and_its_interval_narrows_with_them():
     rng = np.random.default_rng(0)
     rows = [Row(ask(str(i)), ["a", "b"], [0, 1]) for i in range(50)]
     scores, others = rng.normal(size=(2, 100))
-    gain = ranking_accuracy(scores, rows)[0] - ranking_accuracy(others, rows)[0]
-    once, half = rewards.mean_difference([(scores, others, rows)])
-    assert once == pytest.approx(gain)
+    gain, variance = rewards.accuracy_gain(scores, others, rows)
+    assert gain == pytest.approx(ranking_accuracy(scores, rows)[0] - ranking_accuracy(others, rows)[0])
     right = (scores[::2] > scores[1::2]) - 1.0 * (others[::2] > others[1::2])
-    assert half == pytest.approx(1.96 * right.std(ddof=1) / math.sqrt(50))
-    thrice, third = rewards.mean_difference([(scores, others, rows)] * 3)
-    assert (thrice, third) == (pytest.approx(gain), pytest.approx(half / math.sqrt(3)))
-    assert rewards.mean_difference([(scores, scores, rows)]) == (0, 0)
+    assert variance == pytest.approx(right.var(ddof=1) / 50)
+    assert rewards.over_seeds([(0.1, 0.0025)]) == "+0.100 ± 0.098"
+    assert rewards.over_seeds([(0.1, 0.0025), (-0.2, 0.0075)]) == "-0.050 ± 0.098"
+
+
+def test_the_best_of_16_by_one_model_is_compared_with_that_by_another_prompt_by_prompt():
+    rng = np.random.default_rng(0)
+    gold, scores, others = rng.normal(size=(3, 5, 32))
+    gain, variance = rewards.gold_gain(gold, scores, others)
+    # Slowly: the chance that a reply is chosen of 16, from its place among the 32.
+    chance = np.array([math.comb(place, 15) / math.comb(32, 16) for place in range(32)])
+    each = [gold[i][np.argsort(scores[i])] @ chance - gold[i][np.argsort(others[i])] @ chance
+            for i in range(5)]
+    assert (gain, variance) == (pytest.approx(np.mean(each)), pytest.approx(np.var(each, ddof=1) / 5))
 
 
 def test_the_scores_of_several_models_are_combined_as_ppo_would():
