@@ -38,7 +38,8 @@ Left out: labels by sampling on from each step (Math-Shepherd), soft labels, neu
 Held-out steps of the sums judged right (1,998 replies of the SFT model of sums.py, --seed 0; 2026-11-28, one
 thread of an Intel Xeon; 46 processor seconds): 0.899, where always saying good is right for 0.755, after
 training on 3,996 replies (--sums 1000). On half of them it found every reply that ends too early, and a
-quarter of the wrong results: docs/process_rewards.md, which also says what was not measured.
+quarter of the wrong results. What it is worth in ranking replies and in PPO, against a reward model on the
+same replies: docs/process_rewards.md.
 
 Legend: B replies, T tokens, N labelled steps.
 """

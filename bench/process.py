@@ -2,8 +2,8 @@
 
 For each seed a policy learns the sums and answers them. Of the same answers a process reward model learns
 which steps are right (process.py), and an outcome reward model which replies come to the right result
-(reward.py). Then, on held-out sums, the best of 16 replies by either model, by a vote, by both, and by a
-search step by step; and PPO with either model, and with the checker itself, as the reward.
+(reward.py). Then, on held-out sums, the best of 16 replies by either model, by a vote, and by both; and PPO
+with either model as the reward.
 
     python bench/process.py        two tables, put into docs/process_rewards.md, and bench/process.png
 
@@ -50,16 +50,12 @@ LINES = {
                f"--out {{folder}}/process {TRAIN}",
     "outcome": "reward.py --model {folder}/sft --data {folder}/steps/rankings.jsonl --val-fraction 0.05 "
                f"--steps 600 --eval-every 300 --out {{folder}}/outcome {TRAIN}",
-    "search": "best_of_n.py --model {folder}/sft --process {folder}/process --search steps "
-              f"--n {SAMPLES} --data {{folder}}/sums/prompts_heldout.jsonl --judge sums:right "
-              f"--out {{folder}}/search --resume {MACHINE}",
 }
 PPO = ("ppo.py --model {folder}/sft --data {folder}/sums/prompts.jsonl --judge sums:right --critic-init zero "
        f"--lr 3e-4 --rollout-batch 128 --steps 40 --sample-every 1000000 {TRAIN} --out {{folder}}/ppo-NAME ")
 ARMS = {
     "process": "--process {folder}/process --kl-coef 0.1",
     "outcome": "--reward {folder}/outcome --kl-coef 0.5",
-    "checker": "--reward-fn sums:right --kl-coef 0.1",
 }
 LINES |= {f"ppo-{name}": PPO.replace("NAME", name) + flags for name, flags in ARMS.items()}
 DRAWN = {  # scorers in the figure, and their colours
@@ -143,7 +139,17 @@ def ranked(found, n):
         "any of them": own["right"],
     }
     best = {name: values.argmax(1) for name, values in scores.items()}
-    return {name: own["right"][np.arange(len(same)), picked].mean() for name, picked in best.items()}
+    return {name: float(own["right"][np.arange(len(same)), at].mean()) for name, at in best.items()}
+
+
+def ranking_of(folder, seed):
+    """{n: {scorer: share right}} of a seed, kept in a file."""
+    path = folder / "ranking.json"
+    if not path.exists():
+        found = scored(folder, seed)
+        sizes = [n for n in range(1, SAMPLES + 1) if SAMPLES % n == 0]
+        write_json(path, {n: ranked(found, n) for n in sizes})
+    return json.loads(path.read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -154,14 +160,13 @@ def cells(numbers):
     return f"{np.mean(numbers):.3f} ({', '.join(f'{number:.3f}' for number in numbers)})"
 
 
-def ranking_table(rankings, searches):
-    """Markdown. rankings: of each seed {n: {scorer: share}}; searches: of each seed the share."""
+def ranking_table(rankings):
+    """Markdown. rankings: of each seed {n: {scorer: share}}."""
     *few, most = list(rankings[0])[1:]
     rows = []
     for name in rankings[0][most]:
         means = [f"{np.mean([own[n][name] for own in rankings]):.3f}" for n in few]
         rows.append([name, *means, cells([own[most][name] for own in rankings])])
-    rows.append(["search by step, product", *[""] * len(few), cells(searches)])
     return markdown(["the best by", *(f"of {n}" for n in few), f"of {most} (seeds)"], rows)
 
 
@@ -186,18 +191,17 @@ def band(axes, x, lines, **style):
     axes.fill_between(x, lines.min(0), lines.max(0), color=style["color"], alpha=0.15, lw=0)
 
 
-def draw(plt, rankings, searches, curves, path):
+def draw(plt, rankings, curves, path):
     """Right answers over the number of replies by each scorer, and over the rollouts of each PPO."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
-    sizes = list(rankings[0])
+    sizes = [int(n) for n in rankings[0]]
     for name, colour in DRAWN.items():
-        lines = [[own[n][name] for n in sizes] for own in rankings]
+        lines = [[numbers[name] for numbers in own.values()] for own in rankings]
         band(left, sizes, lines, color=colour, label=name, marker=".")
-    left.plot(SAMPLES, np.mean(searches), "*", color="C0", ms=12, label="search by step, product")
     left.set(xscale="log", xlabel="replies to a held-out sum", ylabel="the best of them is right")
     left.set_xticks(sizes, sizes)
     left.minorticks_off()
-    for colour, (name, runs) in zip(("C0", "C1", "k"), curves.items()):
+    for colour, (name, runs) in zip(("C0", "C1"), curves.items()):
         smooth = np.ones(WINDOW) / WINDOW
         lines = [np.convolve([row["right"] for row in run], smooth, mode="valid") for run in runs]
         band(right, np.arange(WINDOW, len(runs[0]) + 1), lines, color=colour, label=name)
@@ -213,21 +217,19 @@ def main(config):
     # If it is missing, that is said now.
     plt = pyplot()
     torch.set_num_threads(1)
-    rankings, searches, curves = [], [], {name: [] for name in ARMS}
+    rankings, curves = [], {name: [] for name in ARMS}
     for seed in range(config.seeds):
         folder = Path(config.out).resolve() / f"seed-{seed}"
         seconds = run_seed(folder, seed)
         print(f"seed {seed}: {sum(seconds.values()):.0f} processor seconds")
-        found = scored(folder, seed)
-        rankings.append({n: ranked(found, n) for n in range(1, SAMPLES + 1) if SAMPLES % n == 0})
-        searches.append(json.loads((folder / "search" / "summary.json").read_text())["all"]["right"])
+        rankings.append(ranking_of(folder, seed))
         for name in ARMS:
             curves[name].append(read_rows(folder / f"ppo-{name}" / "metrics.jsonl"))
-    ranking, learning = ranking_table(rankings, searches), ppo_table(curves)
+    ranking, learning = ranking_table(rankings), ppo_table(curves)
     print(f"{ranking}\n\n{learning}")
     put("ranking", ranking, "docs/process_rewards.md")
     put("ppo", learning, "docs/process_rewards.md")
-    draw(plt, rankings, searches, curves, ROOT / "bench" / "process.png")
+    draw(plt, rankings, curves, ROOT / "bench" / "process.png")
 
 
 if __name__ == "__main__":
