@@ -160,6 +160,8 @@ def chain(tmp_path_factory):
         QUICK["grpo"], f"--threads 1 --steps 3 --out {root}/grpo")
     run("dpo", files, QUICK["dpo"], f"--out {root}/dpo")
     run("kto", files, QUICK["kto"], f"--out {root}/kto")
+    run("process", f"--model {root}/sft --data {TOY}/steps.jsonl --val-data {TOY}/steps_heldout.jsonl",
+        QUICK["process"], f"--threads 1 --steps 3 --out {root}/process")
     run("evaluate", f"--models {root}/sft {root}/ppo {root}/dpo --out {root}/evaluation.json",
         f"--data {TOY}/prompts_heldout.jsonl --judge toy:gold",
         "--prompts 20 --max-new-tokens 12 --threads 1")
@@ -201,9 +203,10 @@ def flags(chain):
     root = chain[0]
     preferences = f"--data {root}/preferences/train.jsonl --val-data {root}/preferences/heldout.jsonl"
     files = f"{preferences} --model {root}/sft"
+    steps = f"--data {TOY}/steps.jsonl --val-data {TOY}/steps_heldout.jsonl --model {root}/sft"
     sampling = f"--model {root}/sft --reward {root}/reward --data {TOY}/prompts.jsonl"
     inputs = {"sft": f"{TINY_RUN} {DEMONSTRATIONS}", "reward": files, "dpo": files, "kto": files,
-              "ppo": sampling, "grpo": sampling}
+              "process": steps, "ppo": sampling, "grpo": sampling}
     return {name: f"{inputs[name]} {QUICK[name]} --threads 1 --steps 4" for name in TRAINERS}
 
 

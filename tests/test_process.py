@@ -1,8 +1,11 @@
 """process.py and process rewards: labelled steps, where a step ends in token ids, the loss, scores."""
+import importlib
 import json
 import math
 import random
+import shlex
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +14,7 @@ import judges
 import process
 import sums
 import tools
+from bench import process as bench
 from data import encode_prompt, step_ends, step_offsets
 from examples import TOKENIZER, user
 from formats.model_folder import load_model, save_model
@@ -20,7 +24,7 @@ from formats.tokenizer import Tokenizer, train_bpe
 from judges import step_changes, step_rewards
 from model import GPT, ScalarModel, token_index
 from plumbing import ranks, run as runtime
-from plumbing.flags import UserError
+from plumbing.flags import UserError, parse_flags
 from plumbing.hardware import pick_device
 from plumbing.run import Alone
 from process import NONE, encode_steps, step_loss
@@ -711,3 +715,29 @@ def test_evaluation_takes_a_process_score_beside_others(task, tmp_path, capsys):
         found["scores"]["sums:right"] + 0.5 * found["scores"]["process"], abs=1e-5)
     assert exit_code("evaluate", f"--models {task}/sft --process {task}/process --tool sums:calculator") == 2
     assert "it doesn't go with --tool" in capsys.readouterr().err
+
+
+# -- what bench/process.py measures
+
+@pytest.mark.parametrize("name", bench.LINES)
+def test_every_flag_of_the_bench_is_one_of_its_script_and_none_is_given_twice(name):
+    script, *words = shlex.split(bench.LINES[name].format(folder="F", seed=0))
+    parse_flags(importlib.import_module(script.removesuffix(".py")).Config, "", words)
+    flags = [word for word in words if word.startswith("--")]
+    assert len(flags) == len(set(flags))
+
+
+def test_a_vote_among_n_counts_them_alone_and_a_weighted_one_their_scores():
+    found = {
+        "product": [[0.9, 0.2, 0.3, 0.1]], "min": [[0.1, 0.2, 0.9, 0.1]], "last": [[0.1, 0.2, 0.3, 0.4]],
+        "outcome": [[-9.0, 2.0, 1.0, 2.5]], "result": [[7.0, 5.0, 5.0, math.nan]],
+        "right": [[0.0, 1.0, 1.0, 0.0]],
+    }
+    found = {name: np.array(values) for name, values in found.items()}
+    assert bench.ranked(found, 4) == {
+        "process, product": 0, "process, min": 1, "process, last": 0, "outcome": 0, "vote": 1,
+        "process, product + vote": 0, "0.1 outcome + vote": 1, "vote weighted by process": 0,
+        "vote weighted by outcome": 1, "any of them": 1}
+    # In groups of two 7 and 5 have a vote each, and so the first has it; then 5 stands beside no result.
+    assert bench.ranked(found, 2)["vote"] == 0.5 and bench.ranked(found, 2)["any of them"] == 1
+    assert bench.ranked(found, 1)["any of them"] == bench.ranked(found, 1)["vote"] == 0.5

@@ -64,9 +64,23 @@ def toy_files():
         folder = tempfile.mkdtemp(prefix="toy-")
         with contextlib.redirect_stdout(io.StringIO()):
             toy.write_task(toy.Config(out=folder, groups=300, heldout_groups=40))
+        for end in ("", "_heldout"):
+            write_steps(Path(folder), end)
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ["TOY_FILES"] = folder
     return os.environ["TOY_FILES"]
+
+
+def write_steps(folder, end):
+    """Steps of a folder's demonstrations: their words, good, neutral or bad by their length."""
+    rows = []
+    for line in (folder / f"demonstrations{end}.jsonl").read_text().splitlines()[:200]:
+        row = json.loads(line)
+        steps = row["completion"].split()
+        rows.append({"prompt": row["prompt"], "steps": steps,
+                     "labels": [min(len(step) // 3, 2) - 1 for step in steps]})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"steps{end}.jsonl").write_text(text)
 
 
 TOY = toy_files()
@@ -80,6 +94,8 @@ PLAN = {
            "--max-new-tokens 8",
     "kto": "--model {root}/sft --data {root}/preferences.jsonl --batch-tokens 512 --eval-every 4 "
            "--max-new-tokens 8",
+    "process": f"--data {TOY}/steps.jsonl --step-separator ' ' "
+               "--model {root}/sft --batch 16 --eval-every 4",
     "ppo": f"--data {TOY}/prompts.jsonl "
            "--model {root}/sft --reward {root}/reward --rollout-batch 16 --minibatches 2 --max-new-tokens 12",
     "grpo": f"--data {TOY}/prompts.jsonl --model {{root}}/sft --reward {{root}}/reward --rollout-batch 8 "
@@ -291,7 +307,7 @@ SCRIPTS = {
     "constraints": constraints,
     "report": report,
 }
-TRAINERS = ("sft", "reward", "ppo", "grpo", "dpo", "kto")
+TRAINERS = ("sft", "reward", "process", "ppo", "grpo", "dpo", "kto")
 # Those whose steps are rollouts: they have no held-out loss.
 SAMPLERS = ("ppo", "grpo")
 DATA = {
@@ -299,6 +315,7 @@ DATA = {
     "reward": f"{TOY}/preferences.jsonl",
     "dpo": f"{TOY}/preferences.jsonl",
     "kto": f"{TOY}/preferences.jsonl",
+    "process": f"{TOY}/steps.jsonl",
     "ppo": f"{TOY}/prompts.jsonl",
     "grpo": f"{TOY}/prompts.jsonl",
     "evaluate": f"{TOY}/prompts_heldout.jsonl",
@@ -310,6 +327,7 @@ QUICK = {
     "reward": "--batch-tokens 512 --eval-every 2",
     "dpo": "--batch-tokens 512 --eval-every 2",
     "kto": "--batch-tokens 512 --eval-every 2",
+    "process": "--step-separator ' ' --batch 16 --eval-every 2",
     "ppo": "--rollout-batch 16 --minibatches 2 --max-new-tokens 12 --sample-every 2",
     "grpo": "--rollout-batch 8 --group 2 --minibatches 2 --max-new-tokens 12 --sample-every 2",
 }

@@ -73,6 +73,9 @@ def uneven(tmp_path_factory):
             "margin": 0.3 * i
         } for i, p in enumerate(prompts[:7]) for r in [ranks[i % 4]]],
         "prompts": [{"prompt": p} for p in prompts],
+        "steps": [{"prompt": p, "steps": (words := replies[i % 3].split()),
+                   "labels": [(i + k) % 3 - 1 for k in range(len(words))]}
+                  for i, p in enumerate(prompts[:7])],
     }
     for name, content in rows.items():
         (root / f"{name}.json").write_text(json.dumps(content))
@@ -95,6 +98,7 @@ def plan(uneven):
         "sft": f"{rows} --data {uneven}/demonstrations.json",
         "reward": f"{rows} --data {uneven}/rankings.json", "dpo": f"{rows} --data {uneven}/rankings.json",
         "kto": f"{rows} --data {uneven}/rankings.json",
+        "process": f"{common} --data {uneven}/steps.json --step-separator ' ' --batch 7",
         "ppo": f"{common} --reward {uneven}/reward --data {uneven}/prompts.json --rollout-batch 8 "
                f"--minibatches 1 --epochs 1 --max-new-tokens 20 "
         f"--entropy-coef 0.01 --reward-norm scale --reward-at next --ptx-coef 0.5 --ptx-data "
@@ -140,7 +144,7 @@ def test_gradients_of_uneven_rows_are_the_same_in_one_pass_row_by_row_on_two_ran
         for kind in ("accumulated", "ddp", "fsdp"):
             other = load_file(tmp_path / f"{script}-{kind}.safetensors")
             assert one.keys() == other.keys()
-            assert len(one) == (33 if script == "ppo" else 17 if script == "reward" else 16)
+            assert len(one) == (33 if script == "ppo" else 17 if script in ("reward", "process") else 16)
             worst = max((one[key] - other[key]).abs().max().item() for key in one)
             assert size > 0.01 and worst <= 1e-6 * max(1, size), f"{script} {kind}: {worst:.1e} of {size:.1e}"
 

@@ -24,12 +24,13 @@ from tools import SAMPLERS, SCRIPTS, TRAINERS, run_here, stopped_in_the_second_s
 PLAN = dict.fromkeys(
     ("sft", "reward", "dpo", "kto"),
     "--batch-tokens 256 --val-fraction 0") | {
+        "process": "--step-separator ' ' --batch 4 --val-fraction 0",
         "ppo": "--rollout-batch 8 --minibatches 2 --max-new-tokens 8",
         # No reply ends: their scores are to differ all the same.
         "grpo": "--rollout-batch 8 --group 4 --max-new-tokens 8 --kl-coef 0.1 --overlong keep",
     }
-DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "kto": "pairs", "ppo": "prompts",
-        "grpo": "prompts"}
+DATA = {"sft": "demonstrations", "reward": "pairs", "dpo": "pairs", "kto": "pairs", "process": "steps",
+        "ppo": "prompts", "grpo": "prompts"}
 
 
 def run(name, root, out, *flags, model="sft"):
@@ -49,7 +50,8 @@ def root(tmp_path_factory):
     for name, rows in {
             "prompts": [{"prompt": p} for p in prompts],
             "demonstrations": [{"instruction": p, "output": "It is good."} for p in prompts],
-            "pairs": [{"prompt": p, "chosen": "It is good.", "rejected": "No."} for p in prompts]
+            "pairs": [{"prompt": p, "chosen": "It is good.", "rejected": "No."} for p in prompts],
+            "steps": [{"prompt": p, "steps": ["It", "is", "good."], "labels": [1, 0, -1]} for p in prompts]
     }.items():
         (root / f"{name}.json").write_text(json.dumps(rows))
     tokenizer = toy.tokenizer()
@@ -67,15 +69,20 @@ def root(tmp_path_factory):
     return root
 
 
-def weights(folder, kind):
-    return load_model(folder, kind)[0].state_dict()
+def kind_of(name):
+    """Class and labels of what a trainer makes."""
+    return {"reward": (ScalarModel, 1), "process": (ScalarModel, 3)}.get(name, (GPT, 1))
+
+
+def weights(folder, kind, labels=1):
+    return load_model(folder, kind, labels=labels)[0].state_dict()
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_run_with_adapters_changes_matrices_by_their_rank_and_nothing_else(name, root, tmp_path):
     rows = run(name, root, tmp_path / "run", "--lora-rank 4")
-    kind = ScalarModel if name == "reward" else GPT
-    after, before = weights(tmp_path / "run", kind), weights(root / "sft", GPT)
+    kind, labels = kind_of(name)
+    after, before = weights(tmp_path / "run", kind, labels), weights(root / "sft", GPT)
     assert len(rows) == 3
     for key, p in before.items():
         if re.search(r"c_\w+\.weight$", key):
@@ -152,8 +159,8 @@ def test_a_run_that_saves_adapters_resumes_as_if_it_had_never_stopped(name, root
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_run_that_starts_from_a_llama_ends_in_one_that_transformers_opens(name, root, tmp_path, peers):
     rows = run(name, root / "llama", tmp_path / "run", "--steps 6")
-    kind = ScalarModel if name == "reward" else GPT
-    model, _ = load_model(tmp_path / "run", kind)
+    kind, labels = kind_of(name)
+    model, _ = load_model(tmp_path / "run", kind, labels=labels)
     peer = open_with(auto(peers, kind), tmp_path / "run")
     ids = torch.where(ATTENTION.bool(), IDS, peer.config.pad_token_id)
     close(peer_outputs(peer, kind, ids), outputs(model, ids))
