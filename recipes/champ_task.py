@@ -11,7 +11,7 @@ and those behind it have no label; where nothing is marked all are good.
 
 --measure reads the rows of --out that process.py held out (--val-fraction as there) and asks the model which
 line of a wrong solution, those behind the error too, is the least likely good: how often that is the first
-wrong one, beside chance, and beside taking the n-th line of each, with the n that is best for these solutions.
+wrong one, beside chance, and beside the n-th line of each, with the n that is best for these solutions.
 """
 import json
 import sys

@@ -32,7 +32,7 @@ AIMS = ("interesting", "upbeat", "witty")
 
 
 def load_dialogues():
-    """[dialogue] of the package, each {"messages": [[{"text", "sender"}]], maybe "ratings": {aim: number}}."""
+    """[dialogue] of the package, each {"messages": [[{"text", "sender"}]], maybe "ratings": {aim: x}}."""
     try:
         import chitchat_dataset
     except ImportError:

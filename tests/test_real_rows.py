@@ -125,7 +125,8 @@ def labels_from(champ, start):
     (TEXT.index("Then"), [1, 1, -1]), (TEXT.index("But"), [1, 1, -1]), (TEXT.index("Done"), [1, 1, 1, -1]),
     (len(TEXT) - 1, [1, 1, 1, -1]),
     # What is marked begins with the end of the line before, or with blank lines.
-    (TEXT.index("\n\nSo"), [1, -1]), (TEXT.index("\nThen"), [1, 1, -1]), (TEXT.index("\n \n"), [1, 1, 1, -1])])
+    (TEXT.index("\n\nSo"), [1, -1]), (TEXT.index("\nThen"), [1, 1, -1]),
+    (TEXT.index("\n \n"), [1, 1, 1, -1])])
 def test_lines_are_good_up_to_the_one_in_which_the_marked_part_begins(champ, start, labels):
     assert labels_from(champ, start) == labels
 
