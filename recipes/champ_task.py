@@ -79,7 +79,7 @@ def found_first(good, errors):
     least = sum(int(own.argmin()) == error for own, error in zip(good, errors))
     chance = sum(1 / len(own) for own in good)
     n = max(errors, key=errors.count)
-    hits = {"the least P(good)": least, "chance": chance, f"always line {n + 1}": errors.count(n)}
+    hits = {"the least P(good)": least, "chance": chance, f"line {n + 1} of each": errors.count(n)}
     return {rule: count / len(errors) for rule, count in hits.items()}
 
 

@@ -134,7 +134,7 @@ def test_lines_are_good_up_to_the_one_in_which_the_marked_part_begins(champ, sta
 def test_the_first_wrong_step_is_the_one_least_likely_good(champ):
     good = [torch.tensor(own) for own in ([0.9, 0.2], [0.1, 0.5, 0.6, 0.7], [0.9, 0.8])]
     assert champ.found_first(good, [1, 2, 1]) == pytest.approx(
-        {"the least P(good)": 2 / 3, "chance": (1 / 2 + 1 / 4 + 1 / 2) / 3, "always line 2": 2 / 3})
+        {"the least P(good)": 2 / 3, "chance": (1 / 2 + 1 / 4 + 1 / 2) / 3, "line 2 of each": 2 / 3})
 
 
 @pytest.fixture
