@@ -338,7 +338,7 @@ def test_the_folders_score_is_what_was_fitted_and_its_demonstrations_are_zero(
         flags, task, tmp_path, monkeypatch):
     calls = tools.recorded(monkeypatch, aims, "fit", "look_at")
     run_here("aims", FLAGS.format(root=task), f"--steps 3 {flags} --out {tmp_path}/run")
-    fitted, told = calls["fit"][-1][1]
+    fitted, _ = calls["fit"][-1][1]
     rows = read_rows(task / "heldout.jsonl", "feedback", SILENT)
     held_out = next(found for _, found in reversed(calls["look_at"]) if len(found.ratings) == 4 * len(rows))
     scores = scores_of(tmp_path / "run", rows)
