@@ -61,7 +61,10 @@ if [ "$command" = parity ] || [ "$command" = bench ]; then
         echo "$wanted" >"$venv/installed"
     fi
     [ "$command" = parity ] || exec "$venv/bin/python" bench/bench.py "$@"
-    OMP_NUM_THREADS=1 exec "$venv/bin/python" bench/parity.py
+    export OMP_NUM_THREADS=1
+    "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/test_reward.py::test_bradley_terry_has_the_optimum_of_choix \
+        tests/test_label.py::test_agreement_equals_the_peers
+    exec "$venv/bin/python" bench/parity.py
 fi
 
 # -- set-up: a Python that already has what is needed, else a virtual environment in .venv
