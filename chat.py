@@ -43,7 +43,6 @@ from plumbing.run import run_script
 from plumbing.web import Refused, Server, page_of, serve, token_of
 
 PAGE = Path(__file__).resolve().parent / "pages" / "chat.html"
-SETTINGS = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
 
 
 @dataclass
@@ -153,7 +152,13 @@ class Chat:
         self.talkers = [Talker(name, folder, config, self.device) for name, folder in zip(names, folders)]
         self.dtype = pick_dtype(config.dtype, self.device, self.talkers[0].model.config.n_embd)
         self.reward_names = short_names(config.reward)
-        self.settings = {name: getattr(config, name) for name in SETTINGS}
+        self.settings = {
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "max_new_tokens": config.max_new_tokens,
+            "seed": config.seed,
+        }
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         # Whether it has been said that something is forgotten. Who asks for that needn't be told.
         self.told = config.history == "forget"
@@ -185,8 +190,8 @@ class Chat:
         """Change a setting, as a flag of its name would. UserError if it can't be that."""
         if words:
             name = words[0].replace("-", "_")
-            require(len(words) == 2 and name in SETTINGS,
-                    f"/set takes one of {', '.join(SETTINGS)}, and a number")
+            require(len(words) == 2 and name in FITS,
+                    f"/set takes one of {', '.join(FITS)}, and a number")
             try:
                 number = (int if isinstance(self.settings[name], int) else float)(words[1])
                 require(math.isfinite(number) and FITS[name](number), "")

@@ -206,12 +206,13 @@ def find_items(config, folder):
     """(items, settings) of the folder, made if there are none. settings: what was asked when they were."""
     path = folder / "items.jsonl"
     given = {name: value for name, value in asdict(config).items() if name in ASKED}
+    given["points"] = int(config.points)
     inputs = {"data": [digest(file for file, _ in parse_sources(config.data))] if config.data else [],
               "models": [model_digest(path) for path in config.models]}
     if path.exists():
         state = read_state(folder / "run.json")
         require(state, f"{folder} holds items.jsonl and no run.json: name another --out")
-        changed = [name for name in ASKED if given[name] != getattr(Config(), name)
+        changed = [name for name in ASKED if getattr(config, name) != getattr(Config(), name)
                    and given[name] != state["config"].get(name)]
         changed += [name for name in inputs if inputs[name] and inputs[name] != state["inputs_sha256"][name]]
         require(not changed, f"--out {folder} holds items that were made with other "
@@ -366,7 +367,7 @@ def leads_of(vote, settings):
     if "verdict" in vote:
         return dict.fromkeys(pairs, 0.0)
     if "value" in vote:
-        lead = lead_of(vote, int(settings["points"]))
+        lead = lead_of(vote, settings["points"])
         return {(0, 1): lead if vote["shown"][0] == 0 else -lead}
     if "ranks" in vote:
         return {(i, j): float(np.sign(vote["ranks"][j] - vote["ranks"][i])) for i, j in pairs}
@@ -583,7 +584,7 @@ def rows_of(item, vote, settings):
         return
     ranks = vote.get("ranks")
     if ranks is None:
-        points = int(settings["points"])
+        points = settings["points"]
         lead = lead_of(vote, points)
         left, right = vote["shown"]
         # A file's scale goes up towards its first reply.
@@ -645,7 +646,7 @@ class Desk:
     def begin(self, body):
         """What the page is for."""
         named = {name: self.settings[name] for name in ("ask", "aspects")}
-        return named | {"points": int(self.settings["points"]), "annotator": self.config.annotator,
+        return named | {"points": self.settings["points"], "annotator": self.config.annotator,
                         "rubric": self.rubric, "marks": MARKS}
 
     def order(self, item, repeat):
@@ -730,7 +731,7 @@ class Desk:
             return answer | {"skipped": True}
         if body.get("verdict") in VERDICTS and ask in ("compare", "rank"):
             return answer | {"verdict": body["verdict"]}
-        if ask == "compare" and is_whole(body.get("value"), 1, int(self.settings["points"])):
+        if ask == "compare" and is_whole(body.get("value"), 1, self.settings["points"]):
             return answer | {"value": body["value"]}
         if ask == "rank" and is_list(body.get("ranks"), K, lambda x: is_whole(x, 0, K - 1)):
             return answer | {"ranks": unshown(body["ranks"], order)}
@@ -760,7 +761,7 @@ def vote_by(function, desk):
         if len(set(shown)) == 1:
             said = {"verdict": "tie"}
         elif ask == "compare":
-            said = {"value": 1 if shown[0] > shown[1] else int(desk.settings["points"])}
+            said = {"value": 1 if shown[0] > shown[1] else desk.settings["points"]}
         else:
             levels = sorted(set(shown), reverse=True)
             said = {"ranks": [levels.index(score) for score in shown]}

@@ -176,14 +176,14 @@ def test_a_second_writer_is_refused_and_a_full_disk_leaves_the_file_as_it_was(tm
 
 # -- what votes say
 
-COMPARE = {"ask": "compare", "points": "7"}
+COMPARE = {"ask": "compare", "points": 7}
 
 
 @pytest.mark.parametrize("points, value, lead", [
     (7, 1, 1), (7, 4, 0), (7, 7, -1), (7, 3, 1 / 3), (2, 1, 1), (2, 2, -1), (8, 4, 1 / 7), (5, 2, 0.5),
 ])
 def test_a_place_on_a_scale_is_a_lead_of_the_left_one(points, value, lead):
-    settings = {"ask": "compare", "points": str(points)}
+    settings = {"ask": "compare", "points": points}
     assert leads_of({"shown": [0, 1], "value": value}, settings) == {(0, 1): pytest.approx(lead)}
     assert leads_of({"shown": [1, 0], "value": value}, settings) == {(0, 1): pytest.approx(-lead)}
 
@@ -301,7 +301,7 @@ def test_votes_become_rows_that_mean_what_was_said(tmp_path):
 def test_two_points_are_plain_ranks_and_rankings_and_marks_and_steps_are_kept():
     item = Choice("i", user("q"), ["x", "y", "z"], [])
     two = Choice("i", user("q"), ["x", "y"], [])
-    plain = exported([two], COMPARE | {"points": "2"}, {"me": {("i", 0): record(0, item="i", value=2)}})
+    plain = exported([two], COMPARE | {"points": 2}, {"me": {("i", 0): record(0, item="i", value=2)}})
     assert plain["preferences"][0]["ranks"] == [1, 0] and "scale" not in plain["preferences"][0]
     ranked = exported([item], {"ask": "rank"}, {"me": {("i", 0): record(0, item="i", ranks=[1, 0, 2])}})
     assert ranked["preferences"][0]["ranks"] == [1, 0, 2]
