@@ -173,7 +173,10 @@ TEXT = {"text": " A whole\ndocument. ", "meta": {"url": "x"}}
 SHORT, BRIEF = user("Cube 4."), system("Be brief.")
 TWO = ["64", "65"], [0, 1]
 STEPS = {"prompt": "Cube 4.", "steps": ["4*4=16", "16*4=65", "so 65"], "labels": [1, -1]}
+SEVERAL = {"prompt": "Cube 4.", "completions": ["64", "16"]}
 CASES = [  # want, a row of a file, its format, the Row
+    ("replies", SEVERAL, "several replies", Row(user("Cube 4."), ["64", "16"], [0, 1])),
+    ("prompts", SEVERAL, "several replies", Row(user("Cube 4."))),
     ("steps", STEPS, "labelled steps", Row(SHORT, steps=STEPS["steps"], labels=[1, -1, None])),
     ("prompts", STEPS, "labelled steps", Row(SHORT)),
     ("demonstrations", ALPACA, "instructions", Row(user("Cube it.\n\n4"), ["64"], [0])),

@@ -569,7 +569,7 @@ def test_killed_at_random_no_acknowledged_vote_is_lost_or_doubled_and_ctrl_c_end
     words = ["--out", str(tmp_path / "labels")]
     rng = random.Random(0)
     acknowledged, waiting = [], None
-    for number in range(3):
+    for number in range(2):
         process, url = started(*words, *(["--data", str(tmp_path / "rows.jsonl")] if number == 0 else []))
         timer = threading.Timer(0.05 + 0.3 * rng.random(), os.killpg, [process.pid, signal.SIGKILL])
         timer.start()

@@ -142,9 +142,9 @@ def test_the_best_of_five_quantiles_is_the_reference_restricted_to_its_best_fift
     trained = []
     right = sft.save_model
 
-    def save(folder, network, *rest):
+    def save(folder, network, *rest, **notes):
         trained.append(copy.deepcopy(network))
-        right(folder, network, *rest)
+        right(folder, network, *rest, **notes)
 
     monkeypatch.setattr(sft, "save_model", save)
     policy = train(f"--model {pool}/ref --data {pool}/rated.jsonl --quality {kind} --kl-coef 0 --steps 300 "

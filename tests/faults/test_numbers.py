@@ -191,8 +191,8 @@ def test_one_reward_that_is_nan_costs_its_rollout_alone_and_is_named(source, roo
     states = {}
     original = judges.last_scores
 
-    def last_scores(model, ids, lengths):
-        scores = original(model, ids, lengths)
+    def last_scores(model, ids, lengths, mask):
+        scores = original(model, ids, lengths, mask)
         if runtime.Run.current.step == 2 and source == "model":
             scores[lengths.argmin()] = math.nan
         return scores

@@ -77,6 +77,7 @@ def test_samples_of_a_prompt_share_the_pass_over_it(tmp_path):
     assert (lap["positions"], lap["padded"]) == (8 * 24 + 64 * 8, 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what, peer, unit, samples", [("samples8", "transformers", "tokens/s", 8),
                                                        ("grpo", "trl", "episodes/s", 4)])
 def test_both_sides_draw_as_many_replies_to_a_prompt(what, peer, unit, samples):

@@ -172,9 +172,9 @@ def end_token_not_counted(monkeypatch):
 
 
 @pytest.mark.parametrize("bug", [
-    None, end_token_not_counted, pytest.param(chosen_and_rejected_swapped, marks=pytest.mark.long),
-    pytest.param(reference_left_out, marks=pytest.mark.long),
+    None, chosen_and_rejected_swapped, reference_left_out, end_token_not_counted,
 ], ids=lambda bug: bug.__name__ if bug else "none")
+@pytest.mark.long
 def test_dpo_with_a_bug_stays_far_from_where_it_would_be_without(bug, monkeypatch, tmp_path):
     if bug:
         bug(monkeypatch)

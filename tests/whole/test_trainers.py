@@ -116,8 +116,11 @@ def test_micro_batches_change_neither_loss_nor_gradient_nor_metrics(name, flags,
 
 
 @pytest.mark.case(25)
+# The gradients of all of them are compared in tests/faults/test_equivalence.py every time.
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [
+    name if name in ("sft", "ppo") else pytest.param(name, marks=pytest.mark.long) for name in TRAINERS
+])
 def test_two_ranks_train_as_one_does(name, parallel, flags, small, tmp_path):
     """PPO: the least score, the moments, the whitening and all counts are those of both ranks, and a reply
     hangs on its own draws alone."""
