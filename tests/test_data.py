@@ -131,7 +131,7 @@ def masked(tokenizer, ids, mask):
 def test_masks_select_the_replies_of_every_format(tmp_path, want, source, form, expected):
     tokenizer = toy.tokenizer()
     row, = sources_file.read_rows(write_rows(tmp_path / "rows.json", [source]), want, SILENT)
-    if want == "preferences":
+    if want in ("preferences", "replies"):
         group = data.encode_group(tokenizer, row)
         assert [masked(tokenizer, *example) for example in group] == [[reply] for reply in expected.replies]
         prompts = [[i for i, chosen in zip(*example) if not chosen] for example in group]
