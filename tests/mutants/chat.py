@@ -7,6 +7,6 @@ MUTANTS = [
      'config.history == "auto" and knows_single_turns(self.model.config)',
      "False"),
     ("chat: says each time that it forgets", FORGETS,
-     "                    said = True\n",
+     "                    self.told = True\n",
      ""),
 ]

@@ -25,7 +25,7 @@ MUTANTS = [
      "least = ensemble.argmin(0)",
      "least = ensemble.argmax(0)"),
     ("ensemble: functions belong to it", COMBINED,
-     "models = len(weights) - len(config.reward_fn)\n    ensemble",
+     "models = len(weights) - len(config.reward_fn) - bool(config.process)\n    ensemble",
      "models = len(weights)\n    ensemble"),
     ("ensemble: weights forgotten", COMBINED,
      "weighted = weights[:, None] * source_scores",

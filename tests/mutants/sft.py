@@ -97,7 +97,7 @@ MUTANTS = [
      "weights[:len(piece)].to(run.device) @"),
     ("quality: the tokens are saved with the model",
      "test_sft.py::test_what_is_saved_has_the_tokenizer_and_the_shape_of_what_it_was_made_from",
-     "config, without_quality_tokens, single_turn)",
+     "config, without_quality_tokens, single_turn=single_turn)",
      "config, single_turn=single_turn)"),
     ("quality: a flag of another kind is taken and not used", REFUSED,
      "unchanged or config.quality in kinds",

@@ -46,7 +46,7 @@ MUTANTS = [
      'f"{name}: no such checkpoint folder"'),
     ("a process reward model is taken for a reward model",
      "test_process.py::test_a_reward_model_is_written_as_ever_and_neither_is_taken_for_the_other",
-     "there, wanted = (found, config.labels), (kind, labels)",
+     "there, wanted = (found, 1 if config.gate else config.labels), (kind, labels)",
      "there, wanted = (found, labels), (kind, labels)"),
     ("bad and good change names",
      "test_process.py::test_a_folder_of_a_process_model_opens_in_transformers_with_three_labels",

@@ -34,7 +34,7 @@ MUTANTS = [
      'first(row, ("scores", "gold"))',
      'first(row, ("gold", "scores"))'),
     ("quality: replies that are all tied are dropped", SCORED,
-     'len(replies) > 1 and want != "scored"',
+     'len(replies) > 1 and want not in ("scored", "replies")',
      "len(replies) > 1"),
     ("preferences: chosen and rejected swapped", FORMATS,
      "Row(prompt, [chosen, rejected], [0, 1])",
@@ -96,7 +96,7 @@ MUTANTS = [
     ("verdicts: a pair for dpo.py",
      "formats/test_rows.py::"
      "test_a_verdict_or_a_tie_on_a_scale_is_no_preference_and_a_scale_turns_chosen_round_for_others",
-     'if known and want not in ("feedback", "prompts"):',
+     'if known and want not in ("feedback", "replies", "prompts"):',
      "if False:"),
     ("ratings: those of one prompt replace each other",
      "formats/test_rows.py::test_feedback_keeps_every_rating_and_ranks_those_of_one_prompt",
