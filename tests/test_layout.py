@@ -1,6 +1,7 @@
 """The house: which way imports run, what stands where, and how wide a line may be."""
 import ast
 import collections
+import runpy
 
 import pytest
 
@@ -117,3 +118,14 @@ def test_no_line_is_wider_than_a_page(file):
     lines = with_tests()[file].splitlines()
     wide = [number for number, line in enumerate(lines, 1) if len(line) > COLUMNS]
     assert wide == []
+
+
+@pytest.mark.parametrize("table", sorted(
+    path.relative_to(tools.TESTS / "mutants").as_posix() for path in (tools.TESTS / "mutants").rglob("*.py")
+    if path.name != "__main__.py"))
+def test_mutants_fit_the_code_and_name_tests_that_there_are(table):
+    source = (tools.ROOT / table).read_text("utf-8")
+    for name, test, old, new in runpy.run_path(str(tools.TESTS / "mutants" / table))["MUTANTS"]:
+        assert source.count(old) == 1 and old != new, name
+        file, _, function = test.partition("::")
+        assert f"def {function.partition('[')[0]}" in (tools.TESTS / file).read_text("utf-8"), name
