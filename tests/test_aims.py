@@ -340,7 +340,14 @@ def test_the_folders_score_is_what_was_fitted_and_its_demonstrations_are_zero(
     run_here("aims", FLAGS.format(root=task), f"--steps 3 {flags} --out {tmp_path}/run")
     fitted, _ = calls["fit"][-1][1]
     rows = read_rows(task / "heldout.jsonl", "feedback", SILENT)
-    held_out = next(found for _, found in reversed(calls["look_at"]) if len(found.ratings) == 4 * len(rows))
+    looks = reversed(calls["look_at"])
+    args, held_out = next(call for call in looks if len(call[1].ratings) == 4 * len(rows))
+    example = args[-1][0].examples[0]
+    with torch.no_grad():
+        states = args[1].eval().transformer(torch.tensor([example.ids]))[0]  # (T, C)
+    begins = example.mask.index(True)
+    torch.testing.assert_close(held_out.prompts[0].float(), states[begins - 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(held_out.states[0].float(), states[-1], atol=1e-5, rtol=0)
     scores = scores_of(tmp_path / "run", rows)
     expected = fitted.rewards(held_out)
     difference = scores - expected
