@@ -246,7 +246,7 @@ def test_the_votes_that_are_missing_are_those_after_which_the_interval_leaves_ou
 
 
 def test_a_summary_counts_by_hand():
-    models = [["m", "n"], ["n", "m"], ["m", "n"], ["m", "n"]]
+    models = [["n", "m"], ["m", "n"], ["m", "n"], ["m", "n"]]
     items = [make_choice(user(f"q{i}"), ["aaaa", "b"], own) for i, own in enumerate(models)]
     ids = [item.id for item in items]
 
@@ -266,12 +266,12 @@ def test_a_summary_counts_by_hand():
     assert (found["left_wins"]["share"], found["left_wins"]["of"]) == (0.5, 4)
     assert (found["longer_wins"]["share"], found["longer_wins"]["of"]) == (0.75, 4)
     assert found["wins"] == {"m against n": {
-        "wins": 3, "ties": 2, "losses": 1, "rate": pytest.approx(4 / 6),
-        "interval": list(label.wilson(4 / 6, 6)), "more": votes_to_decide(4 / 6, 6)}}
+        "wins": 1, "ties": 2, "losses": 3, "rate": pytest.approx(2 / 6),
+        "interval": list(label.wilson(2 / 6, 6)), "more": votes_to_decide(2 / 6, 6)}}
     assert found["kappa"]["anna, ben"] == {"kappa": cohen_kappa([1, -1, 0], [1, 1, 0]), "of": 3}
     assert found["alpha"] == krippendorff_alpha([[1, 2 / 3], [-1, 2 / 3], [0, 0]])
     lines = "\n".join(described(found))
-    assert "m against n: 3 wins, 2 ties, 1 losses, 0.67" in lines and "more votes would decide it" in lines
+    assert "m against n: 1 wins, 2 ties, 3 losses, 0.33" in lines and "more votes would decide it" in lines
     assert tally(items, COMPARE, {})["alpha"] is None and described(tally(items, COMPARE, {}))
 
 
