@@ -260,9 +260,9 @@ def test_a_summary_counts_by_hand():
     found = tally(items, COMPARE, {"anna": anna, "ben": ben})
     assert found["annotators"]["anna"] == {"votes": 6, "flagged": 0, "skipped": 1, "tie": 1, "both_bad": 0,
                                            "both_good": 0, "seconds": 1.0}
-    # Anna says m, n, tie; asked again m (the same) and n (the left one of n, m): the same.
+    # Anna says the first reply, the second, a tie; asked again, where they are turned round, the same.
     assert found["repeats"]["share"] == 1 and found["repeats"]["of"] == 2
-    # Decided: anna m (left), n (right); ben m (right), m (left).
+    # Decided: Anna the first (left), the second (right); Ben the first (right), the first (left).
     assert (found["left_wins"]["share"], found["left_wins"]["of"]) == (0.5, 4)
     assert (found["longer_wins"]["share"], found["longer_wins"]["of"]) == (0.75, 4)
     assert found["wins"] == {"m against n": {
