@@ -16,8 +16,8 @@
                  --weights gate            g = softmax(MLP(h(p))), h(p): the state at the prompt's last token
                  u, MLP and b minimise -log sigma(r(better) - r(worse)) over --preferences, or over the ranked
                  rows of --data
-    4. length    --length remove: c such that r and the length in characters have no rank correlation on the
-                 training replies (Spearman's is 0); --length keep: c = 0
+    4. length    --length remove: c such that r and the length in characters have no rank correlation
+                 (Spearman's is 0) on the replies that it is fitted to; --length keep: c = 0
     5. export    the folder's score is r. Without a gate it is a plain reward model's, with the one head
                  b sum_j g_j w_j - c v. With a gate the heads are b w_j - c v, as g adds up to 1, and the gate
                  lies beside them: our scripts read both, transformers opens a classifier whose labels are the

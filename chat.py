@@ -370,12 +370,15 @@ def streamed(chat, line):
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
-        while True:
-            piece = pieces.get()
-            yield {"model": number} | piece
-            if "piece" not in piece:
-                break
-        thread.join()
+        try:
+            while True:
+                piece = pieces.get()
+                yield {"model": number} | piece
+                if "piece" not in piece:
+                    break
+        finally:
+            # A page that is closed meanwhile leaves no reply half said.
+            thread.join()
 
 
 def main(config):

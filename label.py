@@ -59,7 +59,7 @@ from tqdm import tqdm
 from data import wilson
 from formats.model_folder import load_model
 from formats.rows import Row
-from formats.sources import read_rows
+from formats.sources import read_rows, split_by_prompt
 from judges import judge_texts, load_functions, short_names
 from model import GPT
 from plumbing.disk import digest, folder_of, model_digest, write_atomically, write_json
@@ -141,11 +141,16 @@ def sampled_items(config):
     device = pick_device(config.device)
     names = short_names(config.models)
     replies = defaultdict(list)  # {prompt's number: replies}
+    asked = []  # texts of the prompts
     for number, (path, name) in enumerate(zip(config.models, names)):
         model, tokenizer = load_model(path, GPT, allow_pickle=config.allow_pickle)
         alone = Alone(device, pick_dtype(config.dtype, device, model.config.n_embd))
         prompts = load_prompts(config, tokenizer, model.config.block_size, alone.say)
-        prompts = some_of(prompts, [prompt.row.text for prompt in prompts], config)
+        texts = [prompt.row.text for prompt in prompts]
+        asked = asked or texts
+        require(texts == asked, f"{path} leaves out other prompts than the first of --models, as its context "
+                                "is another; give --max-length")
+        prompts = some_of(prompts, texts, config)
         generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + number)
         model.to(device).eval()
         for start in tqdm(range(0, len(prompts), 32), desc=f"replies of {name}", disable=None):
@@ -154,14 +159,13 @@ def sampled_items(config):
             for i, text in enumerate(batch.texts):
                 replies[start + i // config.n].append(text)
     models = [name for name in names for _ in range(config.n)]
-    require(all(len(found) == len(models) for found in replies.values()),
-            "--models leave out different prompts, as their contexts differ; give --max-length")
     return [make_choice(prompt.row.prompt, replies[i], models) for i, prompt in enumerate(prompts)]
 
 
 def items_of_rows(config):
     """[Choice] of the rows of --data."""
     rows = read_rows(config.data, "replies", print, config.part, config.skip_bad)
+    rows, _ = split_by_prompt(rows, config.val_fraction)
     rows = some_of(rows, [row.text + "".join(row.replies) for row in rows], config)
     return [make_choice(row.prompt, row.replies) for row in rows]
 
@@ -242,7 +246,7 @@ def find_items(config, folder):
 
 # What makes the items, and stays as it was when they were made.
 ASKED = ("models", "data", "ask", "points", "aspects", "step_separator", "limit", "n", "max_new_tokens",
-         "temperature", "seed")
+         "max_length", "temperature", "part", "val_fraction", "seed")
 
 
 # ---------------------------------------------------------------------------------------------------------

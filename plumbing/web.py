@@ -194,10 +194,14 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, values):
         """Send values one a line; the connection's end is theirs."""
         self.close_connection = True
-        self.head(200, "application/x-ndjson", {"Connection": "close"})
-        for value in values:
-            self.wfile.write(json.dumps(value).encode() + b"\n")
-            self.wfile.flush()
+        try:
+            self.head(200, "application/x-ndjson", {"Connection": "close"})
+            for value in values:
+                self.wfile.write(json.dumps(value).encode() + b"\n")
+                self.wfile.flush()
+        finally:
+            # Before others may go on, also where nobody reads to the end.
+            values.close()
 
 
 def serve(server, browser, say=print):
@@ -234,6 +238,8 @@ def token_of(folder):
 
 
 def page_of(path):
-    """The text of a page beside the scripts."""
-    require(path.is_file(), f"{path} is missing; clone the repository again")
-    return path.read_text("utf-8")
+    """The text of a page, in which COLOURS is the file colours.css beside it."""
+    colours = path.with_name("colours.css")
+    for file in (path, colours):
+        require(file.is_file(), f"{file} is missing; clone the repository again")
+    return path.read_text("utf-8").replace("COLOURS", colours.read_text("utf-8"))

@@ -189,6 +189,14 @@ def test_the_page_gets_pieces_and_then_the_whole_of_each_models_reply(chat_of):
         routes["/command"]({"line": "new"})
 
 
+def test_a_page_that_is_closed_while_a_reply_grows_leaves_it_whole(chat_of):
+    one = chat_of()
+    happening = chat.routes(one)["/say"]({"line": "Say river."})
+    first = next(happening)
+    happening.close()
+    assert first["model"] == 0 and one.talkers[0].has_reply() and not one.talkers[1].has_past()
+
+
 def test_the_page_is_served_and_ends_with_ctrl_c(small, tmp_path):
     words = tools.split([f"--model {small}/sft --web --port 0 --no-browser --out {tmp_path}/kept",
                          "--threads 1 --max-new-tokens 6"])

@@ -94,6 +94,29 @@ def test_a_folder_goes_on_with_its_items_and_refuses_others(tmp_path, capsys):
         find_items(label.Config(out=str(tmp_path / "new")), tmp_path / "new")
 
 
+def test_a_limit_is_drawn_by_the_seed_and_what_training_holds_out_is_left_out(tmp_path):
+    texts = []
+    for number, flags in enumerate(("--limit 10", "--limit 10 --seed 1", "--val-fraction 0.5", "")):
+        items, _, _ = items_of(tmp_path, PAIRS, flags, name=f"labels{number}")
+        texts.append([item.prompt[0]["content"] for item in items])
+    first, other, trained, whole = texts
+    assert len(first) == len(other) == 10 and first != other and first != whole[:10]
+    assert [text for text in whole if text in first] == first and 10 < len(trained) < 30
+
+
+def test_models_whose_contexts_leave_out_other_prompts_are_refused(small, tmp_path, monkeypatch):
+    right, calls = label.load_prompts, []
+
+    def load_prompts(*args):
+        calls.append(args)
+        return right(*args)[len(calls):]
+
+    monkeypatch.setattr(label, "load_prompts", load_prompts)
+    with pytest.raises(UserError, match="leaves out other prompts than the first of --models"):
+        run_here("label", f"--models {small}/sft {small}/sft --data {TOY}/prompts_heldout.jsonl --limit 2 "
+                 f"--max-new-tokens 4 --threads 1 --out {tmp_path}/labels --by toy:gold")
+
+
 def items_by_number(count, K=2):
     return [make_choice(user(f"q{i}"), [f"{i}-{k}" for k in range(K)]) for i in range(count)]
 
